@@ -1,0 +1,64 @@
+"""The only collectives: process group, FSDP2 sharding, sums over ranks.
+
+Every trainable or frozen parameter of a sharded module is a DTensor whose rows (dimension 0) are spread over the ranks, a
+world of one rank included, so nothing downstream has a special case. Left out: tensor and context parallelism.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def start(*, rank: int, world: int, store: dist.Store, device: str, timeout_s: float) -> DeviceMesh:
+    """Join the process group over `store` and return the one-dimensional mesh of all ranks.
+
+    A collective that waits longer than `timeout_s` raises instead of hanging.
+    """
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+    )
+    return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+
+
+def shard(
+    module: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh, compute_dtype: torch.dtype | None
+) -> nn.Module:
+    """`fully_shard` every block and then the root, in place. `compute_dtype` is what parameters are gathered in.
+
+    Inputs are not cast: the family casts its own, and FSDP's casting would round the fp32 RoPE at every block. Gradients
+    are reduced in fp32. The root reshards after forward too, so that shards may be written at any time between steps.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for child in module.modules():
+        if isinstance(child, blocks):
+            fully_shard(child, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def first_row(parameter: DTensor) -> int:
+    """Global index of the first row that this rank holds (rows may be uneven, and none on some ranks)."""
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0]
+
+
+def mean_over_ranks(values: dict[str, Tensor], device: str) -> dict[str, float]:
+    """Average scalars over the ranks in one all-reduce."""
+    flat = torch.stack([value.detach().double().cpu() for value in values.values()]).to(device)
+    dist.all_reduce(flat)
+    return dict(zip(values, (flat / dist.get_world_size()).tolist(), strict=True))
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,74 @@
+"""What a model family must say about itself, so that one sampler and one trainer serve every model.
+
+A family owns every convention of its network: packing, timestep scaling, guidance, position ids. It is made from a folder in
+the diffusers layout and reads only small JSON files until asked to load something.
+
+Shapes: B batch, C latent channels, H W pixels, h w latents.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.algorithms.process import Process
+from rlhf.types import Condition
+
+
+class Codec(Protocol):
+    """The frozen part of a checkpoint: text encoders and VAE. The trainer never loads one."""
+
+    def encode_text(self, instructions: Sequence[str]) -> Condition:
+        """The part of a condition that depends on the instruction alone, leading dimension B."""
+
+    def encode_source(self, images: Tensor) -> Condition:
+        """The part that depends on the source image alone, from uint8 (B, H, W, 3)."""
+
+    def encode_target(self, images: Tensor) -> Tensor:
+        """x0 (B, C, h, w) of uint8 pictures (B, H, W, 3)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) of x0 (B, C, h, w)."""
+
+    def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
+        """Share of each instruction's tokens that the main text encoder does not know, 0 … 1."""
+
+
+class Family(Protocol):
+    """One model family. `dtype` is the compute dtype of `predict`; masters may be kept wider by the trainer."""
+
+    path: Path
+    dtype: torch.dtype
+    process: Process
+    blocks: tuple[type[nn.Module], ...]
+    """Module classes that FSDP shards and gradient checkpointing recomputes one by one."""
+    lora_targets: tuple[str, ...]
+    """Module-name endings that LoRA adapts by default."""
+    denoiser_folder: str
+    text_folders: tuple[str, ...]
+    """Subfolders whose content decides `encode_text`: the cache's fingerprint of it."""
+    source_folders: tuple[str, ...]
+    lora_prefix: str
+    """What the family's diffusers pipeline puts before the keys of a LoRA file."""
+
+    def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        """The trainable network on the meta device: shapes without memory."""
+
+    def load_denoiser(self, device: str) -> nn.Module:
+        """The whole trainable network in `dtype`, frozen, for sampling."""
+
+    def load_codec(self, device: str) -> Codec: ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of (H, W) pixels."""
+
+    def tokens(self, latents: Tensor) -> int:
+        """Target tokens of a picture with latents (B, C, h, w)."""
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output for x_t (B, C, h, w) fp32 at t (B,), in fp32: what objectives and samplers compare."""
+
+    def guided(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The prediction that a sampler follows: `predict` where guidance is embedded, two branches where it is not."""

@@ -1,0 +1,198 @@
+"""FLUX.1 Kontext: an instruction-edit rectified flow with the source image on the token sequence.
+
+Any folder in the diffusers layout works, the real 12B checkpoint and a tiny random one alike. Conventions follow diffusers'
+`FluxKontextPipeline` (see its documentation) and are tested against it to 1e-5. Left out: IP adapters, true CFG.
+
+Text ids are zeros of a shape that the embeddings give, so they are made in `predict` and not stored.
+
+Shapes: B batch, C latent channels (16), h w latents (H/8, W/8), L text tokens (512), S image tokens (h·w/4).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from rlhf.algorithms.process import RectifiedFlow
+from rlhf.types import Condition
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h·w/4, 4C): 2×2 patches become tokens."""
+    B, C, h, w = latents.shape
+    return latents.view(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `pack`."""
+    B, _, C4 = tokens.shape
+    return tokens.view(B, h // 2, w // 2, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C4 // 4, h, w)
+
+
+def position_ids(h: int, w: int, image: int, device: torch.device) -> Tensor:
+    """(h·w/4, 3) of (image, row, column): image 0 is the target, 1 the source."""
+    rows = torch.arange(h // 2, device=device, dtype=torch.float32).repeat_interleave(w // 2)
+    columns = torch.arange(w // 2, device=device, dtype=torch.float32).repeat(h // 2)
+    return torch.stack([torch.full_like(rows, image), rows, columns], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxKontext:
+    """The family of a folder. Guidance is embedded by the network, so training uses the rollouts' own scale."""
+
+    path: Path
+    guidance_scale: float = 3.5
+    dtype: torch.dtype = torch.bfloat16
+
+    blocks = (FluxTransformerBlock, FluxSingleTransformerBlock)
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+    )
+    denoiser_folder = "transformer"
+    text_folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    source_folders = ("vae",)
+    lora_prefix = "transformer"
+
+    def _json(self, folder: str, name: str) -> dict:
+        file = Path(self.path) / folder / name
+        if not file.is_file():
+            raise ValueError(f"model.path = {str(self.path)!r} is no Flux Kontext folder in the diffusers layout: {file} is missing")
+        return json.loads(file.read_text())
+
+    @cached_property
+    def process(self) -> RectifiedFlow:
+        config = self._json("scheduler", "scheduler_config.json")
+        return RectifiedFlow(
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
+            base_tokens=config.get("base_image_seq_len", 256),
+            max_tokens=config.get("max_image_seq_len", 4096),
+        )
+
+    def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
+        with torch.device("meta"):
+            denoiser = FluxTransformer2DModel.from_config(self._json(self.denoiser_folder, "config.json"))
+        return torch.nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
+
+    def load_denoiser(self, device: str) -> FluxTransformer2DModel:
+        self._json(self.denoiser_folder, "config.json")
+        model = FluxTransformer2DModel.from_pretrained(self.path, subfolder=self.denoiser_folder, dtype=self.dtype)
+        return model.to(device).eval().requires_grad_(False)
+
+    def load_codec(self, device: str) -> "KontextCodec":
+        self._json("vae", "config.json")
+        return KontextCodec(self.path, device, self.dtype)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        vae = self._json("vae", "config.json")
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return vae["latent_channels"], height // factor, width // factor
+
+    def tokens(self, latents: Tensor) -> int:
+        return latents.shape[-2] * latents.shape[-1] // 4
+
+    def predict(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Velocity (B, C, h, w) fp32. Casts its inputs itself: FSDP's own casting would also round the fp32 RoPE."""
+        h, w = x_t.shape[-2:]
+        device, source = x_t.device, condition["source_latents"]
+        target_tokens, source_tokens = pack(x_t.to(self.dtype)), pack(source.to(device, self.dtype))
+        embeds = condition["prompt_embeds"].to(device, self.dtype)
+        guidance = torch.full_like(t, self.guidance_scale) if denoiser.config.guidance_embeds else None
+        prediction = denoiser(
+            hidden_states=torch.cat([target_tokens, source_tokens], dim=1),
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=condition["pooled_prompt_embeds"].to(device, self.dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
+            img_ids=torch.cat([position_ids(h, w, 0, device), position_ids(*source.shape[-2:], 1, device)]),
+            return_dict=False,
+        )[0]
+        return unpack(prediction[:, : target_tokens.shape[1]], h, w).float()
+
+    guided = predict
+
+
+class KontextCodec:
+    """T5, CLIP and the VAE of a Kontext folder, frozen."""
+
+    def __init__(self, path: Path, device: str, dtype: torch.dtype):
+        def load(cls, folder):
+            return cls.from_pretrained(path, subfolder=folder, dtype=dtype).to(device).eval().requires_grad_(False)
+
+        self.device, self.dtype, self.path = device, dtype, path
+        self.vae = load(AutoencoderKL, "vae")
+
+    @cached_property
+    def _text(self):
+        """Tokenizers and encoders, loaded at first use: samplers decode pictures and never need them."""
+
+        def load(cls, folder):
+            model = cls.from_pretrained(self.path, subfolder=folder, dtype=self.dtype)
+            return model.to(self.device).eval().requires_grad_(False)
+
+        return (
+            AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer"),
+            load(CLIPTextModel, "text_encoder"),
+            self._t5_tokenizer,
+            load(T5EncoderModel, "text_encoder_2"),
+        )
+
+    @cached_property
+    def _t5_tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2")
+
+    @torch.no_grad()
+    def encode_text(self, instructions: Sequence[str]) -> Condition:
+        """`prompt_embeds` (B, L, 4096) of T5 and `pooled_prompt_embeds` (B, 768) of CLIP."""
+        clip_tokenizer, clip, t5_tokenizer, t5 = self._text
+
+        def ids(tokenizer) -> Tensor:
+            batch = tokenizer(
+                list(instructions),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            return batch.input_ids.to(self.device)
+
+        return {
+            "prompt_embeds": t5(ids(t5_tokenizer)).last_hidden_state.to(self.dtype),
+            "pooled_prompt_embeds": clip(ids(clip_tokenizer)).pooler_output.to(self.dtype),
+        }
+
+    def encode_source(self, images: Tensor) -> Condition:
+        """`source_latents` (B, C, h, w)."""
+        return {"source_latents": self.encode_target(images)}
+
+    @torch.no_grad()
+    def encode_target(self, images: Tensor) -> Tensor:
+        """The posterior's mode, not a sample, shifted and scaled by the VAE's own constants."""
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.dtype)
+        mode = self.vae.encode(pixels).latent_dist.mode()
+        return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        pixels = self.vae.decode(z, return_dict=False)[0].float()
+        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
+        """T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it."""
+        unknown, space = self._t5_tokenizer.unk_token_id, self._t5_tokenizer.convert_tokens_to_ids("▁")
+        shares = []
+        for instruction in instructions:
+            ids = [i for i in self._t5_tokenizer(instruction, add_special_tokens=False).input_ids if i != space]
+            shares.append(sum(i == unknown for i in ids) / max(len(ids), 1))
+        return shares

@@ -1,0 +1,89 @@
+"""Tiny random checkpoints in the real formats: the whole system runs on them where no model hub can be reached.
+
+`write_flux_kontext` saves a complete `FluxKontextPipeline` folder (transformer, VAE, CLIP, T5, tokenizers, scheduler) that
+the real loading code and diffusers itself open. Weights are random but deterministic in `seed`.
+"""
+
+import string
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+TEXT_TOKENS = 24
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TEXT_TOKENS)
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    """Latin letters only: like the real T5 it knows no Chinese."""
+    letters = string.ascii_letters + string.digits + string.punctuation
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+def transformer_config(*, layers: int = 2, single_layers: int = 2, heads: int = 2, head_dim: int = 16, channels: int = 4) -> dict:
+    """Arguments of a small `FluxTransformer2DModel`; `head_dim` must be a multiple of 8."""
+    return dict(
+        patch_size=1,
+        in_channels=4 * channels,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8),
+    )
+
+
+def write_flux_kontext(folder: Path | str, seed: int = 0, **transformer: int) -> Path:
+    """Write a tiny Kontext folder and return its path. Keyword arguments go to `transformer_config`."""
+    folder = Path(folder)
+    config = transformer_config(**transformer)
+    channels = config["in_channels"] // 4
+    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = FluxKontextPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            transformer=FluxTransformer2DModel(**config),
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8, 8, 16, 16),
+                layers_per_block=1,
+                latent_channels=channels,
+                norm_num_groups=4,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                shift_factor=0.1159,
+                scaling_factor=0.3611,
+            ),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(clip_tokenizer),
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    max_position_embeddings=TEXT_TOKENS,
+                    bos_token_id=0,
+                    eos_token_id=1,
+                    pad_token_id=1,
+                )
+            ),
+            tokenizer=clip_tokenizer,
+            text_encoder_2=T5EncoderModel(
+                T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+            ),
+            tokenizer_2=t5_tokenizer,
+        )
+    pipeline.save_pretrained(folder)
+    return folder

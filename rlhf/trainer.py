@@ -1,0 +1,226 @@
+"""The only trainer: one FSDP2 rank of it. Knows no data source, no reward and no model by name.
+
+Masters are fp32 and computed in the family's dtype (bf16), because at lr 1e-5 a bf16 AdamW step rounds away. No rank ever
+holds more than its shard plus one block: weights are read by rows, refreshed shard to shard, and written by rows.
+Left out: CPU offload, tensor parallelism, fp16 loss scaling.
+
+Shapes: B pairs, C latent channels, h w latents.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from rlhf import distributed
+from rlhf.algorithms.objectives import Objective
+from rlhf.algorithms.reference import FrozenCopy, SecondAdapter
+from rlhf.config import TrainerConfig
+from rlhf.models import lora
+from rlhf.models.family import Family
+from rlhf.types import Condition, PairBatch
+from rlhf.weights import SafetensorsFolder, Shard, write_sharded
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class NonFiniteLoss(RuntimeError):
+    """Three steps in a row had a loss or gradient that was not finite."""
+
+
+class Trainer:
+    """`step / refresh_reference / shards / save / restore / export` over one rank's shard of a denoiser."""
+
+    def __init__(self, *, family: Family, config: TrainerConfig, objective: Objective, mesh: DeviceMesh, seed: int):
+        self.family, self.config, self.objective, self.mesh, self.seed = family, config, objective, mesh, seed
+        self.rank, self.device = mesh.get_rank(), mesh.device_type
+        self.policy = self._load_policy()
+        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.reference = None
+        if objective.needs_reference:
+            self.reference = (
+                SecondAdapter(self.policy, family) if config.lora else FrozenCopy(self.policy, family, mesh)
+            )
+        self.ema: dict[str, Tensor] = {}
+        if config.ema_decay is not None:
+            self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self._lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
+        self.steps = 0
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+
+    # --- loading -------------------------------------------------------------------------------------------------------
+
+    def _load_policy(self) -> nn.Module:
+        """Meta device → shard → empty shards → fill each with its own rows of the checkpoint."""
+        family, config = self.family, self.config
+        denoiser = family.empty_denoiser(family.dtype if config.lora else torch.float32)
+        if config.lora:
+            lora.add_adapters(denoiser, config.lora, family.lora_targets, (lora.POLICY, lora.REFERENCE), torch.float32)
+        if list(denoiser.buffers()):
+            raise NotImplementedError("a denoiser with buffers: fill them here, since to_empty() leaves them undefined")
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        distributed.shard(denoiser, family.blocks, self.mesh, family.dtype).to_empty(device=self.device)
+        checkpoint = SafetensorsFolder(Path(family.path) / family.denoiser_folder)
+        with torch.no_grad():
+            for name, parameter in denoiser.named_parameters():
+                rows = parameter.to_local()
+                start = distributed.first_row(parameter)
+                if lora.is_adapter(name):
+                    rows.copy_(lora.initial(name, parameter.shape, self.seed)[start : start + len(rows)])
+                elif len(rows):
+                    rows.copy_(checkpoint.rows(lora.base_name(name), start, start + len(rows), parameter.shape))
+        return denoiser
+
+    # --- training ------------------------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The policy's prediction (B, C, h, w), fp32. A collective: every rank must call it."""
+        return self.family.predict(self.policy, x_t, t, condition)
+
+    def predict_reference(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The reference's prediction (B, C, h, w), fp32. A collective."""
+        assert self.reference is not None, "this objective keeps no reference"
+        return self.reference.predict(x_t, t, condition)
+
+    def step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+        """One optimizer update from this rank's micro-batches (the same number on every rank); scalars over all ranks.
+
+        A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`.
+        """
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            loss, scalars = self.objective(self.predict, self.predict_reference, self.family.process, batch)
+            (loss / len(micro_batches)).backward()
+            for name, value in {"loss": loss, **scalars}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        metrics = distributed.mean_over_ranks(sums | {"grad_norm": norm}, self.device)
+        lr = self.config.learning_rate * self._lr_factor(self.steps)
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self._update(lr)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == 3:
+                raise NonFiniteLoss(f"three steps in a row up to step {self.steps} were not finite; last: {metrics}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return metrics | {"lr": lr, "skipped": float(self.skipped)}
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, average in self.ema.items():
+            average.lerp_(self.trained[name].to_local(), 1 - self.config.ema_decay)
+
+    def refresh_reference(self) -> None:
+        """Copy the policy into the reference, shard to shard."""
+        assert self.reference is not None, "this objective keeps no reference"
+        self.reference.refresh()
+
+    # --- publishing and files ------------------------------------------------------------------------------------------
+
+    def shards(self, which: str = "policy") -> Iterator[Shard]:
+        """This rank's rows of the trained weights (`policy` or `ema`) in the compute dtype, one tensor at a time."""
+        for name, parameter in self.trained.items():
+            local = self.ema[name] if which == "ema" else parameter.to_local().detach()
+            yield self._shard(name, parameter, local.to(self.family.dtype))
+
+    def _shard(self, name: str, parameter: DTensor, rows: Tensor) -> Shard:
+        return Shard(name=name, shape=tuple(parameter.shape), start=distributed.first_row(parameter), rows=rows)
+
+    def export(self, folder: Path, which: str = "policy") -> None:
+        """Write loadable weights into `folder`: a diffusers transformer, or a LoRA file in a LoRA run. A collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        family, config = self.family, self.config
+        if config.lora:
+            metadata = lora.file_metadata(config.lora, family.lora_targets, family.lora_prefix)
+            self._write(
+                folder / LORA_FILE,
+                lambda: (s.renamed(lora.file_key(s.name, family.lora_prefix)) for s in self.shards(which)),
+                metadata,
+            )
+            return
+        if self.rank == 0:  # the original config, not save_pretrained's: FSDP's class name would end up in it
+            shutil.copyfile(Path(family.path) / family.denoiser_folder / "config.json", folder / "config.json")
+        self._write(folder / WEIGHTS_FILE, lambda: self.shards(which))
+
+    def _write(self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: dict[str, str] | None = None) -> None:
+        write_sharded(file, shards, rank=self.rank, barrier=distributed.barrier, metadata=metadata)
+
+    def _state(self) -> dict[str, list[tuple[str, DTensor, Tensor]]]:
+        """Everything that a resumed run needs, by file: (name, its DTensor, this rank's rows)."""
+        files = {"policy": [(name, p, p.to_local().detach()) for name, p in self.trained.items()]}
+        if self.reference is not None:
+            files["reference"] = [(name, p, p.to_local().detach()) for name, p in self.reference.parameters()]
+        if self.ema:
+            files["ema"] = [(name, self.trained[name], rows) for name, rows in self.ema.items()]
+        if self.optimizer.state:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                moments = {name: self.optimizer.state[p][moment] for name, p in self.trained.items()}
+                files[moment] = [(name, value, value.to_local()) for name, value in moments.items()]
+        return files
+
+    def save(self, folder: Path) -> None:
+        """Write the exact training state into `folder`, whole tensors by rows, for any number of ranks. A collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, entries in self._state().items():
+            self._write(folder / f"{file}.safetensors", lambda: (self._shard(*entry) for entry in entries))  # noqa: B023
+        if self.rank == 0:
+            updates = next(iter(self.optimizer.state.values()))["step"].item() if self.optimizer.state else 0
+            counters = {
+                "steps": self.steps,
+                "updates": updates,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+            }
+            (folder / "trainer.json").write_text(json.dumps(counters))
+        distributed.barrier()
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote, on this or any other number of ranks. Raises ValueError on a missing or odd tensor."""
+        counters = json.loads((folder / "trainer.json").read_text())
+        self.steps, self.skipped = counters["steps"], counters["skipped"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]
+        if counters["updates"]:
+            for parameter in self.trained.values():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(counters["updates"])),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        for file, entries in self._state().items():
+            saved = SafetensorsFolder(folder / f"{file}.safetensors")
+            for name, tensor, rows in entries:
+                if len(rows):
+                    start = distributed.first_row(tensor)
+                    rows.copy_(saved.rows(name, start, start + len(rows), tensor.shape))

@@ -1,0 +1,192 @@
+"""Tensors spread by rows over ranks, and the two things that are done with them: files and flat buffers.
+
+A `Shard` is some rows of a named tensor. Because shards are contiguous rows, a safetensors file of the WHOLE tensors can be
+written by all ranks at once, each at its own byte offsets, and read back by any number of ranks: no gather, no pickle, no
+resharding step. For publishing, the same shards go into flat uint8 buffers with a manifest and a checksum (xxh3-64) each.
+
+Left out: compression, delta updates.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Rows [start, start + len(rows)) of the tensor `name` of global `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    rows: Tensor
+
+    def renamed(self, name: str) -> "Shard":
+        return replace(self, name=name)
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as flat uint8, on the CPU."""
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+
+
+# --- one file, written by every rank -----------------------------------------------------------------------------------
+
+
+def write_sharded(
+    file: Path,
+    shards: Callable[[], Iterable[Shard]],
+    *,
+    rank: int,
+    barrier: Callable[[], None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file from every rank's `shards()`; rank 0 lays it out, each rank fills in its own rows.
+
+    `shards` is called twice (shapes, then bytes) and should make its tensors one at a time: no more than one of them is in
+    memory beside what the rank holds already. The folder must be shared by all nodes.
+    """
+    offsets: dict[str, int] = {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for shard in shards():
+        row_bytes = shard.rows.element_size() * int(np.prod(shard.shape[1:], dtype=np.int64))
+        size = shard.shape[0] * row_bytes
+        header[shard.name] = {
+            "dtype": SAFETENSORS_DTYPES[shard.rows.dtype],
+            "shape": list(shard.shape),
+            "data_offsets": [position, position + size],
+        }
+        offsets[shard.name] = position + shard.start * row_bytes
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if rank == 0:
+        with open(file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(8 + len(text) + position)
+    barrier()
+    with open(file, "r+b") as out:
+        for shard in shards():
+            if shard.rows.numel():
+                out.seek(8 + len(text) + offsets[shard.name])
+                out.write(as_bytes(shard.rows).data)
+        out.flush()
+        os.fsync(out.fileno())
+    barrier()
+
+
+class SafetensorsFolder:
+    """Rows of named tensors in one or many safetensors files (a file, or a folder with or without an index)."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise ValueError(f"no *.safetensors under {path}")
+        handles = [safe_open(file, framework="pt") for file in files]
+        self._where = {name: handle for handle in handles for name in handle.keys()}
+        self.path = path
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def rows(self, name: str, start: int, stop: int, shape: Sequence[int]) -> Tensor:
+        """Rows [start, stop) of `name`, memory-mapped. Raises ValueError when it is missing or of another shape."""
+        if name not in self._where:
+            raise ValueError(f"{self.path} has no tensor {name!r}")
+        piece = self._where[name].get_slice(name)
+        if list(piece.get_shape()) != list(shape):
+            raise ValueError(f"{self.path}: {name} has shape {piece.get_shape()}, the model wants {list(shape)}")
+        return piece[start:stop]
+
+
+# --- flat buffers, for the object store --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Where some rows of a tensor lie in a buffer: bytes [offset, offset + nbytes)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferManifest:
+    """What lies in one flat buffer, and the xxh3-64 of its bytes."""
+
+    slices: tuple[Slice, ...]
+    nbytes: int
+    checksum: int
+
+
+def pack(shards: Iterable[Shard], capacity: int = 512 * 2**20) -> Iterator[tuple[np.ndarray, BufferManifest]]:
+    """Lay shards out in flat uint8 buffers of about `capacity` bytes (a larger shard gets one of its own)."""
+    waiting: list[Shard] = []
+    size = 0
+    for shard in shards:
+        nbytes = shard.rows.numel() * shard.rows.element_size()
+        if waiting and size + nbytes > capacity:
+            yield _pack_one(waiting, size)
+            waiting, size = [], 0
+        if nbytes:
+            waiting.append(shard)
+            size += nbytes
+    if waiting:
+        yield _pack_one(waiting, size)
+
+
+def _pack_one(shards: Sequence[Shard], size: int) -> tuple[np.ndarray, BufferManifest]:
+    buffer, slices, offset = np.empty(size, np.uint8), [], 0
+    for shard in shards:
+        data = as_bytes(shard.rows)
+        buffer[offset : offset + data.size] = data
+        dtype = str(shard.rows.dtype).removeprefix("torch.")
+        stop = shard.start + shard.rows.shape[0]
+        slices.append(
+            Slice(name=shard.name, dtype=dtype, shape=shard.shape, start=shard.start, stop=stop, offset=offset, nbytes=data.size)
+        )
+        offset += data.size
+    return buffer, BufferManifest(slices=tuple(slices), nbytes=size, checksum=xxhash.xxh3_64_intdigest(buffer))
+
+
+@torch.no_grad()
+def load(parameters: Mapping[str, Tensor], buffer: np.ndarray, manifest: BufferManifest) -> None:
+    """Copy a buffer's slices into whole tensors of the same names, shapes and dtypes. The buffer is only read.
+
+    Raises ValueError when a tensor is unknown or differs in shape or dtype.
+    """
+    for piece in manifest.slices:
+        target = parameters.get(piece.name)
+        if target is None or tuple(target.shape) != piece.shape or target.dtype != DTYPES[piece.dtype]:
+            have = None if target is None else (tuple(target.shape), target.dtype)
+            raise ValueError(f"published {piece.name} is {piece.shape} {piece.dtype}, this model has {have}")
+        data = buffer[piece.offset : piece.offset + piece.nbytes]
+        source = torch.from_numpy(np.copy(data)).view(target.dtype).view(piece.stop - piece.start, *piece.shape[1:])
+        target[piece.start : piece.stop].copy_(source)
+
+
+def checksum(parameters: Mapping[str, Tensor], manifest: BufferManifest) -> int:
+    """xxh3-64 of the bytes READ BACK from the tensors, in the manifest's order: equal to `manifest.checksum` iff loaded."""
+    digest = xxhash.xxh3_64()
+    for piece in manifest.slices:
+        digest.update(as_bytes(parameters[piece.name][piece.start : piece.stop]))
+    return digest.intdigest()

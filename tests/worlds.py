@@ -1,0 +1,55 @@
+"""Small real things that many tests share: a trainer on a tiny Kontext folder and random pairs for it."""
+
+from pathlib import Path
+
+import torch
+
+from rlhf.algorithms.objectives import DPO
+from rlhf.config import LoRAConfig, TrainerConfig
+from rlhf.models import FAMILIES
+from rlhf.trainer import Trainer
+from rlhf.types import PairBatch
+
+LORA = LoRAConfig(rank=4, alpha=8.0)
+
+
+def family(path: Path, dtype: torch.dtype = torch.bfloat16):
+    return FAMILIES["flux_kontext"](path=path, dtype=dtype)
+
+
+def trainer(mesh, path: Path, *, lora: bool = False, beta: float = 5000.0, dtype=torch.bfloat16, **changes) -> Trainer:
+    settings = dict(learning_rate=1e-3, ema_decay=0.9, mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    config = TrainerConfig(**{**settings, "lora": LORA if lora else None, **changes})
+    return Trainer(family=family(path, dtype), config=config, objective=DPO(beta=beta), mesh=mesh, seed=7)
+
+
+def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels: int = 4) -> PairBatch:
+    """`count` random pairs for the tiny Kontext world."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (count, channels, height // 8, width // 8)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g)
+
+    return PairBatch(
+        winner=normal(*shape),
+        loser=normal(*shape),
+        condition={
+            "prompt_embeds": normal(count, 24, 32),
+            "pooled_prompt_embeds": normal(count, 32),
+            "source_latents": normal(*shape),
+        },
+        t=torch.rand(count, generator=g),
+        noise=normal(*shape),
+    )
+
+
+def part(batch: PairBatch, start: int, stop: int) -> PairBatch:
+    """Pairs [start, stop) of a batch."""
+    return PairBatch(
+        winner=batch.winner[start:stop],
+        loser=batch.loser[start:stop],
+        condition={name: tensor[start:stop] for name, tensor in batch.condition.items()},
+        t=batch.t[start:stop],
+        noise=batch.noise[start:stop],
+    )
