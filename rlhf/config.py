@@ -5,6 +5,7 @@ two keys names both values, and the defaults are the seed document's (H×W 1312�
 """
 
 import difflib
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,7 +113,8 @@ class HPSRewardConfig(Section):
 class RewardConfig(Section):
     type: Literal["hps", "hpsv2", "ctr", "hps_ctr"] = "hps_ctr"
     scaling: Literal["running", "fixed"] = "running"
-    """`running`: each reward over its pooled within-group deviation. `fixed`: the seed's 0.5·clip((hps−0.15)/0.2,0,1) + 0.5·ctr."""
+    """`running`: each reward over its pooled within-group deviation.
+    `fixed`: the seed's 0.5·clip((hps−0.15)/0.2, 0, 1) + 0.5·ctr."""
     hps: HPSRewardConfig = HPSRewardConfig()
 
     @property
@@ -133,6 +135,17 @@ class JudgeConfig(Section):
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(256, ge=-1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    pad_batches: bool = False
+    """Pad every forward to max_batch_size rows: a score is then the same bits whatever it was batched with."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.max_ongoing_requests < self.max_batch_size:
+            raise ValueError(
+                f"max_ongoing_requests = {self.max_ongoing_requests} is below max_batch_size = {self.max_batch_size}: "
+                "batches would never fill"
+            )
+        return self
 
 
 class HPSJudgeConfig(JudgeConfig):
@@ -143,6 +156,7 @@ class FilterJudgeConfig(JudgeConfig):
     enabled: bool = True
     api_base: str | None = None
     """An OpenAI-compatible server instead of the built-in engine (also QWEN_API_BASE, QWEN_API_KEY, QWEN_MODEL_NAME)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     model_name: str = "Qwen/Qwen3-VL-32B-Instruct"
     min_pass_probability: float = Field(0.5, ge=0, le=1)
     tensor_parallel_size: int = Field(1, ge=1)
@@ -225,6 +239,8 @@ class EvalConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    route_prefix: str = Field("", pattern=r"^(/[\w-]+)*$")
+    """Put before /hpsv2, /ctr and /filter: a second run on the same cluster needs its own, like /second."""
     token: str | None = None
     """Bearer token asked of every HTTP request; also RLHF_SERVE_TOKEN."""
 
@@ -262,7 +278,9 @@ class OnlineDPOConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if "ctr" in self.reward.names and self.data.item_metadata is None:
-            raise ValueError(f'reward.type = "{self.reward.type}" needs data.item_metadata: the CTR model reads the item')
+            raise ValueError(
+                f'reward.type = "{self.reward.type}" needs data.item_metadata: the CTR model reads the item'
+            )
         if self.model.size == "auto" and self.trainer.train_batch_size != 1:
             raise ValueError(
                 f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
@@ -273,8 +291,63 @@ class OnlineDPOConfig(Section):
             if judge.path is None and judge.url is None:
                 raise ValueError(f'reward.type = "{self.reward.type}" needs judges.{name}.path (a checkpoint) or .url')
         filter = self.judges.filter
-        if filter.enabled and not (filter.path or filter.url or filter.api_base):
+        if filter.enabled and not (filter.path or filter.url or filter.api_base or os.environ.get("QWEN_API_BASE")):
             raise ValueError(
                 "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
             )
         return self
+
+
+class CTRDataConfig(Section):
+    path: LocalPath
+    """CSV: image_url (a path relative to the file), food_name, food_type, city_name, shop_name, pv_ctr[, impressions, clicks]."""
+    eval_path: LocalPath | None = None
+    """The same for held-out rows; unset: `eval_fraction` of the pictures of `path` are held out."""
+    eval_fraction: float = Field(0.1, gt=0, lt=1)
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
+class CTRModelSection(Section):
+    text: LocalPath | None = None
+    """Folder of a text backbone for AutoModel (the seed: Chinese-BERT-wwm-ext); unset with `image`: a small pair from scratch."""
+    image: LocalPath | None = None
+    """Folder of an image backbone for AutoModel (the seed: ConvNeXtV2-Huge-22k-512)."""
+    image_size: int | None = Field(None, ge=32)
+    """Pixels of the square that pictures are padded to; default 512, and 64 for the small pair."""
+    max_tokens: int = Field(64, ge=8)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.text is None) != (self.image is None):
+            raise ValueError(
+                f"model.text = {self.text!r} and model.image = {self.image!r}: give both backbones or neither"
+            )
+        return self
+
+
+class CTRTrainConfig(Section):
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(32, ge=2)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    loss: Literal["auto", "compound", "binomial"] = "auto"
+    """`compound`: the seed's. `binomial`: clicks of impressions, where the CSV has them. `auto`: binomial if it has."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Heads, and everything in the small model."""
+    text_learning_rate: float = Field(2e-5, gt=0)
+    image_learning_rate: float = Field(5e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["bf16", "no"] = "no"
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    timeout_s: float = Field(86400.0, gt=0)
+
+
+class TrainCTRConfig(Section):
+    data: CTRDataConfig
+    model: CTRModelSection = CTRModelSection()
+    train: CTRTrainConfig = CTRTrainConfig()
+    output: LocalPath = "runs/ctr"
+    """Folder of the checkpoint; judges.ctr.path of the runs that use it. Never overwritten."""
+    seed: int = 42
+    cluster: ClusterConfig = ClusterConfig()

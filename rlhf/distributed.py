@@ -4,6 +4,7 @@ Every trainable or frozen parameter of a sharded module is a DTensor whose rows 
 world of one rank included, so nothing downstream has a special case. Left out: tensor and context parallelism.
 """
 
+import warnings
 from datetime import timedelta
 
 import torch
@@ -21,9 +22,7 @@ def start(*, rank: int, world: int, store: dist.Store, device: str, timeout_s: f
     A collective that waits longer than `timeout_s` raises instead of hanging.
     """
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
 
 
@@ -35,6 +34,8 @@ def shard(
     Inputs are not cast: the family casts its own, and FSDP's casting would round the fp32 RoPE at every block. Gradients
     are reduced in fp32. The root reshards after forward too, so that shards may be written at any time between steps.
     """
+    # Flux's blocks return slices of one tensor. FSDP warns of in-place operations on them; nothing here does any.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for child in module.modules():
         if isinstance(child, blocks):

@@ -3,6 +3,8 @@
 Shapes: B batch, C latent channels, h w latents.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,6 @@ def sample(family: Family, denoiser: nn.Module, condition: Condition, noise: Ten
     """
     x = noise.float()
     sigmas = family.process.sigmas(steps, family.tokens(x)).to(x.device)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         x = x + (following - sigma) * family.guided(denoiser, x, sigma.expand(len(x)), condition)
     return x

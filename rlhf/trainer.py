@@ -139,6 +139,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         for name, average in self.ema.items():
+            assert self.config.ema_decay is not None
             average.lerp_(self.trained[name].to_local(), 1 - self.config.ema_decay)
 
     def refresh_reference(self) -> None:

@@ -97,7 +97,7 @@ class SafetensorsFolder:
         if not files or not files[0].is_file():
             raise ValueError(f"no *.safetensors under {path}")
         handles = [safe_open(file, framework="pt") for file in files]
-        self._where = {name: handle for handle in handles for name in handle.keys()}
+        self._where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118  a file handle, not a dict
         self.path = path
 
     def names(self) -> set[str]:
@@ -162,10 +162,18 @@ def _pack_one(shards: Sequence[Shard], size: int) -> tuple[np.ndarray, BufferMan
         dtype = str(shard.rows.dtype).removeprefix("torch.")
         stop = shard.start + shard.rows.shape[0]
         slices.append(
-            Slice(name=shard.name, dtype=dtype, shape=shard.shape, start=shard.start, stop=stop, offset=offset, nbytes=data.size)
+            Slice(
+                name=shard.name,
+                dtype=dtype,
+                shape=shard.shape,
+                start=shard.start,
+                stop=stop,
+                offset=offset,
+                nbytes=data.size,
+            )
         )
         offset += data.size
-    return buffer, BufferManifest(slices=tuple(slices), nbytes=size, checksum=xxhash.xxh3_64_intdigest(buffer))
+    return buffer, BufferManifest(slices=tuple(slices), nbytes=size, checksum=xxhash.xxh3_64_intdigest(buffer.data))
 
 
 @torch.no_grad()
@@ -188,5 +196,5 @@ def checksum(parameters: Mapping[str, Tensor], manifest: BufferManifest) -> int:
     """xxh3-64 of the bytes READ BACK from the tensors, in the manifest's order: equal to `manifest.checksum` iff loaded."""
     digest = xxhash.xxh3_64()
     for piece in manifest.slices:
-        digest.update(as_bytes(parameters[piece.name][piece.start : piece.stop]))
+        digest.update(as_bytes(parameters[piece.name][piece.start : piece.stop]).data)
     return digest.intdigest()

@@ -3,6 +3,7 @@
 Starting a process and importing diffusers takes ten seconds, so a session pays for it once per world size.
 """
 
+import contextlib
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -37,7 +38,9 @@ class Ranks:
         self._connections, self._processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, str(folder / f"store{world}"), there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world, str(folder / f"store{world}"), there), daemon=True
+            )
             process.start()
             self._connections.append(here)
             self._processes.append(process)
@@ -61,10 +64,8 @@ class Ranks:
     def stop(self) -> None:
         for connection, process in zip(self._connections, self._processes, strict=True):
             if process.is_alive():
-                try:
+                with contextlib.suppress(OSError):
                     connection.send_bytes(b"stop")
-                except OSError:
-                    pass
                 process.join(5)
             if process.is_alive():
                 process.terminate()

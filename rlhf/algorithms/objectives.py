@@ -24,20 +24,25 @@ Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 class Objective(Protocol):
     """`needs_reference` says whether the trainer keeps a reference; `__call__` gives the loss and scalars to log."""
 
-    needs_reference: bool
+    @property
+    def needs_reference(self) -> bool: ...
 
     def __call__(
         self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
     ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
 
 
-def squared_error(predict: Predict, process: Process, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def squared_error(
+    predict: Predict, process: Process, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition
+) -> Tensor:
     """e = mean over C, h, w of (prediction − target)², shape (B,). The noising is done in fp32."""
     prediction = predict(process.noisy(x0, noise, t), t, condition)
     return (prediction - process.target(x0, noise, t)).square().flatten(1).mean(1)
 
 
-def preference_logit(policy_w: Tensor, policy_l: Tensor, reference_w: Tensor, reference_l: Tensor, beta: float) -> Tensor:
+def preference_logit(
+    policy_w: Tensor, policy_l: Tensor, reference_w: Tensor, reference_l: Tensor, beta: float
+) -> Tensor:
     """z = −(β/2)·[(e_θw − e_θl) − (e_rw − e_rl)] (Wallace et al., Diffusion-DPO, arXiv 2311.12908, eq. 14), shape (B,)."""
     return -0.5 * beta * ((policy_w - policy_l) - (reference_w - reference_l))
 
@@ -53,11 +58,15 @@ class DPO:
     beta: float
     needs_reference: bool = True
 
-    def __call__(self, policy: Predict, reference: Predict, process: Process, batch: PairBatch):
+    def __call__(
+        self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         x0 = torch.cat([batch.winner, batch.loser])
         noise, t = torch.cat([batch.noise] * 2), torch.cat([batch.t] * 2)
         condition = {name: torch.cat([tensor] * 2) for name, tensor in batch.condition.items()}
-        with torch.no_grad():  # first, so that a LoRA policy's adapter is the active one when backward recomputes blocks
+        with (
+            torch.no_grad()
+        ):  # first, so that a LoRA policy's adapter is the active one when backward recomputes blocks
             reference_w, reference_l = squared_error(reference, process, x0, noise, t, condition).chunk(2)
         policy_w, policy_l = squared_error(policy, process, x0, noise, t, condition).chunk(2)
         z = preference_logit(policy_w, policy_l, reference_w, reference_l, self.beta)
@@ -78,6 +87,8 @@ class SFT:
 
     needs_reference: bool = False
 
-    def __call__(self, policy: Predict, reference: Predict, process: Process, batch: PairBatch):
+    def __call__(
+        self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         loss = squared_error(policy, process, batch.winner, batch.noise, batch.t, batch.condition).mean()
         return loss, {"winner_error": loss.detach()}

@@ -8,7 +8,7 @@ Shapes: B batch, C latent channels, H W pixels, h w latents.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,23 @@ class Codec(Protocol):
 class Family(Protocol):
     """One model family. `dtype` is the compute dtype of `predict`; masters may be kept wider by the trainer."""
 
-    path: Path
-    dtype: torch.dtype
-    process: Process
-    blocks: tuple[type[nn.Module], ...]
+    blocks: ClassVar[tuple[type[nn.Module], ...]]
     """Module classes that FSDP shards and gradient checkpointing recomputes one by one."""
-    lora_targets: tuple[str, ...]
+    lora_targets: ClassVar[tuple[str, ...]]
     """Module-name endings that LoRA adapts by default."""
-    denoiser_folder: str
-    text_folders: tuple[str, ...]
-    """Subfolders whose content decides `encode_text`: the cache's fingerprint of it."""
-    source_folders: tuple[str, ...]
-    lora_prefix: str
+    lora_prefix: ClassVar[str]
     """What the family's diffusers pipeline puts before the keys of a LoRA file."""
+    denoiser_folder: ClassVar[str]
+    text_folders: ClassVar[tuple[str, ...]]
+    """Subfolders whose content decides `encode_text`: the cache's fingerprint of it."""
+    source_folders: ClassVar[tuple[str, ...]]
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def process(self) -> Process: ...
 
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The trainable network on the meta device: shapes without memory."""

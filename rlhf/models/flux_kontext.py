@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -51,21 +52,23 @@ class FluxKontext:
     guidance_scale: float = 3.5
     dtype: torch.dtype = torch.bfloat16
 
-    blocks = (FluxTransformerBlock, FluxSingleTransformerBlock)
-    lora_targets = (
+    blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (FluxTransformerBlock, FluxSingleTransformerBlock)
+    lora_targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
-    denoiser_folder = "transformer"
-    text_folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    source_folders = ("vae",)
-    lora_prefix = "transformer"
+    denoiser_folder: ClassVar[str] = "transformer"
+    text_folders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    source_folders: ClassVar[tuple[str, ...]] = ("vae",)
+    lora_prefix: ClassVar[str] = "transformer"
 
     def _json(self, folder: str, name: str) -> dict:
         file = Path(self.path) / folder / name
         if not file.is_file():
-            raise ValueError(f"model.path = {str(self.path)!r} is no Flux Kontext folder in the diffusers layout: {file} is missing")
+            raise ValueError(
+                f"model.path = {str(self.path)!r} is no Flux Kontext folder in the diffusers layout: {file} is missing"
+            )
         return json.loads(file.read_text())
 
     @cached_property
@@ -81,7 +84,9 @@ class FluxKontext:
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
             denoiser = FluxTransformer2DModel.from_config(self._json(self.denoiser_folder, "config.json"))
-        return torch.nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
+        return torch.nn.Module.to(
+            denoiser, dtype
+        )  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
 
     def load_denoiser(self, device: str) -> FluxTransformer2DModel:
         self._json(self.denoiser_folder, "config.json")
@@ -104,6 +109,7 @@ class FluxKontext:
         """Velocity (B, C, h, w) fp32. Casts its inputs itself: FSDP's own casting would also round the fp32 RoPE."""
         h, w = x_t.shape[-2:]
         device, source = x_t.device, condition["source_latents"]
+        source_h, source_w = source.shape[-2:]
         target_tokens, source_tokens = pack(x_t.to(self.dtype)), pack(source.to(device, self.dtype))
         embeds = condition["prompt_embeds"].to(device, self.dtype)
         guidance = torch.full_like(t, self.guidance_scale) if denoiser.config.guidance_embeds else None
@@ -114,7 +120,7 @@ class FluxKontext:
             pooled_projections=condition["pooled_prompt_embeds"].to(device, self.dtype),
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-            img_ids=torch.cat([position_ids(h, w, 0, device), position_ids(*source.shape[-2:], 1, device)]),
+            img_ids=torch.cat([position_ids(h, w, 0, device), position_ids(source_h, source_w, 1, device)]),
             return_dict=False,
         )[0]
         return unpack(prediction[:, : target_tokens.shape[1]], h, w).float()

@@ -27,7 +27,9 @@ def _t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
-def transformer_config(*, layers: int = 2, single_layers: int = 2, heads: int = 2, head_dim: int = 16, channels: int = 4) -> dict:
+def transformer_config(
+    *, layers: int = 2, single_layers: int = 2, heads: int = 2, head_dim: int = 16, channels: int = 4
+) -> dict:
     """Arguments of a small `FluxTransformer2DModel`; `head_dim` must be a multiple of 8."""
     return dict(
         patch_size=1,

@@ -1,0 +1,143 @@
+"""From the rewards of one prompt's candidates to a preference pair.
+
+A pair is the best against the worst of the VALID candidates of one prompt. With several rewards the order needs one
+number per candidate, and a plain 1:1 sum would let the reward with the larger units decide everything. `RewardScale`
+makes the units comparable: `running` divides each reward by its pooled WITHIN-GROUP standard deviation (the spread
+that decides a pair; the spread across prompts cancels inside one), `fixed` is the seed document's hand-set mixture.
+
+Pure values: no tensors, no clock, no randomness. Left out: learned weights between rewards, pairs of middle ranks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rlhf.types import Candidate, Pair, Prompt, Score
+
+WINDOW = 256
+"""Groups whose spread a running scale pools."""
+
+Spread = tuple[tuple[float, int], ...]
+"""Of one group, in the order of `RewardScale.names`: (sum of squared deviations, degrees of freedom) of each reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """The valid candidates of one prompt and their scores, in the order of their attempts: at least two."""
+
+    cursor: int
+    """Position of the prompt in the run's prompt stream."""
+    prompt: Prompt
+    candidates: tuple[Candidate, ...]
+    scores: tuple[Score, ...]
+    """One per candidate; every verdict is a pass."""
+
+    def values(self, reward: str) -> tuple[float, ...]:
+        """One reward of every candidate."""
+        return tuple(float(score.rewards[reward]) for score in self.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScale:
+    """How several rewards become one total per candidate. Totals are compared within a group only.
+
+    running: Σ over rewards of (r − group mean) / σ, where σ is the pooled within-group standard deviation of that
+        reward over `window`: σ² = Σ_groups Σ_candidates (r − group mean)² / Σ_groups (K − 1). With σ = 0 it adds 0.
+    fixed: 0.5·clip((hps − 0.15) / 0.2, 0, 1) + 0.5·ctr (the seed document); a single reward is taken as it is.
+    """
+
+    names: tuple[str, ...]
+    scaling: Literal["running", "fixed"] = "running"
+    window: tuple[Spread, ...] = ()
+    """The last 256 consumed groups, newest last."""
+
+    def __post_init__(self) -> None:
+        if self.scaling == "fixed" and len(self.names) > 1 and set(self.names) != {"hps", "ctr"}:
+            raise ValueError(
+                f'reward scaling "fixed" is defined for hps with ctr and for single rewards, not for {self.names}; '
+                'use "running"'
+            )
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> "RewardScale":
+        """The scale with `groups` as its newest. All of a batch count, even one of more than 256 groups."""
+        if self.scaling == "fixed":
+            return self
+        window = self.window + tuple(tuple(_spread(group.values(name)) for name in self.names) for group in groups)
+        return replace(self, window=window[-max(WINDOW, len(groups)) :])
+
+    def deviations(self) -> dict[str, float]:
+        """Pooled within-group standard deviation of each reward over the window; 0 where nothing has been seen."""
+        pooled = {}
+        for index, name in enumerate(self.names):
+            freedom = sum(spread[index][1] for spread in self.window)
+            squares = math.fsum(spread[index][0] for spread in self.window)
+            pooled[name] = math.sqrt(squares / freedom) if freedom else 0.0
+        return pooled
+
+    def totals(self, group: RolloutGroup) -> tuple[float, ...]:
+        """One number per candidate of the group, higher is better."""
+        if self.scaling == "fixed":
+            return tuple(self._fixed(score.rewards) for score in group.scores)
+        columns = [
+            _standardised(group.values(name), deviation)
+            for name, deviation in self.deviations().items()
+            if deviation > 0
+        ]
+        return tuple(math.fsum(row) for row in zip(*columns, strict=True)) or (0.0,) * len(group.scores)
+
+    def ties(self, group: RolloutGroup) -> bool:
+        """Whether the group can make no pair, whatever the running window will hold."""
+        if self.scaling == "fixed":
+            return len(set(self.totals(group))) == 1
+        return all(len(set(group.values(name))) == 1 for name in self.names)
+
+    def _fixed(self, rewards: Mapping[str, float]) -> float:
+        if len(self.names) == 1:
+            return float(rewards[self.names[0]])
+        return 0.5 * min(max((rewards["hps"] - 0.15) / 0.2, 0.0), 1.0) + 0.5 * rewards["ctr"]
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON-able; floats survive JSON exactly."""
+        return {"names": list(self.names), "scaling": self.scaling, "window": [list(map(list, s)) for s in self.window]}
+
+    @classmethod
+    def restore(cls, snapshot: Mapping[str, Any]) -> "RewardScale":
+        window = tuple(tuple((float(squares), int(freedom)) for squares, freedom in s) for s in snapshot["window"])
+        return cls(names=tuple(snapshot["names"]), scaling=snapshot["scaling"], window=window)
+
+
+def make_pair(group: RolloutGroup, totals: Sequence[float]) -> Pair | None:
+    """Best against worst of a group, or None where all totals are equal.
+
+    `totals` has one number per candidate of the group. Among equals the earliest attempt is taken, so the order in
+    which candidates arrived never matters. The margin is > 0, in the units of the totals.
+    """
+    ranked = list(zip(totals, group.candidates, group.scores, strict=True))
+    best, winner, winner_score = max(ranked, key=lambda entry: (entry[0], -entry[1].attempt))
+    worst, loser, loser_score = min(ranked, key=lambda entry: (entry[0], entry[1].attempt))
+    if not best > worst:
+        return None
+    return Pair(
+        prompt=group.prompt,
+        cursor=group.cursor,
+        winner=winner,
+        loser=loser,
+        winner_score=winner_score,
+        loser_score=loser_score,
+        margin=best - worst,
+    )
+
+
+def _spread(values: Sequence[float]) -> tuple[float, int]:
+    """Equal values have spread 0 exactly: rounding noise of a mean must not become the unit of a reward."""
+    if len(set(values)) == 1:
+        return 0.0, len(values) - 1
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) * (value - mean) for value in values), len(values) - 1
+
+
+def _standardised(values: Sequence[float], deviation: float) -> list[float]:
+    """Centred first: a large common offset would otherwise round away a small difference in another reward."""
+    mean = math.fsum(values) / len(values)
+    return [(value - mean) / deviation for value in values]
