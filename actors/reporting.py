@@ -1,0 +1,122 @@
+"""What a run shows while it runs: a progress line, metric rows, TensorBoard, Ray metrics, and contact sheets.
+
+Sheets are drawn in a task beside the data, so that the driver never holds a picture.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.metrics import Gauge
+
+from rlhf.config import OnlineDPOConfig
+from rlhf.data.images import Fit, load_image
+from rlhf.sheets import Cell, contact_sheet
+from rlhf.tracking import FileTracker
+from rlhf.types import Pair, Prompt, Score
+
+SHEET_ROWS = 8
+
+
+class Reporter:
+    """The run's tracker. `resumed_at` is the committed step that it goes on from."""
+
+    def __init__(self, folder: Path, config: OnlineDPOConfig, resumed_at: int | None):
+        self._files = FileTracker(folder, resumed_at=resumed_at)
+        self._folder, self._config = folder, config
+        self._gauges: dict[str, Gauge] = {}
+        self._started, self._first = monotonic(), resumed_at or 0
+        self._last = self._started
+        self._sheets: list[ray.ObjectRef] = []
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Record scalars; those of an update are also printed as one line."""
+        now = monotonic()
+        if "train/loss" in scalars:
+            scalars = scalars | {"time/step": now - self._last}
+            self._last = now
+            print(self._line(step, scalars, now), flush=True)
+        elif any(name.startswith("eval/") for name in scalars):
+            print(f"  eval at step {step}: " + ", ".join(f"{n[5:]} {v:.4f}" for n, v in scalars.items()), flush=True)
+        self._files.log(step, scalars)
+        for name, value in scalars.items():
+            gauge = self._gauges.get(name)
+            if gauge is None:
+                gauge = self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
+            gauge.set(value, tags={"run": str(self._folder)})
+
+    def _line(self, step: int, scalars: dict[str, float], now: float) -> str:
+        total = self._config.trainer.max_train_steps
+        left = (now - self._started) / max(step - self._first, 1) * (total - step)
+        return (
+            f"step {step}/{total}  reward {scalars.get('reward/mean', float('nan')):.4f}  "
+            f"loss {scalars['train/loss']:.4f}  acc {scalars['train/implicit_acc']:.2f}  "
+            f"pass {scalars.get('filter/pass_rate', float('nan')):.2f}  "
+            f"staleness {scalars.get('rollout/staleness', 0.0):.1f}  {scalars['time/step']:.1f} s  "
+            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        )
+
+    def pairs(self, step: int, pairs: Sequence[Pair]) -> None:
+        """samples/step_NNNNNN.png: source | winner | loser."""
+        rows = [
+            (
+                pair.prompt,
+                [("winner", pair.winner.image, pair.winner_score), ("loser", pair.loser.image, pair.loser_score)],
+            )
+            for pair in pairs[:SHEET_ROWS]
+        ]
+        self._draw(f"step_{step:06d}", step, rows)
+
+    def edits(self, step: int, name: str, prompts: Sequence[Prompt], answers: Sequence[tuple[Any, Any]]) -> None:
+        """samples/eval_NAME_step_NNNNNN.png: source | edit."""
+        rows = [(prompt, [(name, *answer)]) for prompt, answer in zip(prompts, answers, strict=True)]
+        self._draw(f"eval_{name}_step_{step:06d}", step, rows[:SHEET_ROWS])
+
+    def _draw(self, name: str, step: int, rows: list[Any]) -> None:
+        done, self._sheets = (
+            ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0) if self._sheets else ([], [])
+        )
+        ray.get(done, timeout=60)  # a sheet that could not be drawn is an error, not a missing file
+        file = self._folder / "samples" / f"{name}.png"
+        fit = self._config.data.fit
+        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, fit))
+
+    def close(self) -> None:
+        ray.get(self._sheets, timeout=120)
+        self._sheets = []
+        self._files.close()
+
+
+@ray.remote(num_cpus=0.05, max_retries=0)
+def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], fit: Fit) -> None:
+    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, image reference, answer)])."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    cells = []
+    for prompt, entries in rows:
+        source = load_image(prompt.image, prompt.height, prompt.width, fit)
+        caption = f"source {prompt.image_id}\n{prompt.instruction}"
+        row = [Cell(image=source, caption=caption)]
+        for label, image, answer in entries:
+            row.append(Cell(image=np.asarray(ray.get(image, timeout=60)), caption=f"{label}\n{describe(answer)}"))
+        cells.append(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet = contact_sheet(cells)
+    sheet.save(file)
+    with SummaryWriter(str(board), filename_suffix=f".{file.stem}") as writer:
+        writer.add_image(
+            f"samples/{file.stem.split('step')[0].strip('_') or 'pairs'}", np.asarray(sheet), step, dataformats="HWC"
+        )
+
+
+def describe(answer: Any) -> str:
+    """A score in words, for a caption."""
+    if not isinstance(answer, Score):
+        return f"not judged: {answer.reason}"
+    verdict = "PASS" if answer.verdict.valid else "FAIL"
+    chance = answer.verdict.pass_probability
+    rewards = "  ".join(f"{name} {value:.4f}" for name, value in answer.rewards.items())
+    return f"{verdict}{'' if chance is None else f' p={chance:.2f}'}\n{rewards or answer.verdict.reason}"

@@ -1,0 +1,9 @@
+"""Entry points: `python -m jobs.NAME`.
+
+Ray reads these settings when it is first imported, so they are made here, before any job's own imports.
+"""
+
+import os
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` Ray's workers would build a new environment
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # clusters ask for the token in ~/.ray/auth_token

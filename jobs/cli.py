@@ -1,0 +1,211 @@
+"""The command line of every job: a TOML recipe, dotted overrides, `--dry-run`, `--help`.
+
+    python -m jobs.NAME --config jobs/configs/X.toml --trainer.learning_rate 1e-6 --data.fit=pad --dry-run
+
+All that is wrong with a configuration is said in one message, a line per problem, and the process ends with status 2.
+Relative paths become absolute (from the current directory), except in a job submitted to a Ray cluster: its current
+directory is a temporary copy that is deleted with the results in it, so there they are errors.
+
+Left out: environment-variable overrides, includes between recipes, sub-commands.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+import tomli_w
+from pydantic import ValidationError
+
+from jobs import schema_keys
+from jobs.schema_keys import Key
+from rlhf.config import Section
+
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's job supervisor sets this variable in the driver of a submitted job, and nowhere else."""
+
+COMMAND_LINE = "command line"
+
+SEED_FLAGS = {
+    "pretrained_model_name_or_path": "model.path",
+    "data_json_path": "data.path",
+    "jsonl_path": "data.path",
+    "ctr_metadata_csv": "data.item_metadata",
+    "h": "model.height",
+    "w": "model.width",
+    "sampling_steps": "rollout.steps",
+    "ref_update_step": "dpo.reference_refresh_every",
+    "reward_type": "reward.type",
+    "qwen_filter_url": "judges.filter.url",
+    "checkpointing_steps": "run.save_every",
+    "output_dir": "run.dir",
+    "use_ema": "trainer.ema_decay",
+}
+"""Flags of the script this system replaces, for the "did you mean" of an unknown key."""
+
+C = TypeVar("C", bound=Section)
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a recipe and its overrides, a line per problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Generic[C]):
+    """A parsed command line."""
+
+    config: C
+    dry_run: bool
+    config_path: Path | None
+
+
+def parse(schema: type[C], argv: list[str] | None = None, description: str = "") -> Arguments[C]:
+    """Read `--config FILE`, dotted overrides and `--dry-run` from `argv` (default: the process's own) into `schema`.
+
+    Override values are TOML (`8`, `1e-5`, `true`, `[1, 2]`); text needs no quotes; `none` unsets an optional key; a key
+    that is true or false may stand alone. `--help` prints every key and exits.
+
+    Raises: ConfigError with one line `file: [section] key = value: what is wrong; remedy` per problem.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"configuration keys (--section.key VALUE):\n{schema_keys.describe(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML recipe")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+
+    keys = schema_keys.keys(schema)
+    tree = _read_toml(known.config) if known.config else {}
+    problems: list[str] = []
+    source = str(known.config) if known.config else COMMAND_LINE
+    origin: dict[str, str] = {}
+    for name in list(schema_keys.unknown(schema, tree)):
+        problems.append(_problem(source, name, schema_keys.remove(tree, name), f"unknown key; {_nearest(name, keys)}"))
+    for name, text in _overrides(rest, keys, problems):
+        if name not in keys:
+            problems.append(_problem(COMMAND_LINE, name, text, f"unknown key; {_nearest(name, keys)}"))
+            continue
+        schema_keys.assign(tree, name, schema_keys.value_of(text, keys[name]))
+        origin[name] = COMMAND_LINE
+    try:
+        config = schema.model_validate(tree)
+    except ValidationError as error:
+        problems += _validation_problems(error, keys, source, origin)
+        raise ConfigError(_message(problems)) from error
+    if SUBMITTED_JOB in os.environ:
+        for name, path in schema_keys.local_paths(config):
+            if not os.path.isabs(path):
+                problems.append(
+                    _problem(
+                        origin.get(name, source if schema_keys.contains(tree, name) else "default"),
+                        name,
+                        path,
+                        "is relative, but the working directory of a submitted job is a temporary copy; "
+                        f"give an absolute path that every node sees, e.g. --{name} /shared/{Path(path).name}",
+                    )
+                )
+    if problems:
+        raise ConfigError(_message(problems))
+    return Arguments(config=schema_keys.with_absolute_paths(config), dry_run=known.dry_run, config_path=known.config)
+
+
+def resolved_toml(config: Section) -> str:
+    """The whole configuration, defaults included, as TOML that `--config` reads back equal; unset keys are absent."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def run_main(job: Callable[[], None], *user_errors: type[Exception]) -> NoReturn:
+    """Run a job's main. A ConfigError or one of `user_errors` is printed without a traceback; the status is then 2."""
+    expected: tuple[type[Exception], ...] = (ConfigError, *user_errors)
+    try:
+        job()
+    except expected as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.5)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a TOML recipe"
+        raise ConfigError(f"{path}: no such file; {hint}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}; see https://toml.io for the syntax") from error
+
+
+def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of each `--key VALUE` or `--key=VALUE`; what is neither goes to `problems`."""
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(f"{COMMAND_LINE}: {word}: is no option; write --section.key VALUE")
+            continue
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)
+            elif name in keys and keys[name].is_bool:
+                text = "true"
+            elif name in keys:
+                remedy = f"write --{name} VALUE ({keys[name].type_text})"
+                problems.append(f"{COMMAND_LINE}: --{name}: has no value; {remedy}")
+                continue
+        yield name, text
+
+
+def _nearest(name: str, keys: dict[str, Key]) -> str:
+    if SEED_FLAGS.get(name) in keys:
+        return f"did you mean {SEED_FLAGS[name]}?"
+    leaves = [key for key in keys if keys[key].section is None]
+    section, _, last = name.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in leaves if section and key.rpartition(".")[0] == section}
+    near = [siblings[tail] for tail in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
+    near = near or [key for key in leaves if key.rpartition(".")[2] == last]
+    near = near or ([] if siblings else difflib.get_close_matches(name, leaves, n=1, cutoff=0.7))
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"[{section}] has {', '.join(siblings)}" if siblings else "see --help for the valid keys"
+
+
+def _validation_problems(
+    error: ValidationError, keys: dict[str, Key], source: str, origin: dict[str, str]
+) -> Iterator[str]:
+    for detail in error.errors(include_url=False):
+        location = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "missing":
+            for name in schema_keys.required(keys, location):
+                yield _problem(source, name, None, f"is required; add it to the recipe or pass --{name} VALUE")
+            continue
+        what = detail["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+        if detail["type"] == "literal_error":
+            choices = [choice.strip("'") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            near = difflib.get_close_matches(str(detail["input"]), choices, n=1, cutoff=0.4)
+            what += f"; did you mean {near[0]!r}?" if near else ""
+        where = next((origin[name] for name in origin if f"{location}.".startswith(f"{name}.")), source)
+        if isinstance(detail["input"], dict | Section) or not location:
+            yield f"{where}: [{location}]: {what}" if location else f"{source}: {what}"
+        else:
+            yield _problem(where, location, detail["input"], what)
+
+
+def _problem(source: str, name: str, value: Any, what: str) -> str:
+    section, _, key = name.rpartition(".")
+    shown = "" if value is None else f" = {value!r}" if not isinstance(value, bool) else f" = {str(value).lower()}"
+    return f"{source}: {f'[{section}] ' if section else ''}{key}{shown}: {what}"
+
+
+def _message(problems: Sequence[str]) -> str:
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return "\n".join([f"the configuration has {count}:", *(f"  {problem}" for problem in problems)])

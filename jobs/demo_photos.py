@@ -1,0 +1,170 @@
+"""Product photos drawn by arithmetic: fruit on a plate, a bowl of soup, a stack of boxes, in varied light and colour.
+
+Enough like photos (shading, cast shadows, grain, one light) for an edit model to have something to change and for a
+click model to have something to see. Deterministic in the random generator given. Left out: any claim to realism.
+
+Arrays are fp32 (H, W, 3) in 0 … 1.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+Colour = tuple[float, float, float]
+
+
+class Canvas:
+    """A picture being painted back to front, at twice its final size, with one light for everything on it."""
+
+    def __init__(self, height: int, width: int, random: np.random.Generator):
+        self.height, self.width, self.random = 2 * height, 2 * width, random
+        self.y, self.x = np.mgrid[: self.height, : self.width].astype(np.float32) / self.width
+        angle = random.uniform(0.2, 0.8) * np.pi
+        light = np.array([np.cos(angle), -np.sin(angle), 0.9])
+        self.light = light / np.linalg.norm(light)
+        self.pixels = np.zeros((self.height, self.width, 3), np.float32)
+        self.bottom = self.height / self.width
+
+    def paint(self, mask: np.ndarray, colour: np.ndarray | Colour) -> None:
+        """Lay a colour (or a picture) over the canvas where `mask` (H, W) is 1, blended where it is between 0 and 1."""
+        self.pixels += mask[..., None] * (np.asarray(colour, np.float32) - self.pixels)
+
+    def table(self, wall: Colour, top: Colour, horizon: float) -> None:
+        """A wall, softly lit from one side, above a table with a faint grain."""
+        lit = 0.85 + 0.25 * (self.x if self.light[0] > 0 else 1 - self.x) - 0.15 * self.y
+        self.pixels[:] = np.asarray(wall, np.float32) * lit[..., None]
+        waves = sum(np.sin(self.y * f + 1.5 * np.sin(self.x * g) + p) for f, g, p in self.random.uniform(3, 40, (4, 3)))
+        shade = (0.9 + 0.03 * waves) * (0.75 + 0.35 * self.y / self.bottom)
+        self.paint(soft(self.y - horizon, 0.006), np.asarray(top, np.float32) * shade[..., None])
+
+    def ellipse(self, cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
+        """(H, W) of 1 − distance from the centre in radii: 0 on the rim, 1 in the middle."""
+        return 1 - np.sqrt(((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2)
+
+    def shadow(self, cx: float, cy: float, rx: float, ry: float) -> None:
+        """A soft shadow on the table, away from the light."""
+        inside = self.ellipse(cx - 0.25 * rx * self.light[0], cy + 0.15 * ry, 1.25 * rx, 1.25 * ry)
+        self.pixels *= 1 - 0.5 * np.clip(inside * 2.2, 0, 1)[..., None]
+
+    def ball(self, cx: float, cy: float, r: float, colour: Colour, mottle: float = 0.05) -> None:
+        """A sphere with diffuse light, a highlight and a slightly uneven skin."""
+        dx, dy = (self.x - cx) / r, (self.y - cy) / r
+        dz = np.sqrt(np.clip(1 - dx**2 - dy**2, 0, 1))
+        facing = np.clip(dx * self.light[0] + dy * self.light[1] + dz * self.light[2], 0, 1)
+        a, b, c = self.random.uniform(4, 12, 3)
+        skin = 1 + mottle * np.sin(a * dx + 3 * np.sin(b * dy)) * np.cos(c * dy + 2 * dx)
+        diffuse, highlight = (0.35 + 0.75 * facing) * skin, 0.45 * facing**24
+        lit = np.asarray(colour, np.float32) * diffuse[..., None] + highlight[..., None]
+        self.paint(soft(self.ellipse(cx, cy, r, r) * r, 0.004), lit)
+
+    def plate(self, cx: float, cy: float, r: float, colour: Colour, flat: float = 0.42) -> None:
+        """A plate seen from the side: rim, well and shadow."""
+        self.shadow(cx, cy + 0.05 * r, r, flat * r)
+        for size, tone in ((1.0, 0.9), (0.96, 1.0), (0.7, 0.88), (0.68, 0.96)):
+            slope = 1 + 0.12 * (self.x - cx) / r * self.light[0]
+            inside = self.ellipse(cx, cy, size * r, size * flat * r) * r
+            self.paint(soft(inside, 0.004), np.asarray(colour, np.float32) * (tone * slope)[..., None])
+
+    def box(self, cx: float, bottom: float, w: float, h: float, colour: Colour, label: Colour) -> None:
+        """A carton with a front, a darker side and a label."""
+        self.shadow(cx + 0.1 * w, bottom, 0.75 * w, 0.16 * w)
+        depth = 0.28 * w
+        side = (self.x > cx + w / 2) & (self.x < cx + w / 2 + depth)
+        slant = (self.x - cx - w / 2) * 0.35
+        side &= (self.y < bottom - slant) & (self.y > bottom - h - slant)
+        self.paint(side.astype(np.float32), np.asarray(colour) * (0.6 if self.light[0] < 0 else 0.8))
+        top = (self.y <= bottom - h) & (self.y > bottom - h - 0.35 * depth)
+        lean = (bottom - h - self.y) / 0.35
+        top &= (self.x > cx - w / 2 + lean) & (self.x < cx + w / 2 + lean)
+        self.paint(top.astype(np.float32), np.minimum(np.asarray(colour) * 1.2, 1))
+        front = (np.abs(self.x - cx) < w / 2) & (self.y < bottom) & (self.y > bottom - h)
+        lit = np.asarray(colour, np.float32) * (1.0 - 0.15 * (self.y - bottom + h) / h)[..., None]
+        self.paint(front.astype(np.float32), lit)
+        stripe = front & (np.abs(self.y - bottom + 0.55 * h) < 0.16 * h)
+        self.paint(stripe.astype(np.float32), label)
+        dot = soft(self.ellipse(cx, bottom - 0.55 * h, 0.11 * w, 0.11 * w) * w, 0.004)
+        self.paint(dot * stripe, np.asarray(colour) * 0.9)
+
+    def finish(self, warmth: float, exposure: float) -> np.ndarray:
+        """Colour temperature (−1 … 1), exposure (factor), vignette, grain; scaled down. uint8 (H, W, 3)."""
+        centre = self.ellipse(0.5, self.bottom / 2, 0.95, 0.95 * self.bottom)
+        picture = self.pixels * (0.72 + 0.28 * np.clip(centre + 0.45, 0, 1))[..., None]
+        picture = relight(picture, warmth, exposure) + self.random.normal(0, 0.012, self.pixels.shape)
+        image = Image.fromarray((np.clip(picture, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+        return np.array(image.resize((self.width // 2, self.height // 2), Image.Resampling.LANCZOS))
+
+
+def soft(distance: np.ndarray, edge: float) -> np.ndarray:
+    """1 inside (distance > 0), 0 outside, blended over `edge`."""
+    return np.clip(distance / edge + 0.5, 0, 1).astype(np.float32)
+
+
+def relight(picture: np.ndarray, warmth: float, exposure: float) -> np.ndarray:
+    """The picture under warmer (> 0) or colder light, brighter or darker by a factor."""
+    gains = np.array([1 + 0.22 * warmth, 1 + 0.04 * warmth, 1 - 0.26 * warmth], np.float32)
+    return np.clip(picture * gains * exposure, 0, 1)
+
+
+def fruit(canvas: Canvas, colour: Colour) -> None:
+    """Three to six fruits on a plate, the far ones first."""
+    cx, cy, r = 0.5, 0.66 * canvas.bottom, canvas.random.uniform(0.36, 0.42)
+    canvas.plate(cx, cy, r, (0.93, 0.92, 0.9))
+    count = canvas.random.integers(3, 7)
+    angles = np.linspace(0, 2 * np.pi, count, endpoint=False) + 0.4
+    places = [(cx + 0.48 * r * np.cos(a), cy - 0.05 + 0.2 * r * np.sin(a)) for a in angles]
+    for x, y in sorted(places, key=lambda place: place[1]):
+        size = canvas.random.uniform(0.26, 0.33) * r
+        canvas.shadow(x, y + 0.8 * size, size, 0.3 * size)
+        canvas.ball(x, y, size, shade(colour, canvas.random))
+
+
+def soup(canvas: Canvas, colour: Colour) -> None:
+    """A bowl of something, with things floating in it."""
+    cx, cy, r = 0.5, 0.6 * canvas.bottom, canvas.random.uniform(0.32, 0.38) * min(1.0, canvas.bottom)
+    glaze = shade((0.3, 0.4, 0.55), canvas.random, 0.25)
+    canvas.shadow(cx, cy + 0.75 * r, 0.85 * r, 0.25 * r)
+    below = canvas.ellipse(cx, cy, r, 0.95 * r) * r
+    body = np.asarray(glaze, np.float32) * (0.85 - 0.5 * (canvas.x - cx) / r * -canvas.light[0])[..., None]
+    canvas.paint(soft(below, 0.004) * soft(canvas.y - cy, 0.004), body)
+    rim, inside = np.minimum(np.asarray(glaze) * 1.35, 1), np.asarray(colour)
+    for size, tint in ((1.0, rim), (0.93, 0.75 * inside), (0.9, inside)):
+        canvas.paint(soft(canvas.ellipse(cx, cy, size * r, 0.4 * size * r) * r, 0.004), tint)
+    for _ in range(canvas.random.integers(5, 10)):
+        angle, far = canvas.random.uniform(0, 2 * np.pi), canvas.random.uniform(0, 0.62) * r
+        topping = [(0.35, 0.6, 0.2), (0.9, 0.8, 0.45), (0.75, 0.25, 0.15)][canvas.random.integers(3)]
+        canvas.ball(cx + far * np.cos(angle), cy + 0.36 * far * np.sin(angle), 0.075 * r + 0.02, topping)
+
+
+def boxes(canvas: Canvas, colour: Colour) -> None:
+    """Two or three cartons side by side, perhaps one on top."""
+    bottom, width = 0.8 * canvas.bottom, canvas.random.uniform(0.24, 0.28)
+    count = int(canvas.random.integers(2, 4))
+    label = (0.95, 0.93, 0.86)
+    heights = [canvas.random.uniform(0.8, 1.35) * width for _ in range(count)]
+    for i, height in enumerate(heights):
+        x = 0.5 + (i - (count - 1) / 2) * 1.14 * width - 0.03
+        foot, tint = bottom + 0.02 * canvas.random.uniform(-1, 1), shade(colour, canvas.random, 0.12)
+        canvas.box(x, foot, width, height, tint, label)
+    if count == 2:
+        canvas.ball(0.83, bottom + 0.02, 0.07, (0.85, 0.35, 0.2))
+
+
+def shade(colour: Colour, random: np.random.Generator, spread: float = 0.08) -> Colour:
+    """A colour near `colour`."""
+    r, g, b = np.clip(np.asarray(colour) * random.uniform(1 - spread, 1 + spread, 3), 0, 1)
+    return float(r), float(g), float(b)
+
+
+SCENES: dict[str, Callable[[Canvas, Colour], None]] = {"fruit": fruit, "soup": soup, "boxes": boxes}
+
+
+def photo(scene: str, colour: Colour, height: int, width: int, random: np.random.Generator) -> np.ndarray:
+    """A product photo, uint8 (H, W, 3)."""
+    canvas = Canvas(height, width, random)
+    walls = [(0.86, 0.84, 0.8), (0.62, 0.7, 0.74), (0.72, 0.62, 0.52), (0.55, 0.58, 0.5)]
+    tops = [(0.56, 0.38, 0.24), (0.75, 0.62, 0.46), (0.82, 0.8, 0.77), (0.36, 0.33, 0.34)]
+    wall, top = walls[random.integers(len(walls))], tops[random.integers(len(tops))]
+    canvas.table(shade(wall, random), shade(top, random), random.uniform(0.3, 0.45) * canvas.bottom)
+    SCENES[scene](canvas, colour)
+    return canvas.finish(random.uniform(-0.7, 0.7), random.uniform(0.75, 1.15))

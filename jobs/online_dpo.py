@@ -1,0 +1,172 @@
+"""Online DPO on a folder of product photos: the main job.
+
+    python -m jobs.online_dpo --config jobs/configs/online_dpo_hps_ctr.toml [--section.key VALUE …] [--dry-run]
+
+Checks configuration and data, encodes what the cache lacks, deploys the judges, starts samplers and trainer ranks, and
+runs the loop of `rlhf.algorithms.online_dpo`. The same command goes on where a stopped run left off.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from actors import placement
+from actors.health import SamplerLost, StaleWeights
+from actors.judges import Judges, reward_text
+from actors.reporting import Reporter
+from actors.rollouts import Rollouts
+from actors.trainer_group import TrainerGroup, TrainerLost
+from jobs.cli import parse, resolved_toml, run_main
+from jobs.cluster import Stopped, cluster, dashboard, free_resources
+from jobs.preprocess import Data, preprocess, prompts_of, read_data
+from rlhf.algorithms.online_dpo import online_dpo
+from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
+from rlhf.config import OnlineDPOConfig
+from rlhf.data.prompts import PromptStream
+from rlhf.data.schema import BadInput
+from rlhf.run_folder import Fenced, RunFolder, RunInUse
+from rlhf.trainer import NonFiniteLoss
+from rlhf.types import Prompt
+from serve_apps import deploy
+
+TRAINER_REBUILDS = 3
+"""Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
+
+STOPS = (
+    *(BadInput, RunInUse, Fenced, ValueError, FileNotFoundError, placement.NotEnoughResources, deploy.DeployError),
+    *(JudgeUnreliable, NothingPasses, NonFiniteLoss, SamplerLost, StaleWeights, TrainerLost),
+)
+"""Ends of a run that a user can mend from the message alone."""
+
+
+def main() -> None:
+    arguments = parse(OnlineDPOConfig, description=__doc__ or "")
+    config = arguments.config
+    data = read_data(config)
+    for rows in filter(None, (data.train, data.evaluation)):
+        if rows.left_out:
+            print(rows.report(), flush=True)
+    if arguments.dry_run:
+        dry_run(config, data)
+    else:
+        print(f"results: {run(config, data)}")
+
+
+def dry_run(config: OnlineDPOConfig, data: Data) -> None:
+    """Print the resolved recipe and the placement table; raise where the run would be refused. Starts nothing."""
+    print(resolved_toml(config))
+    check_texts(config, prompts_of(config, data.all))
+    needed, free = placement.roles(config), free_resources(config.cluster)
+    print(placement.table(needed, free))
+    state = placement.checkpoint_bytes(config)
+    folder = next(p for p in (Path(config.run.dir), *Path(config.run.dir).parents) if p.exists())
+    disk = shutil.disk_usage(folder).free
+    need = state * (config.run.keep_checkpoints + 1)
+    print(
+        f"disk: {need / 2**30:.2f} GiB for {config.run.keep_checkpoints} + 1 checkpoints in {config.run.dir}, "
+        f"{disk / 2**30:.2f} GiB free"
+    )
+    placement.check(needed, free)
+    if need > disk:
+        raise placement.NotEnoughResources(
+            f"run.dir = {config.run.dir!r} has too little space; lower run.keep_checkpoints or point it elsewhere"
+        )
+
+
+def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
+    """Every prompt must give the aesthetic reward a text. Raises ValueError for the first that does not."""
+    if "hps" in config.reward.names:
+        for prompt in prompts:
+            reward_text(prompt, config.reward.hps.empty_prompt)
+
+
+def run(config: OnlineDPOConfig, data: Data) -> Path:
+    """Run (or resume) to the end; returns the run's folder."""
+    with cluster(config.cluster, namespace=config.run.name), ExitStack() as stack:
+        folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
+        stack.callback(folder.release)
+        print(
+            f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}", flush=True
+        )
+        name = f"{config.run.name}-{folder.path.name}"
+        check_placement(config, name)
+        placement.check_shared(folder.path)
+        stack.callback(deploy.undeploy, name)
+        judges_up = deploy.start(config, name)  # first: the filter's engine loads while the rest is prepared
+        prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
+        check_texts(config, prompts)
+        train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
+        group = placement.reserve(config)
+        stack.callback(ray.util.remove_placement_group, group)
+
+        def new_judges() -> ray.actor.ActorHandle:
+            actor = ray.remote(Judges).options(num_cpus=placement.JUDGES_CPUS, max_concurrency=1000)
+            return actor.remote(config, judges_up.apps, deploy.serve_token(config))
+
+        deploy.wait(judges_up, config.judges.deploy_timeout_s)
+        print(f"judges: {', '.join(deploy.addresses(config, judges_up).values())}", flush=True)
+        stream = PromptStream(train, config.run.seed)
+        rollouts = Rollouts(config, stream, new_judges, group)
+        stack.callback(rollouts.close)
+        held_out = held_out[: config.eval.max_prompts]
+
+        def new_trainer() -> TrainerGroup:
+            return TrainerGroup(config, folder.fence, group, meanwhile=rollouts.pump)
+
+        train_until_done(config, folder, rollouts, held_out, new_trainer)
+        return folder.path
+
+
+def check_placement(config: OnlineDPOConfig, name: str) -> None:
+    """Refuse, with a table, a run that does not fit; judges that an earlier start left running are not counted twice."""
+    running = serve.status().applications if deploy.judges_to_deploy(config) else {}
+    orphans = {f"judge {judge}" for judge in deploy.ROUTES if deploy.app_name(name, judge) in running}
+    needed = [role for role in placement.roles(config) if role.name not in orphans]
+    free = free_resources(config.cluster)
+    print(placement.table(needed, free), flush=True)
+    placement.check(needed, free)
+
+
+def train_until_done(
+    config: OnlineDPOConfig,
+    folder: RunFolder,
+    rollouts: Rollouts,
+    held_out: list[Prompt],
+    new_trainer: Callable[[], TrainerGroup],
+) -> None:
+    """The loop, begun again from the last commit when trainer ranks are lost."""
+    rebuilds, committed = 0, folder.last_committed()
+    while True:
+        folder.move_uncommitted_to_discarded(folder.last_committed())
+        with ExitStack() as stack:
+            tracker = Reporter(folder.path, config, folder.last_committed())
+            stack.callback(tracker.close)
+            try:
+                trainer = new_trainer()
+                stack.callback(trainer.kill)
+                online_dpo(config, folder, rollouts, trainer, tracker, held_out)
+                return
+            except TrainerLost as error:
+                rebuilds = rebuilds + 1 if folder.last_committed() == committed else 1
+                committed = folder.last_committed()
+                if rebuilds > TRAINER_REBUILDS:
+                    raise
+                print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
+
+
+def guarded_main() -> None:
+    """`main`, with a stop by signal told in one line: the same command resumes."""
+    try:
+        main()
+    except (KeyboardInterrupt, Stopped):
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(guarded_main, *STOPS)

@@ -1,0 +1,203 @@
+"""The command line: overrides, one message for all problems, absolute paths, the submitted-job rule."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import SUBMITTED_JOB, ConfigError, parse, resolved_toml
+from rlhf.config import LoRAConfig, OnlineDPOConfig
+
+RECIPE = """
+[model]
+path = "kontext"
+[data]
+path = "photos/train_metadata.jsonl"
+[reward]
+type = "hps"
+[judges]
+hps.path = "hps.pt"
+filter.enabled = false
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> str:
+    monkeypatch.delenv(SUBMITTED_JOB, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return "recipe.toml"
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(OnlineDPOConfig, list(argv))
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"the configuration has {len(lines)} problem{'s' if len(lines) > 1 else ''}:"
+    return [line.strip() for line in lines]
+
+
+def test_a_recipe_alone(recipe):
+    arguments = parse(OnlineDPOConfig, ["--config", recipe])
+    assert not arguments.dry_run and arguments.config_path == Path(recipe)
+    assert arguments.config.rollout.steps == 16 and arguments.config.reward.type == "hps"
+
+
+@pytest.mark.parametrize(
+    ("argv", "get", "value"),
+    [
+        (["--trainer.learning_rate", "3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
+        (["--trainer.learning_rate=3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
+        (["--rollout.lookahead", "2"], lambda c: c.rollout.lookahead, 2),
+        (["--dpo.beta", "-5000"], lambda c: c.dpo.beta, -5000.0),
+        (["--run.save_latents", "false"], lambda c: c.run.save_latents, False),
+        (["--run.save_latents", "False"], lambda c: c.run.save_latents, False),
+        (["--trainer.gradient_checkpointing"], lambda c: c.trainer.gradient_checkpointing, True),
+        (["--run.name", "5"], lambda c: c.run.name, "5"),
+        (["--run.name", "true"], lambda c: c.run.name, "true"),
+        (["--run.name", '"quoted = x"'], lambda c: c.run.name, "quoted = x"),
+        (["--run.name=a=b"], lambda c: c.run.name, "a=b"),
+        (["--trainer.ema_decay", "0.9", "--trainer.ema_decay", "none"], lambda c: c.trainer.ema_decay, None),
+        (["--trainer.lora.rank", "3"], lambda c: c.trainer.lora, LoRAConfig(rank=3)),
+        (["--trainer.lora", "{}"], lambda c: c.trainer.lora, LoRAConfig()),
+        (["--trainer.lora", "{}", "--trainer.lora", "none"], lambda c: c.trainer.lora, None),
+        (["--trainer.lora.targets", '["to_q", "to_k"]'], lambda c: c.trainer.lora.targets, ("to_q", "to_k")),
+    ],
+)
+def test_override_values(recipe, argv, get, value):
+    got = get(parse(OnlineDPOConfig, ["--config", recipe, *argv]).config)
+    assert got == value and type(got) is type(value)
+
+
+def test_a_valueless_boolean_turns_a_false_in_the_recipe_to_true(recipe):
+    Path(recipe).write_text(RECIPE + "[run]\nsave_latents = false\n")
+    assert not parse(OnlineDPOConfig, ["--config", recipe]).config.run.save_latents
+    assert parse(OnlineDPOConfig, ["--config", recipe, "--run.save_latents", "--dry-run"]).config.run.save_latents
+
+
+def test_overrides_beat_the_recipe_and_leave_the_rest_of_its_table(recipe):
+    config = parse(OnlineDPOConfig, ["--config", recipe, "--model.width", "96", "--dry-run"])
+    assert config.dry_run and config.config.model.width == 96
+    assert config.config.model.path.endswith("kontext")
+
+
+def test_every_problem_in_one_message_with_file_section_key_value_and_remedy(recipe):
+    Path(recipe).write_text(RECIPE.replace("[reward]", "[rollout]\nsteps = 0\nsteps_per = 3\n[rewards]\na = 1\n[reward]"))
+    found = problems("--config", recipe, "--data.fit", "crp", "--trainer.rnks", "2", "--h", "64", "stray")
+    assert found == [
+        "recipe.toml: [rollout] steps_per = 3: unknown key; did you mean rollout.steps?",
+        "recipe.toml: rewards = {'a': 1}: unknown key; see --help for the valid keys",
+        "command line: [trainer] rnks = '2': unknown key; did you mean trainer.ranks?",
+        "command line: h = '64': unknown key; did you mean model.height?",
+        "command line: stray: is no option; write --section.key VALUE",
+        "command line: [data] fit = 'crp': should be 'crop', 'pad' or 'stretch'; did you mean 'crop'?",
+        "recipe.toml: [rollout] steps = 0: should be greater than or equal to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [("beta", "dpo.beta"), ("reward_type", "reward.type"), ("max_train_steps", "trainer.max_train_steps")],
+)
+def test_flags_of_the_old_script_lead_to_their_keys(recipe, flag, key):
+    assert problems("--config", recipe, f"--{flag}", "1") == [
+        f"command line: {flag} = '1': unknown key; did you mean {key}?"
+    ]
+
+
+def test_required_keys_are_named_even_where_their_table_is_missing(recipe):
+    assert problems("--reward.type", "hps") == [
+        "command line: [model] path: is required; add it to the recipe or pass --model.path VALUE",
+        "command line: [data] path: is required; add it to the recipe or pass --data.path VALUE",
+    ]
+
+
+def test_rules_between_keys_say_both_values(recipe):
+    [problem] = problems("--config", recipe, "--rollout.lookahead", "3", "--rollout.max_age", "1")
+    assert problem.startswith("recipe.toml: [rollout]: max_age = 1 is below lookahead + publish_every - 1 = 3 + 1 - 1")
+
+
+def test_a_key_without_a_value(recipe):
+    assert problems("--config", recipe, "--rollout.steps", "--dry-run") == [
+        "command line: --rollout.steps: has no value; write --rollout.steps VALUE (int)"
+    ]
+
+
+def test_a_recipe_that_is_not_there_or_no_toml(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"recipes\.toml: no such file; did you mean recipe\.toml\?"):
+        parse(OnlineDPOConfig, ["--config", "recipes.toml"])
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: cannot be read as TOML: .*line 1"):
+        parse(OnlineDPOConfig, ["--config", "broken.toml"])
+
+
+def test_relative_paths_become_absolute(recipe, tmp_path):
+    config = parse(OnlineDPOConfig, ["--config", recipe, "--eval.path", "../e.jsonl", "--data.item_metadata", "/m.csv"]).config
+    assert config.model.path == str(tmp_path / "kontext")
+    assert config.data.path == str(tmp_path / "photos/train_metadata.jsonl")
+    assert config.judges.hps.path == str(tmp_path / "hps.pt")
+    assert (config.run.dir, config.data.cache) == (str(tmp_path / "runs"), str(tmp_path / "cache"))
+    assert config.eval.path == str(tmp_path.parent / "e.jsonl") and config.data.item_metadata == "/m.csv"
+
+
+def test_relative_paths_are_errors_in_a_submitted_job(recipe, monkeypatch):
+    monkeypatch.setenv(SUBMITTED_JOB, "{}")
+    found = problems("--config", recipe, "--run.dir", "out", "--data.item_metadata", "items.csv", "--eval.path", "e.jsonl")
+    named = [line.split(": is relative")[0] for line in found]
+    assert named == [
+        "command line: [run] dir = 'out'",
+        "recipe.toml: [model] path = 'kontext'",
+        "recipe.toml: [data] path = 'photos/train_metadata.jsonl'",
+        "command line: [data] item_metadata = 'items.csv'",
+        "default: [data] cache = 'cache'",
+        "recipe.toml: [judges.hps] path = 'hps.pt'",
+        "command line: [eval] path = 'e.jsonl'",
+    ]
+    assert all("give an absolute path that every node sees, e.g. --" in line for line in found)
+
+
+def test_absolute_paths_pass_in_a_submitted_job(recipe, monkeypatch):
+    monkeypatch.setenv(SUBMITTED_JOB, "{}")
+    argv = ["--run.dir", "/r", "--model.path", "/m", "--data.path", "/d", "--data.cache", "/c", "--judges.hps.path", "/h"]
+    assert parse(OnlineDPOConfig, ["--config", recipe, *argv]).config.run.dir == "/r"
+
+
+def test_resolved_toml_reads_back_to_the_same_configuration(recipe, tmp_path):
+    config = parse(OnlineDPOConfig, ["--config", recipe, "--trainer.lora.rank", "3", "--run.name", 'a"b']).config
+    text = resolved_toml(config)
+    (tmp_path / "resolved.toml").write_text(text)
+    assert parse(OnlineDPOConfig, ["--config", "resolved.toml"]).config == config
+    assert "max_age" not in text and tomllib.loads(text)["trainer"]["lora"]["rank"] == 3
+
+
+SCRIPT = """
+from jobs.cli import parse, resolved_toml, run_main
+from rlhf.config import OnlineDPOConfig
+def main():
+    print(resolved_toml(parse(OnlineDPOConfig, description="Trains at 100 %.").config))
+    raise KeyError("a bug")
+run_main(main, FileNotFoundError)
+"""
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[2])
+    return subprocess.run([sys.executable, "-c", SCRIPT, *argv], capture_output=True, text=True, env={"PYTHONPATH": root})
+
+
+def test_a_job_prints_user_errors_without_a_traceback_and_bugs_with_one(recipe):
+    bad = run("--config", recipe, "--trainer.ranks", "0")
+    assert bad.returncode == 2 and "[trainer] ranks = '0'" not in bad.stderr and "Traceback" not in bad.stderr
+    assert "command line: [trainer] ranks = 0: should be greater than or equal to 1" in bad.stderr
+    bug = run("--config", recipe)
+    assert bug.returncode == 1 and "KeyError: 'a bug'" in bug.stderr
+
+
+def test_help_lists_every_key_with_type_default_and_meaning(recipe):
+    text = run("--help").stdout
+    assert "Trains at 100 %." in text
+    assert "--model.path  str  (required)\n      Folder in the diffusers layout." in text
+    assert "--data.fit  'crop' | 'pad' | 'stretch'  ('crop')" in text
+    assert "--trainer.lora.targets  list of str | none  (none)" in text
