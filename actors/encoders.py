@@ -24,6 +24,7 @@ import ray
 import ray.data
 import torch
 
+from actors import stopping
 from actors.loading import Source, Text, load
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import Part, Place, commit, write_part
@@ -33,6 +34,7 @@ LOADER_CPUS = 0.1
 LOADERS_PER_ENCODER = 2
 T = TypeVar("T")
 
+STOP_TIMEOUT_S = 30.0
 COMMIT_EVERY_S = 20.0
 PROGRESS_EVERY_S = 2.0
 BATCHES_PER_FILE = 4
@@ -59,9 +61,9 @@ def encode(
     """
     settings = config.preprocess
     items = plan(texts, sources, settings.batch_size, settings.encoders)
-    _quiet()
+    _prepare_ray_data()
     dataset: ray.data.Dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    loaders = ray.data.TaskPoolStrategy(size=LOADERS_PER_ENCODER * settings.encoders)
+    loaders = ray.data.TaskPoolStrategy(size=min(LOADERS_PER_ENCODER * settings.encoders, len(items)))
     dataset = dataset.map(load, compute=loaders, num_cpus=LOADER_CPUS).map(
         cast(Any, Encoder),  # Ray Data makes one per actor from fn_constructor_args
         fn_constructor_args=(config,),
@@ -115,7 +117,9 @@ class Encoder:
         self.folder, self.batch_size = config.data.cache, config.preprocess.batch_size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """{"part": JSON} of the file that was written."""
+        """{"part": JSON of the file that was written, "error": what went wrong or ""}."""
+        if row["error"]:
+            return {"part": "", "error": row["error"]}
         item = json.loads(row["item"])
         rows: list[tuple[str, dict[str, torch.Tensor], float | None]] = []
         if "texts" in item:
@@ -137,7 +141,7 @@ class Encoder:
                     (sources[index].key, {name: tensor[i] for name, tensor in condition.items()}, None)
                     for i, index in enumerate(chosen)
                 ]
-        return {"part": json.dumps(asdict(write_part(self.folder, rows)))}
+        return {"part": json.dumps(asdict(write_part(self.folder, rows))), "error": ""}
 
     def _batches(self, rows: Sequence[T]) -> Iterator[tuple[Sequence[T], Sequence[T]]]:
         """(rows, the same padded with the last one to the constant batch size)."""
@@ -158,27 +162,25 @@ def _stream(dataset: ray.data.Dataset, timeout_s: float) -> Iterator[dict[str, A
         except BaseException as error:
             results.put(error)
 
-    threading.Thread(target=consume, name="preprocess", daemon=True).start()
+    stopping.requested.clear()
+    thread = threading.Thread(target=consume, name="preprocess", daemon=True)
+    thread.start()
     deadline = monotonic() + timeout_s
-    while True:
-        try:
-            result = results.get(timeout=max(0.0, deadline - monotonic()))
-        except queue.Empty:
-            raise EncodingFailed(
-                f"not finished after preprocess.timeout_s = {timeout_s:g} s; what is encoded is kept. The cluster has "
-                f"{ray.available_resources().get('CPU', 0):g} CPUs free; start it again, or raise the limit"
-            ) from None
-        if result is None:
-            return
-        if isinstance(result, BaseException):
-            raise EncodingFailed(f"encoding failed: {_root(result)}") from result
-        yield result
-
-
-def _root(error: BaseException) -> BaseException:
-    """The user code's own exception inside Ray's wrappers."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return _root(inner) if isinstance(inner, BaseException) else error
+    try:
+        while (result := results.get(timeout=max(0.0, deadline - monotonic()))) is not None:
+            if isinstance(result, BaseException):
+                raise EncodingFailed(f"encoding failed: {result}") from result
+            if result["error"]:
+                raise EncodingFailed(f"encoding failed: {result['error']}")
+            yield result
+    except queue.Empty:
+        raise EncodingFailed(
+            f"not finished after preprocess.timeout_s = {timeout_s:g} s; what is encoded is kept. The cluster has "
+            f"{ray.available_resources().get('CPU', 0):g} CPUs free; start it again, or raise the limit"
+        ) from None
+    finally:
+        stopping.requested.set()
+        thread.join(timeout=STOP_TIMEOUT_S)
 
 
 def _part_from_json(text: str) -> Part:
@@ -187,9 +189,11 @@ def _part_from_json(text: str) -> Part:
     return Part(file=document["file"], size=document["size"], places=places)
 
 
-def _quiet() -> None:
-    """One progress line of ours in place of Ray Data's bars and execution plans."""
+def _prepare_ray_data() -> None:
+    """One progress line of ours in place of Ray Data's bars and execution plans; and it stops when asked to."""
     context = ray.data.DataContext.get_current()
+    if stopping.StopOnRequest not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(stopping.StopOnRequest)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -6,21 +6,20 @@ Left out: batching (Serve's) and what a failure means for the run (`rlhf.algorit
 """
 
 import asyncio
-import base64
-import io
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-import httpx
-import numpy as np
 import ray
-from PIL import Image
 from ray import serve
 
 from rlhf.config import OnlineDPOConfig
+from rlhf.rewards.remote import RemoteJudge
 from rlhf.types import Item, Prompt, Score, Verdict
+
+Call = Callable[[ray.ObjectRef, str, Item | None], Awaitable[Verdict | float]]
+"""(picture, text, item) → the filter's verdict or a reward."""
 
 FIRST_BACKOFF_S = 0.5
 ACCEPTED = Verdict(valid=True, reason="no filter", raw_response="")
@@ -55,53 +54,23 @@ def reward_text(prompt: Prompt, template: str) -> str:
     return template.format(**vars(prompt.item)) if prompt.item else template
 
 
-class HTTPJudge:
-    """A judge behind a URL. `judges.NAME.url` is the base that the seed's clients use, e.g. http://host:8163."""
+def _over_http(name: str, url: str, token: str | None, timeout_s: float) -> Call:
+    judge = RemoteJudge(name, url, token=token, timeout_s=timeout_s)
 
-    def __init__(self, name: str, url: str, token: str | None):
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._name, self._url, self._client = name, url.rstrip("/"), httpx.AsyncClient(headers=headers, timeout=None)
+    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> Verdict | float:
+        image = await reference
+        return await (judge.judge(image, None, text) if name == "filter" else judge.score(image, text, item))
 
-    async def __call__(self, image: Any, source: Any, text: str, item: Item | None) -> Any:
-        png = await asyncio.to_thread(_png, await image if isinstance(image, ray.ObjectRef) else image)
-        if self._name == "ctr":
-            if item is None:
-                raise ValueError("the CTR judge needs item metadata")
-            answer = await self._post("predict", files={"image": ("edit.png", png, "image/png")}, data=vars(item))
-            return answer["data"]["ctr"]
-        encoded = base64.b64encode(png).decode()
-        if self._name == "hps":
-            return (await self._post("score", json={"image_base64": encoded, "prompt": text}))["score"]
-        answer = await self._post("validate", json={"image_base64": encoded, "prompt": text})
-        if not isinstance(answer["valid"], bool):
-            raise ValueError(f"the filter answered valid = {answer['valid']!r}, not true or false")
-        return Verdict(
-            valid=answer["valid"],
-            reason=answer.get("reason") or "",
-            raw_response=answer.get("raw_response") or "",
-            pass_probability=answer.get("pass_probability"),
-        )
-
-    async def _post(self, route: str, **body: Any) -> dict[str, Any]:
-        response = await self._client.post(f"{self._url}/{route}", **body)
-        if response.status_code != 200:
-            raise RuntimeError(f"{self._url}/{route} answered {response.status_code}: {response.text[:200]}")
-        return response.json()
+    return call
 
 
-def _png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format="PNG", compress_level=1)
-    return out.getvalue()
-
-
-def _from_handle(name: str, app: str) -> Callable[..., Awaitable[Any]]:
+def _by_handle(name: str, app: str) -> Call:
     handle = serve.get_app_handle(app)
 
-    async def call(image: Any, source: Any, text: str, item: Item | None) -> Any:
+    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> Verdict | float:
         if name == "filter":
-            return await handle.judge.remote(image, source, text)
-        return await handle.score.remote(image, text, item)
+            return await handle.judge.remote(reference, None, text)
+        return await handle.score.remote(reference, text, item)
 
     return call
 
@@ -112,10 +81,10 @@ class Judges:
     def __init__(self, config: OnlineDPOConfig, apps: dict[str, str], token: str | None):
         self._config = config
         names = [*(["filter"] if config.judges.filter.enabled else []), *config.reward.names]
-        self._calls: dict[str, Callable[..., Awaitable[Any]]] = {
-            name: _from_handle(name, apps[name])
+        self._calls: dict[str, Call] = {
+            name: _by_handle(name, apps[name])
             if name in apps
-            else HTTPJudge(name, getattr(config.judges, name).url, token)
+            else _over_http(name, getattr(config.judges, name).url, token, config.judges.timeout_s)
             for name in names
         }
         self._places = {name: asyncio.Semaphore(self._limit(name)) for name in names}
@@ -154,7 +123,7 @@ class Judges:
                 if name == "hps":
                     text = reward_text(prompt, self._config.reward.hps.empty_prompt)
                 async with self._places[name]:
-                    call = self._calls[name](image, None, text, prompt.item)
+                    call = self._calls[name](image, text, prompt.item)
                     return await asyncio.wait_for(call, judges.timeout_s)
             except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError):
                 raise

@@ -40,10 +40,13 @@ class Source:
 def load(row: dict[str, Any]) -> dict[str, Any]:
     """Add `pixels` to a work item of `actors.encoders.plan`: the bytes of uint8 (rows, H, W, 3), none for texts.
 
-    Raises: ValueError if a picture is not the one that was checked.
+    `error` says which picture cannot be read any more, or is empty: between processes an exception loses its cause.
     """
     sources = [Source(**source) for source in json.loads(row["item"]).get("sources", ())]
-    return {"item": row["item"], "pixels": b"".join(_pixels(source).tobytes() for source in sources)}
+    try:
+        return {"item": row["item"], "pixels": b"".join(_pixels(source).tobytes() for source in sources), "error": ""}
+    except (OSError, ValueError) as error:
+        return {"item": row["item"], "pixels": b"", "error": str(error)}
 
 
 def _pixels(source: Source) -> np.ndarray:

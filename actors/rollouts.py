@@ -118,7 +118,8 @@ class Rollouts:
         count, config = self.config.trainer.pairs_per_step, self.config.rollout
         started = monotonic()
         while True:
-            for cursor in buffer.wanted(self._rollout, count, config.lookahead):
+            ahead = min(config.lookahead, self.config.trainer.max_train_steps - step - 1)
+            for cursor in buffer.wanted(self._rollout, count, ahead):
                 self._tell_rollout(Enqueue(cursor=cursor, prompt=self.prompts[cursor]))
             self._rollout, pairs = buffer.take(
                 self._rollout, count, step=step, max_age=config.oldest, version_steps=self._version_steps

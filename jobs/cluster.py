@@ -33,6 +33,9 @@ def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
 
     Within the block SIGTERM raises `Stopped`, so that `finally` clauses run within the seconds before SIGKILL.
     """
+    if ray.is_initialized():  # a job inside another, as in the demo: the outer one's cluster
+        yield
+        return
     target = address(config)
     # Workers import the project by its installed (editable) name; PYTHONPATH also serves a plain checkout.
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}}
@@ -45,10 +48,11 @@ def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
             "dashboard_host": "127.0.0.1",
             "_node_ip_address": "127.0.0.1",
         }
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         # Workers' own output stays in their log files, which the dashboard shows; a failure comes as an exception.
         ray.init(address=target, namespace=namespace, runtime_env=environment, log_to_driver=False, **own)
+        signal.signal(signal.SIGTERM, _stop)  # after init, which installs a handler that ends the process at once
         yield
     finally:
         signal.signal(signal.SIGTERM, before)

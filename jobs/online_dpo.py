@@ -16,6 +16,7 @@ import ray
 from ray import serve
 
 from actors import placement
+from actors.encoders import EncodingFailed
 from actors.health import SamplerLost, StaleWeights
 from actors.judges import Judges, reward_text
 from actors.reporting import Reporter
@@ -27,6 +28,7 @@ from jobs.preprocess import Data, preprocess, prompts_of, read_data
 from rlhf.algorithms.online_dpo import online_dpo
 from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
 from rlhf.config import OnlineDPOConfig
+from rlhf.data.cache import CacheError
 from rlhf.data.prompts import PromptStream
 from rlhf.data.schema import BadInput
 from rlhf.run_folder import Fenced, RunFolder, RunInUse
@@ -39,7 +41,16 @@ TRAINER_REBUILDS = 3
 
 STOPS = (
     *(BadInput, RunInUse, Fenced, ValueError, FileNotFoundError, placement.NotEnoughResources, deploy.DeployError),
-    *(JudgeUnreliable, NothingPasses, NonFiniteLoss, SamplerLost, StaleWeights, TrainerLost),
+    *(
+        EncodingFailed,
+        CacheError,
+        JudgeUnreliable,
+        NothingPasses,
+        NonFiniteLoss,
+        SamplerLost,
+        StaleWeights,
+        TrainerLost,
+    ),
 )
 """Ends of a run that a user can mend from the message alone."""
 
@@ -94,6 +105,7 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
             f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}", flush=True
         )
         name = f"{config.run.name}-{folder.path.name}"
+        record_left_out(folder.path, data)
         check_placement(config, name)
         placement.check_shared(folder.path)
         stack.callback(deploy.undeploy, name)
@@ -120,6 +132,13 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
 
         train_until_done(config, folder, rollouts, held_out, new_trainer)
         return folder.path
+
+
+def record_left_out(folder: Path, data: Data) -> None:
+    """left_out.txt: the bad rows that `data.on_bad_row = "skip"` went on without."""
+    reports = [rows.report() for rows in filter(None, (data.train, data.evaluation)) if rows.left_out]
+    if reports:
+        (folder / "left_out.txt").write_text("\n".join(reports) + "\n", encoding="utf-8")
 
 
 def check_placement(config: OnlineDPOConfig, name: str) -> None:
@@ -159,14 +178,18 @@ def train_until_done(
                 print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
 
 
-def guarded_main() -> None:
-    """`main`, with a stop by signal told in one line: the same command resumes."""
-    try:
-        main()
-    except (KeyboardInterrupt, Stopped):
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+def guarded(job: Callable[[], None]) -> Callable[[], None]:
+    """A job whose stop by signal is told in one line."""
+
+    def guarded_job() -> None:
+        try:
+            job()
+        except (KeyboardInterrupt, Stopped):
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+    return guarded_job
 
 
 if __name__ == "__main__":
-    run_main(guarded_main, *STOPS)
+    run_main(guarded(main), *STOPS)

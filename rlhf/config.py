@@ -236,6 +236,37 @@ class EvalConfig(Section):
     max_prompts: int = Field(16, ge=1)
 
 
+class EditRequestConfig(Section):
+    """What `jobs.edit` edits, with which weights, and where the PNGs go."""
+
+    image: LocalPath | None = None
+    prompt: str = ""
+    data: LocalPath | None = None
+    """A JSONL like data.path, instead of one image."""
+    transformer: LocalPath | None = None
+    """A trained transformer folder, e.g. RUN/final/transformer; unset: the base model's."""
+    lora: LocalPath | None = None
+    """A LoRA file or its folder, e.g. RUN/final/lora."""
+    out: LocalPath = "edits"
+    seed: int = 0
+    variants: int = Field(1, ge=1)
+    """Edits per prompt, each from noise of its own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.image is None) == (self.data is None):
+            raise ValueError(f"give either image or data: image = {self.image!r}, data = {self.data!r}")
+        return self
+
+
+class EditConfig(Section):
+    model: ModelConfig
+    edit: EditRequestConfig
+    rollout: RolloutConfig = RolloutConfig()
+
+
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)

@@ -1,13 +1,23 @@
 """Fixtures that are dear to start and shared by a whole session."""
 
+import jobs  # noqa: F401, I001  first: it makes the settings that Ray reads when it is imported
+
+import contextlib
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import pytest
 
 from tests.ranks import Ranks
+
+SERVE_PORT = 8123
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +40,50 @@ def two_ranks(tmp_path_factory):
     ranks = Ranks(2, tmp_path_factory.mktemp("two_ranks"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """The one Ray cluster and the one Serve of a session."""
+    import ray
+    from ray import serve
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=300_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": SERVE_PORT, "request_timeout_s": 120}
+    )
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def judge_server():
+    """Start light HTTP judges: `judge_server(reject=0.7)` returns their base URL. See `tests.judge_server`."""
+    started = []
+
+    def start(**shares: float) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = [word for name, share in shares.items() for word in (f"--{name}", str(share))]
+        started.append(subprocess.Popen([sys.executable, "-m", "tests.judge_server", str(port), *options]))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/docs", timeout=5).close()
+                return f"http://127.0.0.1:{port}"
+            time.sleep(0.1)
+        raise TimeoutError("the judge server did not start")
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(10)

@@ -8,7 +8,6 @@ nothing but the cursor and no library's random generator can change the order.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,10 +77,7 @@ def read_rows(
             problems += [_without_item(path, line, Path(item_metadata)) for line in lines if line.image_id not in items]
     root = path.parent.resolve()
     rows: list[Row] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        # decode_image swaps the process's warning filters, which threads share: entered once here, no interleaving of
-        # theirs leaves other filters behind, or decodes a picture with its warnings silenced.
-        warnings.simplefilter("error")
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         pictures = pool.map(lambda line: _picture(path, root, line), lines)
         for done, (line, found) in enumerate(zip(lines, pictures, strict=True), start=1):
             if isinstance(found, Problem):

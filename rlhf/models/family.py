@@ -60,8 +60,8 @@ class Family(Protocol):
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The trainable network on the meta device: shapes without memory."""
 
-    def load_denoiser(self, device: str) -> nn.Module:
-        """The whole trainable network in `dtype`, frozen, for sampling."""
+    def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> nn.Module:
+        """The whole network in `dtype`, frozen, for sampling: the base, another `folder` (a trained export), a LoRA."""
 
     def load_codec(self, device: str) -> Codec: ...
 

@@ -88,9 +88,15 @@ class FluxKontext:
             denoiser, dtype
         )  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
 
-    def load_denoiser(self, device: str) -> FluxTransformer2DModel:
-        self._json(self.denoiser_folder, "config.json")
-        model = FluxTransformer2DModel.from_pretrained(self.path, subfolder=self.denoiser_folder, dtype=self.dtype)
+    def load_denoiser(
+        self, device: str, folder: Path | None = None, lora: Path | None = None
+    ) -> FluxTransformer2DModel:
+        if folder is None:
+            self._json(self.denoiser_folder, "config.json")
+            folder = Path(self.path) / self.denoiser_folder
+        model = FluxTransformer2DModel.from_pretrained(folder, dtype=self.dtype)
+        if lora is not None:
+            model.load_lora_adapter(lora, prefix=self.lora_prefix)
         return model.to(device).eval().requires_grad_(False)
 
     def load_codec(self, device: str) -> "KontextCodec":

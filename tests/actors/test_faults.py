@@ -134,9 +134,11 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def fill(self):
+        before = self.rollout.next_cursor
         self.rollout, commands = enqueue(self.rollout, wanted(self.rollout, PAIRS, self.lookahead))
         self.obey(commands)
-        assert len(self.rollout.open) + len(self.rollout.closed) >= (self.lookahead + 1) * PAIRS
+        assert len(self.rollout.open) + len(self.rollout.closed) == (self.lookahead + 1) * PAIRS
+        assert not self.rollout.queued or self.rollout.next_cursor == before, "a reopened prompt was passed over"
         self.tick()
 
     @rule(data=st.data(), count=st.integers(1, 6))
@@ -236,7 +238,7 @@ class Faults(RuleBasedStateMachine):
             assert len(before.closed) >= PAIRS or self.rollout is before
             assert self.rollout.scale is before.scale
             return
-        assert len(used) == len(pairs) == PAIRS
+        assert len(used) == len(pairs) == PAIRS and all(cursor > max(used) for cursor in self.rollout.closed)
         for pair in pairs:
             assert pair.cursor not in self.trained, "a pair trained twice"
             assert pair.winner.cursor == pair.loser.cursor == pair.cursor and pair.winner.attempt != pair.loser.attempt

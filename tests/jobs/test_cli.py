@@ -84,7 +84,9 @@ def test_overrides_beat_the_recipe_and_leave_the_rest_of_its_table(recipe):
 
 
 def test_every_problem_in_one_message_with_file_section_key_value_and_remedy(recipe):
-    Path(recipe).write_text(RECIPE.replace("[reward]", "[rollout]\nsteps = 0\nsteps_per = 3\n[rewards]\na = 1\n[reward]"))
+    Path(recipe).write_text(
+        RECIPE.replace("[reward]", "[rollout]\nsteps = 0\nsteps_per = 3\n[rewards]\na = 1\n[reward]")
+    )
     found = problems("--config", recipe, "--data.fit", "crp", "--trainer.rnks", "2", "--h", "64", "stray")
     assert found == [
         "recipe.toml: [rollout] steps_per = 3: unknown key; did you mean rollout.steps?",
@@ -134,7 +136,9 @@ def test_a_recipe_that_is_not_there_or_no_toml(recipe, tmp_path):
 
 
 def test_relative_paths_become_absolute(recipe, tmp_path):
-    config = parse(OnlineDPOConfig, ["--config", recipe, "--eval.path", "../e.jsonl", "--data.item_metadata", "/m.csv"]).config
+    config = parse(
+        OnlineDPOConfig, ["--config", recipe, "--eval.path", "../e.jsonl", "--data.item_metadata", "/m.csv"]
+    ).config
     assert config.model.path == str(tmp_path / "kontext")
     assert config.data.path == str(tmp_path / "photos/train_metadata.jsonl")
     assert config.judges.hps.path == str(tmp_path / "hps.pt")
@@ -144,7 +148,9 @@ def test_relative_paths_become_absolute(recipe, tmp_path):
 
 def test_relative_paths_are_errors_in_a_submitted_job(recipe, monkeypatch):
     monkeypatch.setenv(SUBMITTED_JOB, "{}")
-    found = problems("--config", recipe, "--run.dir", "out", "--data.item_metadata", "items.csv", "--eval.path", "e.jsonl")
+    found = problems(
+        "--config", recipe, "--run.dir", "out", "--data.item_metadata", "items.csv", "--eval.path", "e.jsonl"
+    )
     named = [line.split(": is relative")[0] for line in found]
     assert named == [
         "command line: [run] dir = 'out'",
@@ -160,7 +166,18 @@ def test_relative_paths_are_errors_in_a_submitted_job(recipe, monkeypatch):
 
 def test_absolute_paths_pass_in_a_submitted_job(recipe, monkeypatch):
     monkeypatch.setenv(SUBMITTED_JOB, "{}")
-    argv = ["--run.dir", "/r", "--model.path", "/m", "--data.path", "/d", "--data.cache", "/c", "--judges.hps.path", "/h"]
+    argv = [
+        "--run.dir",
+        "/r",
+        "--model.path",
+        "/m",
+        "--data.path",
+        "/d",
+        "--data.cache",
+        "/c",
+        "--judges.hps.path",
+        "/h",
+    ]
     assert parse(OnlineDPOConfig, ["--config", recipe, *argv]).config.run.dir == "/r"
 
 
@@ -184,7 +201,9 @@ run_main(main, FileNotFoundError)
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[2])
-    return subprocess.run([sys.executable, "-c", SCRIPT, *argv], capture_output=True, text=True, env={"PYTHONPATH": root})
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *argv], capture_output=True, text=True, env={"PYTHONPATH": root}
+    )
 
 
 def test_a_job_prints_user_errors_without_a_traceback_and_bugs_with_one(recipe):

@@ -85,7 +85,13 @@ def test_another_dtype_misses_all(config, full):
 
 @pytest.mark.parametrize(
     ("folder", "expected"),
-    [("vae", (0, 3)), ("text_encoder", (3, 0)), ("text_encoder_2", (3, 0)), ("tokenizer_2", (3, 0)), ("transformer", (0, 0))],
+    [
+        ("vae", (0, 3)),
+        ("text_encoder", (3, 0)),
+        ("text_encoder_2", (3, 0)),
+        ("tokenizer_2", (3, 0)),
+        ("transformer", (0, 0)),
+    ],
 )
 def test_another_encoder_misses_what_it_encoded(config, full, tmp_path, folder, expected):
     copy = tmp_path / "model"

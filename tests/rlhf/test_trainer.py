@@ -115,9 +115,7 @@ def train_and_save(mesh, path, folder, lora, save_at, steps):
 
 
 def state_of(trainer):
-    return {
-        f"{file}/{name}": rows.clone() for file, entries in trainer._state().items() for name, _, rows in entries
-    }
+    return {f"{file}/{name}": rows.clone() for file, entries in trainer._state().items() for name, _, rows in entries}
 
 
 def resume_and_train(mesh, path, folder, lora, steps):

@@ -32,6 +32,8 @@ def write_rows(folder: Path, rows: list) -> None:
     (folder / "train_metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_items(folder: Path, rows: list[list[str]], encoding: str = "utf-8", header: tuple[str, ...] = COLUMNS) -> None:
+def write_items(
+    folder: Path, rows: list[list[str]], encoding: str = "utf-8", header: tuple[str, ...] = COLUMNS
+) -> None:
     with open(folder / "ctr_metadata.csv", "w", newline="", encoding=encoding) as stream:
         csv.writer(stream).writerows([header, *rows])

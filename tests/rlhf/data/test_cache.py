@@ -80,12 +80,12 @@ def test_an_unsupported_dtype_is_refused(tmp_path):
 
 def test_rows_of_two_geometries_do_not_stack(folder):
     commit(folder, [write_part(folder, [("wide", source_row(5, size=6), None)])])
-    with pytest.raises(ValueError, match="source_latents cannot be stacked.*batch prompts of one geometry"):
+    with pytest.raises(ValueError, match=r"source_latents cannot be stacked.*batch prompts of one geometry"):
         ConditionCache(folder).condition([prompt("a", "x"), prompt("a", "wide")])
 
 
 def test_a_row_that_is_not_there(folder):
-    with pytest.raises(CacheError, match="row z is not in the cache .*; run jobs.preprocess"):
+    with pytest.raises(CacheError, match=r"row z is not in the cache .*; run jobs.preprocess"):
         ConditionCache(folder).condition([prompt("a", "z")])
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_manifest_is_a_clear_error(folder, text):
 def test_a_manifest_of_another_format_is_refused(folder):
     document = json.loads((folder / "manifest.json").read_text()) | {"format": 99}
     (folder / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(CacheError, match="has format 99, not 1; use another data.cache"):
+    with pytest.raises(CacheError, match=r"has format 99, not 1; use another data.cache"):
         read_manifest(folder)
 
 
@@ -199,7 +199,9 @@ def test_files_of_another_schema_are_refused(folder, foreign):
     fields = list(cache.SCHEMA)
     fields[4] = {
         "extension type": pa.field("data", Tagged()),
-        "extension metadata": fields[4].with_metadata({b"ARROW:extension:name": b"x", b"ARROW:extension:metadata": b""}),
+        "extension metadata": fields[4].with_metadata(
+            {b"ARROW:extension:name": b"x", b"ARROW:extension:metadata": b""}
+        ),
         "another column": pa.field("data", pa.binary()),
     }[foreign]
     path = folder / read_manifest(folder).places["x"].file

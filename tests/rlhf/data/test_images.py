@@ -49,7 +49,7 @@ def test_stretch_fills_the_frame_with_everything():
 
 
 def test_an_unknown_fit_is_an_error():
-    with pytest.raises(ValueError, match="data.fit = 'zoom'; use crop, pad or stretch"):
+    with pytest.raises(ValueError, match=r"data.fit = 'zoom'; use crop, pad or stretch"):
         fit_image(halves(20, 40, axis=1), 40, 40, "zoom")
 
 

@@ -68,7 +68,9 @@ def test_another_prompt_column(folder):
 
 def test_missing_image(folder):
     photos.write_rows(folder, [row(), row("2", image="images/none.png")])
-    assert only(folder).startswith("train_metadata.jsonl:2: image: 'images/none.png' does not exist; put the picture at ")
+    assert only(folder).startswith(
+        "train_metadata.jsonl:2: image: 'images/none.png' does not exist; put the picture at"
+    )
 
 
 def test_a_folder_is_no_image(folder):
@@ -106,7 +108,9 @@ def test_oversized_image(folder):
 @pytest.mark.parametrize("line", ["{", "not json", '{"image_id": "1",}', "1" * 5000, "[" * 100_000])
 def test_not_json(folder, line):
     photos.write_rows(folder, [row("0", image="images/0.png"), line])
-    assert re.match(r"train_metadata.jsonl:2: is not (JSON: .+; write one JSON object per line|an object)", only(folder))
+    assert re.match(
+        r"train_metadata.jsonl:2: is not (JSON: .+; write one JSON object per line|an object)", only(folder)
+    )
 
 
 @pytest.mark.parametrize(("line", "kind"), [("[]", "an array"), ("null", "null"), ("3", "a number"), ("true", "true")])
@@ -132,7 +136,7 @@ def test_missing_field(folder, field):
 @pytest.mark.parametrize(("value", "kind"), [(7, "a number"), (None, "null"), (["a"], "an array"), (False, "false")])
 def test_wrong_type(folder, field, value, kind):
     photos.write_rows(folder, [row(**{field: value})])
-    assert only(folder).startswith(f"train_metadata.jsonl:1: {field}: is {kind}, not a string; write it in quotes, like ")
+    assert only(folder).startswith(f"train_metadata.jsonl:1: {field}: is {kind}, not a string; write it in quotes")
 
 
 @pytest.mark.parametrize("field", ["image_id", "image"])
@@ -254,9 +258,7 @@ def test_all_problems_come_in_one_message_in_the_order_of_the_files(folder):
 
 def test_skip_goes_on_with_the_good_rows_and_says_what_was_left_out(folder):
     photos.write_rows(folder, [row("0", image="images/0.png"), "{", row(), row(), row("9", image="images/2.png")])
-    result = read_rows(
-        folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", on_bad_row="skip"
-    )
+    result = read_rows(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", on_bad_row="skip")
     assert [r.image_id for r in result.rows] == ["0", "1"]
     assert [problem.line for problem in result.left_out] == [2, 4, 5]
     report = result.report().splitlines()

@@ -1,0 +1,158 @@
+"""Human Preference Score v2: CLIP ViT-H/14 cosine between picture and prompt (arXiv 2306.09341).
+
+Loads the published checkpoints (`HPS_v2_compressed.pt`, `HPS_v2.1_compressed.pt`) into open_clip's maintained ViT-H-14.
+A JSON file of the same stem beside a checkpoint holds another open_clip model config, so a tiny checkpoint of the same
+format loads through the same code.
+
+The transform is the official one (longest side to the model's size, bicubic on the tensor, zero padding around the
+centre, normalise). open_clip's own would centre-crop and lose 40 % of a 1312×784 picture.
+
+Left out: the logit scale (tables print the cosine ×100), and the `hpsv2` package's scoring code, which reloads the
+checkpoint on every call and lacks its vocabulary file.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from rlhf.rewards.images import check_array
+from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
+from rlhf.types import Item
+
+FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+_BUFFERS = ("attn_mask", "position_ids")
+_CACHED_PROMPTS = 4096
+
+
+class HPSv2Reward:
+    """The `Reward` "hps": L2-normalised image feature · text feature, in [−1, 1], around 0.2–0.3 for real weights."""
+
+    name = "hps"
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        version: Literal["v2.0", "v2.1"] = "v2.1",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_rows: int | None = None,
+    ) -> None:
+        """path: a checkpoint file, or a folder that holds the file of `version` under its published name.
+
+        batch_rows: pad every forward to this many rows, so that a picture's score does not depend, even in its last
+        bits, on which others it was batched with.
+        """
+        file = find_checkpoint(Path(path), version)
+        self.device = device
+        self.dtype = dtype
+        self.batch_rows = batch_rows
+        self.model = load_model(file, device=device, dtype=dtype)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
+        self.image_size = _square(self.model.visual.image_size)
+        self.version = f"{file.stem}@{fingerprint(file)}"
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
+        """Cosine of each picture with its prompt; `items` are not read. See `Reward.score`."""
+        check_batch(images, prompts, items)
+        if not images:
+            return []
+        pixels = torch.stack([transform(image, self.image_size) for image in images])
+        texts = self._encode_texts(prompts)
+        rows = self.batch_rows or len(images)
+        features = [self._encode_images(pixels[start : start + rows], rows) for start in range(0, len(images), rows)]
+        return checked_scores(self.name, (torch.cat(features) * texts).sum(dim=-1).tolist(), len(images))
+
+    def _encode_images(self, pixels: Tensor, rows: int) -> Tensor:
+        count = len(pixels)
+        if self.batch_rows and count < rows:
+            pixels = torch.cat([pixels, pixels.new_zeros(rows - count, *pixels.shape[1:])])
+        features = self.model.encode_image(pixels.to(self.device, self.dtype))[:count]
+        return F.normalize(features.float(), dim=-1)
+
+    def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D) fp32 unit features. Each prompt is encoded alone, so that the cache never changes a score."""
+        for prompt in prompts:
+            if prompt not in self._texts:
+                features = self.model.encode_text(self.tokenizer([prompt]).to(self.device))
+                self._texts[prompt] = F.normalize(features.float(), dim=-1)[0]
+            self._texts.move_to_end(prompt)
+        texts = torch.stack([self._texts[prompt] for prompt in prompts])
+        while len(self._texts) > _CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        return texts
+
+
+def transform(image: np.ndarray, size: int) -> Tensor:
+    """The official HPSv2 transform of one uint8 (H, W, 3) picture: fp32 (3, size, size), normalised as CLIP is."""
+    check_array(image)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    height, width = tensor.shape[1:]
+    scale = size / max(height, width)
+    if scale != 1.0:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        tensor = resize(tensor, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    tensor = F.pad(tensor, [left, size - width - left, top, size - height - top])
+    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
+    return (tensor - mean[:, None, None]) / std[:, None, None]
+
+
+def find_checkpoint(path: Path, version: str) -> Path:
+    """`path` itself, or the published file of `version` in the folder `path`. Raises: FileNotFoundError."""
+    file = path / FILES[version] if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"judges.hps.path: no HPSv2 checkpoint at {file}; give a .pt or .safetensors file, or a folder that holds "
+            f"{FILES[version]} (judges.hps.version = {version!r})"
+        )
+    return file
+
+
+def load_model(file: Path, *, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """An open_clip CLIP in eval mode with the weights of `file`.
+
+    Raises: ValueError if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
+    """
+    sidecar = file.with_suffix(".json")
+    source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
+    config = json.loads(sidecar.read_text()) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")
+    model = open_clip.CLIP(**config)
+    state = _read_state(file)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit {source}: {error}") from error
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        state: Any = load_file(file)
+    else:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+        if not isinstance(state, dict):
+            raise ValueError(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")
+    names = {name: name.removeprefix("module.") for name in state}
+    return {new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)}
+
+
+def _square(image_size: int | tuple[int, int]) -> int:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height != width:
+        raise ValueError(f"an HPSv2 model reads square pictures, not {height}×{width}")
+    return height

@@ -1,0 +1,117 @@
+"""The `Filter` on vLLM: one asynchronous engine, verdicts constrained to two words, a reason only after FAIL.
+
+vLLM batches concurrent calls itself. The first call holds the engine's grammar, not the text, to PASS or FAIL, so the
+log-probabilities of its first token are those of the two words; the reason continues the same conversation, whose
+pictures and prefix the engine has cached.
+"""
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from rlhf.config import FilterJudgeConfig
+from rlhf.rewards.images import check_array
+from rlhf.rewards.reward import JudgeError, fingerprint
+from rlhf.rewards.vlm_filter import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
+from rlhf.types import Verdict
+
+TOP_LOGPROBS = 20
+"""vLLM's own limit; at most 8 beginnings of the two words exist."""
+
+
+class VLLMFilter:
+    """A `Filter` that owns a vLLM engine. Make one with `await VLLMFilter.start(judge)`, end it with `close`."""
+
+    name = "filter"
+
+    def __init__(self, judge: FilterJudgeConfig, engine: Any, tokenizer: Any) -> None:
+        self.judge_config = judge
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.device = "cuda" if judge.num_gpus else "cpu"
+        path = Path(str(judge.path))
+        self.version = f"{path.name}@{fingerprint(path)}"
+        self._ids = itertools.count()
+
+    @classmethod
+    async def start(cls, judge: FilterJudgeConfig) -> Self:
+        """Load the folder `judge.path` into a new engine: about a minute for a tiny model on a CPU."""
+        if not judge.num_gpus:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # the engine's processes share this node
+        from vllm.engine.arg_utils import AsyncEngineArgs  # slow import, and only replicas have vLLM
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(
+            model=str(judge.path),
+            dtype=judge.dtype,
+            max_model_len=judge.max_model_len,
+            tensor_parallel_size=judge.tensor_parallel_size,
+            gpu_memory_utilization=judge.gpu_memory_utilization,
+            max_num_seqs=judge.max_batch_size,
+            limit_mm_per_prompt={"image": 2, "video": 0},
+            enforce_eager=not judge.num_gpus,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+        engine = AsyncLLM.from_engine_args(arguments)
+        return cls(judge, engine, engine.get_tokenizer())
+
+    async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
+        """See `Filter.judge`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        pictures = [_to_pil(picture) for picture in (source, image) if picture is not None]
+        messages = build_messages(has_source=source is not None, prompt=prompt)
+        choice = SamplingParams(
+            temperature=0.0,
+            max_tokens=8,
+            logprobs=TOP_LOGPROBS,
+            structured_outputs=StructuredOutputsParams(choice=list(VERDICTS)),
+        )
+        answer = await self._generate(messages, pictures, choice)
+        if not answer.logprobs:
+            raise JudgeError("the filter's engine gave no log-probabilities")
+        first = [(token.decoded_token or "", token.logprob) for token in answer.logprobs[0].values()]
+        verdict = decide(answer.text, pass_probability(first), self.judge_config.min_pass_probability)
+        if verdict.valid or not self.judge_config.max_reason_tokens:
+            return verdict
+        free = SamplingParams(temperature=0.0, max_tokens=self.judge_config.max_reason_tokens)
+        reason = await self._generate(reason_messages(messages), pictures, free)
+        return replace(verdict, reason=reason.text.strip())
+
+    async def close(self) -> None:
+        """End the engine's processes."""
+        self.engine.shutdown()
+
+    async def _generate(self, messages: list[dict[str, Any]], pictures: list[Image.Image], parameters: Any) -> Any:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = {"prompt": text, "multi_modal_data": {"image": pictures}}
+        final = None
+        try:
+            async for output in self.engine.generate(prompt, parameters, request_id=str(next(self._ids))):
+                final = output
+        except VLLMClientError as error:  # too long a prompt, for example
+            raise ValueError(f"the filter cannot read this request: {error}") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise JudgeError(f"the filter's engine failed: {type(error).__name__}: {error}") from error
+        if final is None or not final.finished:
+            raise JudgeError("the filter's engine ended a request without an answer")
+        return final.outputs[0]
+
+
+def _to_pil(picture: np.ndarray) -> Image.Image:
+    check_array(picture)
+    return Image.fromarray(shrink(picture))

@@ -1,0 +1,142 @@
+"""The whole job on a light world: pairs under rejection, stops with reasons, and exact resume after kill -9."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from jobs.online_dpo import run
+from jobs.preprocess import read_data
+from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
+from rlhf.data.pairs import read_pairs
+from rlhf.weights import SafetensorsFolder
+from tests.jobs.light import light_config, metric_rows, write_photos
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_photos(tmp_path)
+    return tmp_path
+
+
+def test_a_filter_that_rejects_most_still_gives_full_batches_of_sound_pairs(cluster, judge_server, kontext, folder):
+    config = light_config(
+        folder,
+        kontext,
+        judge_server(reject=0.7, fail=0.1),
+        rollout={"steps": 2, "batch_size": 4, "max_sample_attempts": 12, "timeout_s": 120.0, "lookahead": 1},
+        trainer=light_config(folder, kontext, "").trainer.model_dump() | {"lora": {"rank": 4}, "max_train_steps": 5},
+        eval={"path": str(folder / "eval.jsonl"), "every": 3},
+    )
+    path = run(config, read_data(config))
+    rows = read_pairs(path / "pairs")
+    assert [row["step"] for row in rows] == [step for step in range(1, 6) for _ in range(4)]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3] * 5
+    assert len({row["cursor"] for row in rows}) == len(rows), "a prompt trained twice within an epoch"
+    for row in rows:
+        assert row["winner_latents"] != row["loser_latents"]
+        assert min(row["winner_pass_probability"], row["loser_pass_probability"]) >= 0.7
+        assert dict(row["winner_rewards"])["hps"] > dict(row["loser_rewards"])["hps"]
+        assert row["step"] - 1 - row["winner_version"] <= config.rollout.oldest + 2  # EMA publishes count too
+    metrics = [row for row in metric_rows(path) if "train/loss" in row]
+    assert all(0 < row["filter/pass_rate"] < 1 for row in metrics)
+    assert sum(row["rollout/quarantined_hps"] for row in metrics) > 0
+    assert (path / "final" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert sorted(file.name for file in (path / "samples").glob("step_*.png")) == ["step_000004.png"]
+    finished = {name for row in metric_rows(path) for name in row if name.startswith("eval/")}
+    assert {"eval/base_hps", "eval/policy_hps", "eval/ema_hps"} & finished
+
+
+def test_a_filter_that_rejects_all_stops_with_the_counts(cluster, judge_server, kontext, folder):
+    config = light_config(
+        folder,
+        kontext,
+        judge_server(reject=1.0),
+        rollout={"steps": 1, "batch_size": 4, "max_sample_attempts": 3, "max_dropped_in_a_row": 6},
+    )
+    with pytest.raises(NothingPasses, match=r"0 of \d+ candidates passed the filter"):
+        run(config, read_data(config))
+
+
+def test_a_judge_that_fails_too_often_stops_the_run_by_name(cluster, judge_server, kontext, folder):
+    judges = light_config(folder, kontext, judge_server(fail=0.8)).judges.model_dump() | {"retries": 0}
+    config = light_config(folder, kontext, "", judges=judges)
+    with pytest.raises(JudgeUnreliable, match=r"judge 'hps' failed .*status 500.*on purpose"):
+        run(config, read_data(config))
+
+
+def start(recipe: Path, log: Path) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "jobs.online_dpo", "--config", str(recipe)]
+    return subprocess.Popen(command, stdout=log.open("a"), stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_for(condition, seconds: float, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the driver ended early:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"too slow:\n{log.read_text()[-3000:]}"
+        time.sleep(0.1)
+
+
+def state(path: Path, step: int) -> dict[str, bytes]:
+    files = sorted((path / f"checkpoint_{step:06d}" / "state").glob("*"))
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.timeout(900)
+def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge_server, kontext, folder):
+    url, steps = judge_server(reject=0.3), 40
+    trainer = light_config(folder, kontext, url).trainer.model_dump(exclude_none=True)
+    drivers = {}
+    for name in ("straight", "killed"):
+        config = light_config(
+            folder,
+            kontext,
+            url,
+            run={"name": name, "dir": str(folder / "runs"), "save_every": 5, "sample_every": 20, "keep_checkpoints": 1},
+            trainer=trainer | {"max_train_steps": steps},
+        )
+        drivers[name] = folder / f"{name}.toml"
+        drivers[name].write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    log = folder / "log.txt"
+    assert start(drivers["straight"], log).wait(400) == 0, log.read_text()[-3000:]
+
+    killed = folder / "runs" / "killed" / "v0"
+    victim_step = random.Random(os.getpid()).randint(8, 34)
+    process = start(drivers["killed"], log)
+    audit = killed / "pairs" / f"step_{victim_step:06d}.rank_0.parquet"
+    wait_for(audit.exists, 300, process, log)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    again = start(drivers["killed"], log)
+    assert again.wait(400) == 0, log.read_text()[-3000:]
+
+    straight = folder / "runs" / "straight" / "v0"
+    assert list((killed / "discarded").glob("epoch_2/*")), f"nothing was redone after the kill at {victim_step}"
+    assert metric_rows(killed) == metric_rows(straight)
+    assert read_pairs(killed / "pairs") == read_pairs(straight / "pairs")
+    assert state(killed, steps) == state(straight, steps)
+    for kind in ("transformer", "ema_transformer"):
+        one, other = (SafetensorsFolder(path / "final" / kind).path for path in (killed, straight))
+        file = "diffusion_pytorch_model.safetensors"
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, kontext, folder):
+    from jobs.cli import resolved_toml
+    from rlhf.run_folder import RunFolder, RunInUse
+
+    config = light_config(folder, kontext, "http://127.0.0.1:9")
+    held = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config))
+    with pytest.raises(RunInUse, match="in use by a live driver"):
+        run(config, read_data(config))
+    held.release()

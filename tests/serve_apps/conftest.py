@@ -1,0 +1,77 @@
+"""One set of judges for every test here: tiny checkpoints through the real apps, on the session's cluster."""
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from rlhf.config import OnlineDPOConfig
+from rlhf.rewards import ctr, ctr_small, tiny
+from rlhf.types import Item
+from serve_apps import deploy
+from tests.conftest import SERVE_PORT as PORT
+from tests.rlhf.rewards.openai_server import completion, openai_server
+
+TOKEN = "a-test-token"
+ITEM = Item(food_name="红烧肉", food_type="中式快餐", city_name="上海", shop_name="老王饭店")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder with hps.pt, ctr/ and qwen/."""
+    folder = tmp_path_factory.mktemp("judges")
+    tiny.write_hpsv2(folder / "hps.pt")
+    tiny.write_qwen3_vl(folder / "qwen")
+    tokenizer = ctr_small.small_tokenizer([ctr.describe(ITEM)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ctr.save(folder / "ctr", ctr.CTRModel(ctr_small.small_config(tokenizer)), tokenizer)
+    return folder
+
+
+def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve_section) -> OnlineDPOConfig:
+    """A run's config that deploys these judges; `filter=None` switches the filter off."""
+    return OnlineDPOConfig.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"path": "unused", "item_metadata": "unused"},
+            "reward": {"type": reward},
+            "serve": {"port": PORT, "token": TOKEN} | serve_section,
+            "judges": {
+                "deploy_timeout_s": 240,
+                "hps": {"path": str(models / "hps.pt"), "num_cpus": 0.1, "pad_batches": True} | (hps or {}),
+                "ctr": {"path": str(models / "ctr"), "num_cpus": 0.1, "pad_batches": True} | (ctr or {}),
+                "filter": {"num_cpus": 0.1} | filter if filter else {"enabled": False},
+            },
+        }
+    )
+
+
+def scripted_verdict(body, headers):
+    """The server behind the API filter: dark pictures fail, an instruction of "break" breaks it."""
+    if "break" in str(body["messages"][1]):
+        return 500, {"error": "out of order"}
+    if len(body["messages"]) > 2:
+        return 200, completion("Too dark.")
+    return 200, completion("FAIL", {"PASS": -3.0, "FAIL": -0.05})
+
+
+@pytest.fixture(scope="session")
+def judges(cluster, models):
+    """All three apps up: real HPSv2 and CTR models, the filter in API mode."""
+    with openai_server(scripted_verdict) as (base, _):
+        small_queue = {"max_batch_size": 4, "max_ongoing_requests": 4, "max_queued_requests": 2}
+        deployed = deploy.deploy(config(models, ctr=small_queue, filter={"api_base": base}), "contract")
+        yield deployed
+        deploy.undeploy("contract")
+
+
+@pytest.fixture
+def client(judges):
+    with httpx.Client(base_url=judges.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)

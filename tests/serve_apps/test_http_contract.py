@@ -1,0 +1,195 @@
+"""contracts.md section 3 against the running apps, with the payloads of the seed's clients."""
+
+import asyncio
+import base64
+import io
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlhf.rewards.ctr import CTRReward
+from rlhf.rewards.hpsv2 import HPSv2Reward
+from rlhf.rewards.images import encode_base64, encode_png
+from rlhf.rewards.remote import RemoteJudge
+from rlhf.rewards.reward import JudgeError
+from serve_apps.deploy import ROUTES
+from tests.serve_apps.conftest import ITEM, TOKEN
+
+
+@pytest.fixture(scope="module")
+def hps(models):
+    return HPSv2Reward(models / "hps.pt", batch_rows=16)
+
+
+def form(**changes):
+    return {name: value for name, value in (vars(ITEM) | changes).items() if value is not None}
+
+
+def test_score_is_the_models(client, hps, picture):
+    response = client.post("/hpsv2/score", json={"image_base64": encode_base64(picture), "prompt": "一个苹果"})
+    assert response.status_code == 200
+    assert response.json() == {"score": hps.score([picture], ["一个苹果"], [None])[0]}
+
+
+def test_score_batch_keeps_order(client, hps):
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8) for i in range(20)]
+    prompts = [f"prompt {i}" for i in range(20)]
+    items = [{"image_base64": encode_base64(a), "prompt": b} for a, b in zip(pictures, prompts, strict=True)]
+    response = client.post("/hpsv2/score_batch", json={"items": items})
+    assert response.json() == {"scores": hps.score(pictures, prompts, [None] * 20)}
+
+
+def test_predict_is_the_models(client, models, picture):
+    rate = CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0]
+    response = client.post("/ctr/predict", data=form(), files={"image": ("a.png", encode_png(picture), "image/png")})
+    assert response.status_code == 200
+    assert response.json() == {"success": True, "data": {"ctr": round(rate, 6), "ctr_percent": f"{rate * 100:.2f}%"}}
+
+
+def test_validate_with_and_without_source(client, picture):
+    body = {"image_base64": encode_base64(picture), "prompt": "warmer"}
+    for extra in ({}, {"source_base64": encode_base64(255 - picture)}, {"source_base64": None}):
+        answer = client.post("/filter/validate", json=body | extra).json()
+        assert answer.pop("pass_probability") == pytest.approx(np.exp(-3) / (np.exp(-3) + np.exp(-0.05)))
+        assert answer == {"valid": False, "reason": "Too dark.", "raw_response": "FAIL"}
+
+
+def test_a_broken_filter_is_an_error_and_not_a_verdict(client, picture):
+    response = client.post("/filter/validate", json={"image_base64": encode_base64(picture), "prompt": "break"})
+    assert response.status_code == 502 and "valid" not in response.json() and "500" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("app", ROUTES.values())
+def test_health_and_docs(client, app):
+    health = client.get(f"{app}/health")
+    assert health.status_code == 200 and set(health.json()) == {"model", "version", "device"}
+    assert "@" in health.json()["version"]
+    assert client.get(f"{app}/docs").status_code == 200
+    assert "/health" in client.get(f"{app}/openapi.json").json()["paths"]
+
+
+ROUTE_LIST = [
+    ("POST", "/hpsv2/score"),
+    ("POST", "/hpsv2/score_batch"),
+    ("POST", "/ctr/predict"),
+    ("POST", "/filter/validate"),
+    *[("GET", f"{app}/{route}") for app in ROUTES.values() for route in ("health", "docs", "openapi.json")],
+]
+
+
+@pytest.mark.parametrize(("method", "route"), ROUTE_LIST)
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}])
+def test_every_route_asks_for_the_token(judges, method, route, header):
+    response = httpx.request(method, judges.url + route, headers=header, timeout=30)
+    assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+
+
+def gif() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+BAD_FILES = [
+    (b"", 400),
+    (b"no picture at all", 400),
+    (encode_png(np.zeros((64, 64, 3), np.uint8))[:-30], 400),
+    (gif(), 415),
+    (b"\x89PNG\r\n\x1a\n" + bytes(32 * 2**20), 413),
+]
+
+
+@pytest.mark.parametrize(("data", "status"), BAD_FILES, ids=["empty", "text", "truncated", "gif", "too long"])
+def test_bad_pictures_name_the_field(client, picture, data, status):
+    text = base64.b64encode(data).decode()
+    good = {"image_base64": encode_base64(picture), "prompt": ""}
+    bad = good | {"image_base64": text}
+    cases = {
+        "image_base64": client.post("/hpsv2/score", json=bad),
+        "items.1.image_base64": client.post("/hpsv2/score_batch", json={"items": [good, bad]}),
+        "image": client.post("/ctr/predict", data=form(), files={"image": ("x.png", data)}),
+        "source_base64": client.post("/filter/validate", json=good | {"source_base64": text}),
+    }
+    for field, response in cases.items():
+        assert response.status_code == status and response.json()["detail"].startswith(f"{field}: "), field
+
+
+def test_more_than_forty_megapixels(client):
+    buffer = io.BytesIO()
+    Image.new("1", (8000, 5001)).save(buffer, "PNG")
+    response = client.post(
+        "/hpsv2/score", json={"image_base64": base64.b64encode(buffer.getvalue()).decode(), "prompt": ""}
+    )
+    assert response.status_code == 413 and "8000×5001" in response.json()["detail"]
+
+
+def test_missing_and_wrong_fields(client, picture):
+    text, file = encode_base64(picture), {"image": ("x.png", encode_png(picture))}
+    cases = [
+        (client.post("/hpsv2/score", json={"prompt": "x"}), "image_base64"),
+        (client.post("/hpsv2/score", json={"image_base64": text}), "prompt"),
+        (client.post("/hpsv2/score", json={"image_base64": 7, "prompt": "x"}), "image_base64"),
+        (client.post("/hpsv2/score", content=b"{", headers={"content-type": "application/json"}), ""),
+        (client.post("/hpsv2/score_batch", json={"items": [{"prompt": "x"}]}), "items.0.image_base64"),
+        (client.post("/hpsv2/score_batch", json={"items": []}), "items"),
+        (client.post("/hpsv2/score_batch", json={"items": [{"image_base64": "", "prompt": ""}] * 65}), "items"),
+        (client.post("/ctr/predict", data=form()), "image"),
+        *[(client.post("/ctr/predict", data=form(**{name: None}), files=file), name) for name in vars(ITEM)],
+        (client.post("/filter/validate", json={"prompt": "x"}), "image_base64"),
+    ]
+    for response, field in cases:
+        assert response.status_code == 422 and field in {p["field"] for p in response.json()["detail"]} | {""}
+        assert "score" not in response.json() and len(response.text) < 500  # the request is not echoed back
+
+
+def test_overload_is_503_with_retry_after(judges, models):
+    picture = np.random.default_rng(2).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    expected = CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0]
+    file = encode_png(picture)
+
+    async def flood():
+        limits = httpx.Limits(max_connections=48)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with httpx.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
+            url = f"{judges.url}/ctr/predict"
+            return await asyncio.gather(
+                *[client.post(url, data=form(), files={"image": ("x.png", file)}) for _ in range(48)]
+            )
+
+    responses = asyncio.run(flood())
+    assert {response.status_code for response in responses} == {200, 503}
+    for response in responses:
+        if response.status_code == 200:
+            assert response.json()["data"]["ctr"] == round(expected, 6)
+        else:
+            assert int(response.headers["retry-after"]) >= 1
+
+
+def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
+    async def ask():
+        token = {"token": TOKEN}
+        remote = {name: RemoteJudge(name, judges.url + route, **token) for name, route in ROUTES.items()}
+        stranger = RemoteJudge("hps", judges.url + "/hpsv2")
+        try:
+            with pytest.raises(JudgeError, match="401"):
+                await stranger.score(picture, "x")
+            with pytest.raises(JudgeError, match="502"):
+                await remote["filter"].judge(picture, None, "break")
+            with pytest.raises(ValueError, match="item"):
+                await remote["ctr"].score(picture, "")
+            return (
+                await remote["hps"].score(picture, "x"),
+                await remote["ctr"].score(picture, "", ITEM),
+                await remote["filter"].judge(picture, 255 - picture, "warmer"),
+            )
+        finally:
+            for client in (*remote.values(), stranger):
+                await client.close()
+
+    score, rate, verdict = asyncio.run(ask())
+    assert score == hps.score([picture], ["x"], [None])[0]
+    assert rate == pytest.approx(CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0], abs=1e-6)
+    assert not verdict.valid and verdict.reason == "Too dark." and 0 < verdict.pass_probability < 0.1
