@@ -2,12 +2,14 @@
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-EXTRA ?= cpu
+# cpu or gpu: which vLLM. An environment that is there keeps its own; naming the other one makes it anew.
+EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+OTHER := $(if $(filter gpu,$(EXTRA)),cpu,gpu)
 UV_VERSION := 0.13.8
 # uv from the PATH, or from a small environment of its own
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow lint
 
 install: $(VENV)/.installed-$(EXTRA)
 
@@ -15,10 +17,10 @@ install: $(VENV)/.installed-$(EXTRA)
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv==$(UV_VERSION)
 
 $(VENV)/.installed-$(EXTRA): pyproject.toml .ci/constraints.txt | $(filter .uv/%,$(UV))
-	$(UV) venv --quiet --allow-existing --python 3.11 $(VENV)
+	$(UV) venv --quiet $(if $(wildcard $(VENV)/.installed-$(OTHER)),--clear,--allow-existing) --python 3.11 $(VENV)
 	$(UV) pip install --quiet --python $(PYTHON) \
 		--constraint .ci/constraints.txt --editable '.[$(EXTRA)]' --group dev
-	rm -f $(VENV)/.installed-* && touch $@
+	touch $@
 
 demo: install
 	$(PYTHON) -m jobs.demo
@@ -31,6 +33,3 @@ test-slow: install
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
-
-clean:
-	rm -rf runs cache demo

@@ -196,5 +196,6 @@ def _prepare_ray_data() -> None:
         context.custom_execution_callback_classes.append(stopping.StopOnRequest)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # advises memory reservations for loaders that live for seconds
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

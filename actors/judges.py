@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from rlhf.config import OnlineDPOConfig
+from rlhf.config import JudgeConfig, OnlineDPOConfig
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.types import Item, Prompt, Score, Verdict
 
@@ -54,8 +54,9 @@ def reward_text(prompt: Prompt, template: str) -> str:
     return template.format(**vars(prompt.item)) if prompt.item else template
 
 
-def _over_http(name: str, url: str, token: str | None, timeout_s: float) -> Call:
-    judge = RemoteJudge(name, url, token=token, timeout_s=timeout_s)
+def _over_http(name: str, config: JudgeConfig, timeout_s: float) -> Call:
+    assert config.url is not None
+    judge = RemoteJudge(name, config.url, token=config.token, timeout_s=timeout_s)
 
     async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> Verdict | float:
         image = await reference
@@ -78,13 +79,13 @@ def _by_handle(name: str, app: str) -> Call:
 class Judges:
     """`judge([image], prompt)` → Score, Failure or PixelsLost. Pictures pass through as references."""
 
-    def __init__(self, config: OnlineDPOConfig, apps: dict[str, str], token: str | None):
+    def __init__(self, config: OnlineDPOConfig, apps: dict[str, str]):
         self._config = config
         names = [*(["filter"] if config.judges.filter.enabled else []), *config.reward.names]
         self._calls: dict[str, Call] = {
             name: _by_handle(name, apps[name])
             if name in apps
-            else _over_http(name, getattr(config.judges, name).url, token, config.judges.timeout_s)
+            else _over_http(name, getattr(config.judges, name), config.judges.timeout_s)
             for name in names
         }
         self._places = {name: asyncio.Semaphore(self._limit(name)) for name in names}

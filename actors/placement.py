@@ -33,6 +33,9 @@ class Role:
     nbytes: float
 
 
+ENCODER = "encoder (preprocess, before the rest)"
+
+
 class NotEnoughResources(RuntimeError):
     """The cluster cannot hold the run; the message is a table."""
 
@@ -85,7 +88,7 @@ def roles(config: OnlineDPOConfig) -> list[Role]:
             nbytes=dtype_bytes * count + vae,
         ),
         Role(
-            name="encoder (preprocess, before the rest)",
+            name=ENCODER,
             count=preprocess.encoders,
             num_cpus=preprocess.num_cpus,
             num_gpus=preprocess.num_gpus,
@@ -95,7 +98,7 @@ def roles(config: OnlineDPOConfig) -> list[Role]:
     ]
     for name in (*config.reward.names, "filter"):
         judge = getattr(config.judges, name)
-        if judge.path and not judge.url and not (name == "filter" and (not judge.enabled or judge.api_base)):
+        if not judge.url and not (name == "filter" and not judge.enabled):
             found.append(
                 Role(
                     name=f"judge {name}",
@@ -157,7 +160,7 @@ def adapter_parameters(denoiser: torch.nn.Module, rank: int, targets: Sequence[s
 
 def at_once(needed: Sequence[Role]) -> list[Role]:
     """The roles that run at the same time: preprocessing is over before the rest starts."""
-    return [role for role in needed if not role.name.startswith("encoder")]
+    return [role for role in needed if role.name != ENCODER]
 
 
 def table(needed: Sequence[Role], available: dict[str, float] | None) -> str:
@@ -187,7 +190,8 @@ def totals(needed: Sequence[Role]) -> tuple[float, float]:
 def check(needed: Sequence[Role], available: dict[str, float]) -> None:
     """Raise NotEnoughResources, with the table, unless everything fits now."""
     together = at_once(needed)
-    cpus, gpus = totals(together)
+    before = totals([role for role in needed if role.name == ENCODER])
+    cpus, gpus = (max(pair) for pair in zip(totals(together), before, strict=True))
     short = []
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         have = available.get(name, 0.0)

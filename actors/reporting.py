@@ -4,6 +4,8 @@ Sheets are drawn in a task beside the data, so that the driver never holds a pic
 """
 
 from collections.abc import Sequence
+from datetime import datetime
+from math import nan
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -35,12 +37,12 @@ class Reporter:
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Record scalars; those of an update are also printed as one line."""
         now = monotonic()
-        if "train/loss" in scalars:
+        if "train/lr" in scalars:
             scalars = scalars | {"time/step": now - self._last}
             self._last = now
-            print(self._line(step, scalars, now), flush=True)
+            self._say(self._line(step, scalars, now))
         elif any(name.startswith("eval/") for name in scalars):
-            print(f"  eval at step {step}: " + ", ".join(f"{n[5:]} {v:.4f}" for n, v in scalars.items()), flush=True)
+            self._say(f"  eval at step {step}: " + ", ".join(f"{n[5:]} {v:.4f}" for n, v in scalars.items()))
         self._files.log(step, scalars)
         for name, value in scalars.items():
             gauge = self._gauges.get(name)
@@ -48,13 +50,19 @@ class Reporter:
                 gauge = self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
             gauge.set(value, tags={"run": str(self._folder)})
 
+    def _say(self, line: str) -> None:
+        """On the terminal and in run.log, with the time."""
+        print(line, flush=True)
+        with (self._folder / "run.log").open("a", encoding="utf-8") as log:
+            log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
     def _line(self, step: int, scalars: dict[str, float], now: float) -> str:
         total = self._config.trainer.max_train_steps
         left = (now - self._started) / max(step - self._first, 1) * (total - step)
         return (
-            f"step {step}/{total}  reward {scalars.get('reward/mean', float('nan')):.4f}  "
-            f"loss {scalars['train/loss']:.4f}  acc {scalars['train/implicit_acc']:.2f}  "
-            f"pass {scalars.get('filter/pass_rate', float('nan')):.2f}  "
+            f"step {step}/{total}  reward {scalars.get('reward/mean', nan):.4f}  "
+            f"loss {scalars.get('train/loss', nan):.4f}  acc {scalars.get('train/implicit_acc', nan):.2f}  "
+            f"pass {scalars.get('filter/pass_rate', nan):.2f}  "
             f"staleness {scalars.get('rollout/staleness', 0.0):.1f}  {scalars['time/step']:.1f} s  "
             f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )

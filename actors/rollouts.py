@@ -45,6 +45,10 @@ JUDGES_SILENT = 2.0
 DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 
 
+class JudgesLost(RuntimeError):
+    """The judging actor failed more often than samplers.max_restarts allows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """One candidate to sample. `done(version, image, latents)` gets references; `ticket` < 0 is an evaluation's."""
@@ -162,8 +166,8 @@ class Rollouts:
     def metrics(self) -> dict[str, float]:
         """Scalars since the last call, and how much of the time samplers and trainer stood idle (0 … 1)."""
         self._rollout, metrics, notes = rollout.drain(self._rollout)
-        for note in notes:
-            print(f"  {note}", flush=True)
+        if notes:
+            print(f"  {len(notes)} groups dropped or candidates quarantined; the last: {notes[-1]}", flush=True)
         elapsed = max(monotonic() - self._since, 1e-9)
         metrics["idle/samplers"] = max(0.0, 1 - self._busy_s / (elapsed * self.config.samplers.count))
         metrics["idle/trainer"] = min(1.0, self._waited_s / elapsed)
@@ -254,7 +258,7 @@ class Rollouts:
     def _replace_judges(self, reason: str) -> None:
         self._judges_restarts += 1
         if self._judges_restarts > self.config.samplers.max_restarts:
-            raise RuntimeError(f"the judging actor failed {self._judges_restarts} times; the last: {reason}")
+            raise JudgesLost(f"the judging actor failed {self._judges_restarts} times; the last: {reason}")
         ray.kill(self._judges)
         self._judges = self._new_judges()
 

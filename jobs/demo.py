@@ -15,14 +15,16 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
 from jobs import demo_world
-from jobs.cli import parse, run_main
+from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard
 from jobs.online_dpo import STOPS, guarded, run
 from jobs.preprocess import read_data
@@ -44,10 +46,17 @@ REJECTED = 0.35
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder of the world, the cache and the runs")
-    home = parser.parse_args().dir.absolute()
+    parser.add_argument("--dry-run", action="store_true", help="print the recipe and what would be built")
+    arguments = parser.parse_args()
+    home = arguments.dir.absolute()
     if home.exists() and not home.is_dir():
         raise ValueError(f"--dir {home} is a file; give a folder")
     world = home / "world"
+    if arguments.dry_run:
+        print(resolved_toml(_recipe(home)))
+        parts = ["world.json", "kontext", "hpsv2", "qwen3-vl", "ctr", "filter_threshold.json"]
+        print(f"to build in {world}: {', '.join(p for p in parts if not (world / p).exists()) or 'nothing'}")
+        return
     build_models(demo_world.build(world))
     recipe = _recipe(home)
     with cluster(recipe.cluster, recipe.run.name):
@@ -84,7 +93,11 @@ def _ctr_recipe(world: Path) -> TrainCTRConfig:
 
 def build_models(world: Path) -> None:
     """Write the tiny checkpoints that are missing; each folder appears whole or not at all."""
-    builders = {"kontext": write_flux_kontext, "qwen3-vl": write_qwen3_vl, "hpsv2": _write_hpsv2}
+    builders: dict[str, Callable[[Path], object]] = {
+        "kontext": write_flux_kontext,
+        "qwen3-vl": write_qwen3_vl,
+        "hpsv2": _write_hpsv2,
+    }
     for name, build in builders.items():
         if not (world / name).exists():
             print(f"demo: building {name}", flush=True)
@@ -121,8 +134,8 @@ def prepare(config: OnlineDPOConfig, world: Path) -> float:
     asking = None
     if not kept.exists():
         print("demo: asking the tiny filter about base edits, to set its threshold", flush=True)
-        task = ray.remote(num_cpus=0.5, max_retries=0)(ask_filter)
-        asking = task.remote(config)
+        task: Any = ray.remote(ask_filter)
+        asking = task.options(num_cpus=0.5, max_retries=0).remote(config)
     if not (world / "ctr").exists():
         print("demo: training the CTR model on the generated click log", flush=True)
         train_ctr(_ctr_recipe(world))

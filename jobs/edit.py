@@ -1,6 +1,6 @@
 """Edit one picture, or every row of a JSONL, with the base model, a trained transformer or a LoRA; writes PNGs.
 
-    python -m jobs.edit --model.path data/flux-kontext --edit.image dish.jpg --edit.prompt "Warm light" \\
+    python -m jobs.edit --model.path data/flux-kontext --model.size auto --edit.image dish.jpg --edit.prompt "Warm light" \\
         --edit.transformer runs/NAME/v0/final/transformer --edit.out edits
 
 Runs in one process, without Ray, on the GPU if there is one. Each PNG is named after its image and variant.
@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.cli import parse, resolved_toml, run_main
 from rlhf.config import EditConfig
-from rlhf.data.images import kontext_size, load_image
+from rlhf.data.images import load_image
 from rlhf.data.prompts import read_rows
 from rlhf.data.schema import BadInput
 from rlhf.models import FAMILIES
@@ -36,16 +36,16 @@ def main() -> None:
     config = arguments.config
     edit, model, rollout = config.edit, config.model, config.rollout
     rows = rows_of(config)
+    family = FAMILIES[model.family](path=Path(model.path), guidance_scale=rollout.guidance_scale)
     sizes = []
     for _, _, picture in rows:
         height, width = decode_image(picture.read_bytes()).shape[:2]
-        sizes.append(kontext_size(height, width) if model.size == "auto" else (model.height, model.width))
+        sizes.append(family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width))
     if arguments.dry_run:
         print(resolved_toml(config))
         print(f"{len(rows)} pictures × {edit.variants} variants → {edit.out}")
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if edit.device == "auto" else edit.device
-    family = FAMILIES[model.family](path=Path(model.path), guidance_scale=rollout.guidance_scale)
     denoiser = family.load_denoiser(
         device, Path(edit.transformer) if edit.transformer else None, Path(edit.lora) if edit.lora else None
     )

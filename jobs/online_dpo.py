@@ -72,6 +72,7 @@ def dry_run(config: OnlineDPOConfig, data: Data) -> None:
     """Print the resolved recipe and the placement table; raise where the run would be refused. Starts nothing."""
     print(resolved_toml(config))
     check_texts(config, prompts_of(config, data.all))
+    deploy.check_paths(config)
     needed, free = placement.roles(config), free_resources(config.cluster)
     print(placement.table(needed, free))
     state = placement.checkpoint_bytes(config)
@@ -108,22 +109,21 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
         record_left_out(folder.path, data)
         check_placement(config, name)
         placement.check_shared(folder.path)
-        stack.callback(deploy.undeploy, name)
-        judges_up = deploy.start(config, name)  # first: the filter's engine loads while the rest is prepared
         prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
         check_texts(config, prompts)
         train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
         group = placement.reserve(config)
         stack.callback(ray.util.remove_placement_group, group)
+        stack.callback(deploy.undeploy, name)
+        judges_up = deploy.start(config, name)  # after the group: judges take what trainer and samplers leave
 
         def new_judges() -> ray.actor.ActorHandle:
             actor = ray.remote(Judges).options(num_cpus=placement.JUDGES_CPUS, max_concurrency=1000)
-            return actor.remote(config, judges_up.apps, deploy.serve_token(config))
+            return actor.remote(config, judges_up.apps)
 
         deploy.wait(judges_up, config.judges.deploy_timeout_s)
         print(f"judges: {', '.join(deploy.addresses(config, judges_up).values())}", flush=True)
-        stream = PromptStream(train, config.run.seed)
-        rollouts = Rollouts(config, stream, new_judges, group)
+        rollouts = Rollouts(config, PromptStream(train, config.run.seed), new_judges, group)
         stack.callback(rollouts.close)
         held_out = held_out[: config.eval.max_prompts]
 

@@ -7,6 +7,7 @@ example on another machine.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from actors.encoders import EncodingFailed, compute_dtype, encode
 from actors.loading import Source, Text
@@ -15,7 +16,6 @@ from jobs.cluster import cluster
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import CacheError, Manifest, read_manifest, source_key, text_key
 from rlhf.data.fingerprint import IncompleteModel, fingerprint
-from rlhf.data.images import kontext_size
 from rlhf.data.prompts import Row, Rows, read_rows
 from rlhf.data.schema import BadInput, Problem
 from rlhf.models import FAMILIES
@@ -60,7 +60,7 @@ def read_data(config: OnlineDPOConfig) -> Data:
 
 def prompts_of(config: OnlineDPOConfig, rows: Sequence[Row]) -> list[Prompt]:
     """Rows with their picture size and cache keys, in order. Reads the encoders' files once to fingerprint them."""
-    family = FAMILIES[config.model.family]
+    family = FAMILIES[config.model.family](path=Path(config.model.path))
     dtype = str(compute_dtype(config))
     text_print = fingerprint(config.model.path, family.text_folders, config.model.family, dtype)
     source_print = fingerprint(config.model.path, family.source_folders, config.model.family, dtype)
@@ -68,7 +68,7 @@ def prompts_of(config: OnlineDPOConfig, rows: Sequence[Row]) -> list[Prompt]:
     for row in rows:
         height, width = config.model.height, config.model.width
         if config.model.size == "auto":
-            height, width = kontext_size(row.height, row.width)
+            height, width = family.nearest_size(row.height, row.width)
         prompts.append(
             Prompt(
                 image_id=row.image_id,

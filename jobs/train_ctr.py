@@ -6,13 +6,14 @@ weights. Uses the cluster it finds (a running one, RAY_ADDRESS, cluster.address)
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from jobs.cli import parse, resolved_toml, run_main
+from jobs.cluster import cluster
 from rlhf.config import TrainCTRConfig
 from rlhf.data.schema import BadInput, Problem
 from rlhf.rewards import ctr, ctr_training
@@ -29,11 +30,9 @@ def train_ctr(config: TrainCTRConfig) -> Path:
     Raises: BadInput (all bad rows), OutputExists, ray.exceptions.GetTimeoutError after `train.timeout_s`.
     """
     rows, held_out = load_rows(config)
-    owns_cluster = not ray.is_initialized()
-    if owns_cluster:
-        _connect(config)
-    try:
-        task = ray.remote(_train).options(
+    with cluster(config.cluster, "train_ctr"):
+        remote: Any = ray.remote(_train)
+        task = remote.options(
             num_cpus=config.train.num_cpus, num_gpus=config.train.num_gpus, max_retries=0, name="train_ctr"
         )
         running = task.remote(config, rows, held_out)
@@ -42,9 +41,6 @@ def train_ctr(config: TrainCTRConfig) -> Path:
         except BaseException:
             ray.cancel(running, force=True)
             raise
-    finally:
-        if owns_cluster:
-            ray.shutdown()
     print(f"ctr {config.output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     return Path(config.output)
 
@@ -84,19 +80,6 @@ def _train(config: TrainCTRConfig, rows: list[Click], held_out: list[Click]) -> 
     return metrics
 
 
-def _connect(config: TrainCTRConfig) -> None:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=config.cluster.num_cpus or max(1, round(config.train.num_cpus + 0.5)),
-            object_store_memory=config.cluster.object_store_memory or 200_000_000,
-            include_dashboard=False,
-        )
-
-
 def main() -> None:
     arguments = parse(TrainCTRConfig, description=__doc__ or "")
     if not arguments.dry_run:
@@ -109,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, OutputExists)
+    run_main(main, BadInput, OutputExists, RuntimeError)

@@ -127,6 +127,8 @@ class JudgeConfig(Section):
 
     path: LocalPath | None = None
     url: str | None = None
+    token: str | None = Field(None, exclude=True)
+    """Bearer token that the service at `url` asks for. Never written to a file."""
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -272,8 +274,8 @@ class ServeConfig(Section):
     port: int = Field(8000, ge=1, le=65535)
     route_prefix: str = Field("", pattern=r"^(/[\w-]+)*$")
     """Put before /hpsv2, /ctr and /filter: a second run on the same cluster needs its own, like /second."""
-    token: str | None = None
-    """Bearer token asked of every HTTP request; also RLHF_SERVE_TOKEN."""
+    token: str | None = Field(None, exclude=True)
+    """Bearer token asked of every HTTP request; also RLHF_SERVE_TOKEN. Never written to a file."""
 
 
 class PreprocessConfig(Section):

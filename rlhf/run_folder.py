@@ -98,6 +98,9 @@ class RunFolder:
     @classmethod
     def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
         config = path / "config.toml"
+        metrics = path / "metrics.jsonl"
+        if config.exists() and not (metrics.exists() and metrics.stat().st_size):
+            config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
             differ = _differences(tomllib.loads(config.read_text()), tomllib.loads(config_toml))
             if differ:

@@ -1,8 +1,8 @@
-"""What a run writes down for people: scalars as JSON lines and in TensorBoard, pictures as PNG and in TensorBoard.
+"""What a run writes down for people: scalars as JSON lines and in TensorBoard.
 
 metrics.jsonl is the record (one row per call, flushed, {"step": …, "area/name": …}); TensorBoard is a view of it. A
 value that is not finite is refused instead of written: it would make the row unreadable for JSON, and it hides a bug.
-Left out: remote trackers. Anything with the three methods of `Tracker` can take their place.
+Left out: remote trackers, and pictures, which are drawn beside the data (`actors/reporting.py`).
 """
 
 import json
@@ -10,40 +10,14 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 NAME = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9_]+")
 
 
-class Tracker(Protocol):
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record scalars named `area/name` after `step` optimizer updates. Raises ValueError if one is not finite."""
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Record a picture, uint8 (H, W, 3)."""
-
-    def close(self) -> None: ...
-
-
-class NullTracker:
-    """Checks like a real tracker and keeps nothing: for tests and for ranks other than the first."""
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        refuse_unwritable(scalars)
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class FileTracker:
-    """`folder`/metrics.jsonl, `folder`/tensorboard/ and `folder`/<name>/step_NNNNNN.png."""
+    """`folder`/metrics.jsonl and `folder`/tensorboard/."""
 
     def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
         """`resumed_at`: the committed step that the run goes on from; TensorBoard then hides what it drew after it."""
@@ -61,14 +35,6 @@ class FileTracker:
         for name, value in scalars.items():
             self._board.add_scalar(name, float(value), step)
         self._board.flush()
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"picture {name!r}: expected uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
-        path = self._folder / name / f"step_{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-        self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._rows.close()

@@ -108,6 +108,8 @@ class Trainer:
     def step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
         """One optimizer update from this rank's micro-batches (the same number on every rank); scalars over all ranks.
 
+        Scalars that are not finite are left out of the answer.
+
         A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`.
         """
         sums: dict[str, Tensor] = {}
@@ -131,7 +133,8 @@ class Trainer:
                 raise NonFiniteLoss(f"three steps in a row up to step {self.steps} were not finite; last: {metrics}")
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return metrics | {"lr": lr, "skipped": float(self.skipped)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return finite | {"lr": lr, "skipped": float(self.skipped)}
 
     @torch.no_grad()
     def _update(self, lr: float) -> None:

@@ -8,6 +8,7 @@ Left out: compression, delta updates.
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+SAFETENSORS_NAMES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
 
 
@@ -61,7 +63,7 @@ def write_sharded(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for shard in shards():
-        row_bytes = shard.rows.element_size() * int(np.prod(shard.shape[1:], dtype=np.int64))
+        row_bytes = shard.rows.element_size() * math.prod(shard.shape[1:])
         size = shard.shape[0] * row_bytes
         header[shard.name] = {
             "dtype": SAFETENSORS_DTYPES[shard.rows.dtype],
@@ -88,29 +90,45 @@ def write_sharded(
 
 
 class SafetensorsFolder:
-    """Rows of named tensors in one or many safetensors files (a file, or a folder with or without an index)."""
+    """Rows of named tensors in one or many safetensors files (a file, or a folder of them).
+
+    Rows are read with plain file reads: a memory map would keep every page that was touched in the reader's memory.
+    """
 
     def __init__(self, path: Path):
-        from safetensors import safe_open
-
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise ValueError(f"no *.safetensors under {path}")
-        handles = [safe_open(file, framework="pt") for file in files]
-        self._where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118  a file handle, not a dict
         self.path = path
+        self._where: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
+        for file in files:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    if entry["dtype"] not in SAFETENSORS_NAMES:
+                        raise ValueError(
+                            f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}"
+                        )
+                    dtype = SAFETENSORS_NAMES[entry["dtype"]]
+                    self._where[name] = (file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
 
     def names(self) -> set[str]:
         return set(self._where)
 
     def rows(self, name: str, start: int, stop: int, shape: Sequence[int]) -> Tensor:
-        """Rows [start, stop) of `name`, memory-mapped. Raises ValueError when it is missing or of another shape."""
+        """Rows [start, stop) of `name`. Raises ValueError when it is missing, of another shape, or cut off."""
         if name not in self._where:
             raise ValueError(f"{self.path} has no tensor {name!r}")
-        piece = self._where[name].get_slice(name)
-        if list(piece.get_shape()) != list(shape):
-            raise ValueError(f"{self.path}: {name} has shape {piece.get_shape()}, the model wants {list(shape)}")
-        return piece[start:stop]
+        file, offset, dtype, saved = self._where[name]
+        if saved != list(shape):
+            raise ValueError(f"{file}: {name} has shape {saved}, the model wants {list(shape)}")
+        row = math.prod(shape[1:]) * dtype.itemsize
+        data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=offset + start * row)
+        if data.size != (stop - start) * row:
+            raise ValueError(f"{file} is cut off: {name} ends early")
+        return torch.from_numpy(data).view(dtype).view(stop - start, *shape[1:])
 
 
 # --- flat buffers, for the object store --------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def start(config: OnlineDPOConfig, run_name: str) -> Deployed:
     holds a route, or an orphan of this run cannot be removed.
     """
     judges = judges_to_deploy(config)
-    _check_paths(judges)
+    if not judges:
+        return Deployed(url="", apps={})  # every judge is elsewhere: no Serve is needed
+    check_paths(config)
     url = _start_serve(config)
     apps = {name: app_name(run_name, name) for name in judges}
     routes = {name: config.serve.route_prefix + ROUTES[name] for name in judges}
@@ -166,8 +168,9 @@ def _build(judge: JudgeConfig, token: str | None, settings: str) -> serve.Applic
     return build_ctr(judge, token=token, settings=settings)
 
 
-def _check_paths(judges: dict[str, JudgeConfig]) -> None:
-    for name, judge in judges.items():
+def check_paths(config: OnlineDPOConfig) -> None:
+    """Raise FileNotFoundError for a judge whose checkpoint is not there."""
+    for name, judge in judges_to_deploy(config).items():
         if judge.path is not None and not Path(judge.path).exists():
             raise FileNotFoundError(f"judges.{name}.path = {judge.path!r} does not exist")
 

@@ -67,6 +67,4 @@ if __name__ == "__main__":
     parser.add_argument("--reject", type=float, default=0.0)
     parser.add_argument("--fail", type=float, default=0.0)
     arguments = parser.parse_args()
-    uvicorn.run(
-        create(arguments.reject, arguments.fail), host="127.0.0.1", port=arguments.port, log_level="warning"
-    )
+    uvicorn.run(create(arguments.reject, arguments.fail), host="127.0.0.1", port=arguments.port, log_level="warning")

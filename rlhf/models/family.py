@@ -65,6 +65,9 @@ class Family(Protocol):
 
     def load_codec(self, device: str) -> Codec: ...
 
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) that the model was trained on, nearest in aspect to a picture of (H, W) pixels."""
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture of (H, W) pixels."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from rlhf.algorithms.process import RectifiedFlow
+from rlhf.data.images import kontext_size
 from rlhf.types import Condition
 
 
@@ -102,6 +103,9 @@ class FluxKontext:
     def load_codec(self, device: str) -> "KontextCodec":
         self._json("vae", "config.json")
         return KontextCodec(self.path, device, self.dtype)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        return kontext_size(height, width)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         vae = self._json("vae", "config.json")

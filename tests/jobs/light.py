@@ -25,8 +25,8 @@ def write_photos(folder: Path, train: int = 12, held_out: int = 2) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def light_config(folder: Path, kontext: Path, judges: str, **tables: dict[str, Any]) -> OnlineDPOConfig:
-    """A run in `folder` with the judges at the URL `judges`; `tables` are merged into the sections."""
+def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]) -> OnlineDPOConfig:
+    """A run in `folder` with the judges at `url`; `tables` are merged into the sections."""
     base: dict[str, dict[str, Any]] = {
         "run": {"name": "light", "dir": str(folder / "runs"), "save_every": 2, "sample_every": 4},
         "model": {"path": str(kontext), "height": 48, "width": 32},
@@ -46,7 +46,7 @@ def light_config(folder: Path, kontext: Path, judges: str, **tables: dict[str, A
             "timeout_s": 120.0,
         },
         "samplers": {"count": 2, "num_cpus": 0.2, "num_gpus": 0.0},
-        "judges": {"hps": {"url": f"{judges}/hpsv2"}, "filter": {"url": f"{judges}/filter"}, "timeout_s": 30.0},
+        "judges": {"hps": {"url": f"{url}/hpsv2"}, "filter": {"url": f"{url}/filter"}, "timeout_s": 30.0},
         "preprocess": {"num_cpus": 0.2},
         "cluster": {"num_cpus": 2.0, "object_store_memory": 200_000_000},
     }

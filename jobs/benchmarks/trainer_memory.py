@@ -1,0 +1,134 @@
+"""How much memory a trainer rank takes to load, refresh, publish, save and export, as multiples of the model in fp32.
+
+    python -m jobs.benchmarks.trainer_memory --gib 1.1 --ranks 2
+
+Each operation's figure is the peak of the rank's resident memory (sampled every 5 ms) above what it was before. What a
+rank must hold is its shard: 1/ranks of the model in fp32 after a load, and half of that again for the bf16 reference.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+
+
+def measured(operation: Callable[[], object]) -> tuple[int, int]:
+    """(peak, lasting) growth of this process's resident memory in bytes while `operation` runs."""
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    operation()
+    over.set()
+    watcher.join()
+    after = process.memory_info().rss
+    return max(peak, after) - before, after - before
+
+
+def write_model(folder: Path, gib: float) -> int:
+    """A random Flux transformer folder of about `gib` GiB in fp32, saved as bf16; returns its parameter count."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from rlhf.models.tiny import transformer_config
+
+    def count(heads: int) -> int:
+        with torch.device("meta"):
+            config = transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64)
+            return sum(p.numel() for p in FluxTransformer2DModel(**config).parameters())
+
+    heads = next(heads for heads in range(2, 64) if 4 * count(heads) >= gib * GIB)
+    torch.set_default_dtype(torch.bfloat16)
+    model = FluxTransformer2DModel(**transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64))
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder / "transformer")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    return sum(p.numel() for p in model.parameters())
+
+
+def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Queue) -> None:
+    """Run every operation on one rank and send {operation: (peak, lasting) bytes}."""
+    import torch.distributed as dist
+
+    from rlhf import distributed, weights
+    from rlhf.algorithms.objectives import DPO, SFT
+    from rlhf.algorithms.reference import FrozenCopy
+    from rlhf.config import TrainerConfig
+    from rlhf.models import FAMILIES
+    from rlhf.trainer import Trainer
+
+    store = dist.FileStore(f"{folder}/store", ranks)
+    mesh = distributed.start(rank=rank, world=ranks, store=store, device="cpu", timeout_s=600)
+    family = FAMILIES["flux_kontext"](path=Path(folder))
+    made: dict[str, Trainer] = {}
+
+    def load() -> None:
+        made["trainer"] = Trainer(family=family, config=TrainerConfig(), objective=SFT(), mesh=mesh, seed=0)
+
+    figures = {"load": measured(load)}
+    trainer = made["trainer"]
+    trainer.objective = DPO(beta=1.0)
+
+    def make_reference() -> None:
+        trainer.reference = FrozenCopy(trainer.policy, family, mesh)
+
+    def publish() -> None:  # one buffer at a time, as the object store takes them
+        for buffer, _ in weights.pack(trainer.shards(), capacity=64 * 2**20):
+            del buffer
+
+    figures["make reference"] = measured(make_reference)
+    figures["refresh"] = measured(trainer.refresh_reference)
+    figures["publish"] = measured(publish)
+    figures["save"] = measured(lambda: trainer.save(Path(folder) / "state"))
+    figures["export"] = measured(lambda: trainer.export(Path(folder) / "export"))
+    distributed.stop()
+    results.put((rank, figures))
+
+
+def figures(gib: float, ranks: int) -> dict[str, tuple[float, float]]:
+    """Largest (peak, lasting) growth over the ranks of each operation, in multiples of the model's fp32 bytes."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        size = 4 * write_model(Path(folder), gib)
+        results = context.Queue()
+        processes = [context.Process(target=rank_figures, args=(r, ranks, folder, results)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+        everyone = [results.get(timeout=600)[1] for _ in processes]
+        for process in processes:
+            process.join(60)
+    return {
+        name: (max(f[name][0] for f in everyone) / size, max(f[name][1] for f in everyone) / size)
+        for name in everyone[0]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.1, help="size of the model in fp32")
+    parser.add_argument("--ranks", type=int, default=2)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    print(f"{'operation':<16}{'peak':>8}{'lasting':>10}   × the model in fp32, {arguments.ranks} ranks")
+    for name, (peak, lasting) in figures(arguments.gib, arguments.ranks).items():
+        print(f"{name:<16}{peak:>8.2f}{lasting:>10.2f}")
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
