@@ -1,6 +1,6 @@
 """Does online DPO learn, and not only run? Real sampler, pairs, publish and trainer in one process, without Ray.
 
-    python -m jobs.benchmarks.learning --steps 60 --seeds 3 --out learning.png
+    python -m jobs.benchmarks.learning --steps 80 --seeds 3 --out learning.png
 
 The reward is the warmth of the decoded picture (mean red − mean blue). The null is not the spread over prompts, which is
 far too small, but whole runs in which each pair's rewards are shuffled: those runs move the held-out reward too. A run with
@@ -31,7 +31,7 @@ from rlhf.trainer import Trainer
 from rlhf.types import Candidate, Condition, Prompt, Score, Verdict, noise_from, seed_from, stack_conditions
 
 Mode = Literal["true", "shuffled", "flipped"]
-HEIGHT, WIDTH, SAMPLING_STEPS, GROUPS, HELD_OUT = 48, 32, 4, 8, 16
+HEIGHT, WIDTH, SAMPLING_STEPS, GROUPS, CANDIDATES, HELD_OUT = 48, 32, 4, 12, 4, 16
 BETA, LEARNING_RATE = 2000.0, 3e-3
 
 
@@ -122,22 +122,23 @@ def learning_curve(world: World, mesh, seed: int, mode: Mode, steps: int, every:
         if step == steps:
             return curve
         cursors = [step * GROUPS + i for i in range(GROUPS)]
-        prompts = [train[cursor % len(train)] for cursor in cursors for _ in range(2)]
-        attempts = [(cursor, attempt) for cursor in cursors for attempt in range(2)]
+        prompts = [train[cursor % len(train)] for cursor in cursors for _ in range(CANDIDATES)]
+        attempts = [(cursor, attempt) for cursor in cursors for attempt in range(CANDIDATES)]
         pictures, latents = sampler.sample(prompts, [candidate_seed(seed, *attempt) for attempt in attempts])
-        rewards = warmth(pictures).reshape(GROUPS, 2)
+        rewards = warmth(pictures).reshape(GROUPS, CANDIDATES)
         if mode == "shuffled":
             rewards = shuffle.permuted(rewards, axis=1)
         groups = [
             RolloutGroup(
                 cursor=cursor,
-                prompt=prompts[2 * i],
+                prompt=prompts[CANDIDATES * i],
                 candidates=tuple(
-                    Candidate(cursor=cursor, attempt=k, version=step, image=None, latents=latents[2 * i + k])
-                    for k in range(2)
+                    Candidate(cursor=cursor, attempt=k, version=step, image=None, latents=latents[CANDIDATES * i + k])
+                    for k in range(CANDIDATES)
                 ),
                 scores=tuple(
-                    Score(verdict=Verdict(valid=True), rewards={"warmth": float(rewards[i, k])}) for k in range(2)
+                    Score(verdict=Verdict(valid=True), rewards={"warmth": float(rewards[i, k])})
+                    for k in range(CANDIDATES)
                 ),
             )
             for i, cursor in enumerate(cursors)
@@ -187,7 +188,7 @@ def plot(curves: dict[Mode, list[list[tuple[int, float]]]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("learning.png"))
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_true_rewards_gain_what_flipped_ones_lose_far_beyond_the_null(tmp_path):
-    curves = all_curves(steps=60, seeds=3)
+    curves = all_curves(steps=80, seeds=3)
     plot(curves, tmp_path / "learning.png")
     assert (tmp_path / "learning.png").stat().st_size > 10_000
     moved = changes(curves)
