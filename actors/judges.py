@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from string import Formatter
+from time import monotonic
 from typing import Any
 
 import ray
@@ -22,6 +23,9 @@ Call = Callable[[ray.ObjectRef, str, Item | None], Awaitable[Verdict | float]]
 """(picture, text, item) → the filter's verdict or a reward."""
 
 FIRST_BACKOFF_S = 0.5
+FETCH_TIMEOUT_S = 60.0
+SILENT = 3.0
+"""Times the timeouts and retries of one judge: a candidate asks the filter and then the rewards, with backoffs."""
 ACCEPTED = Verdict(valid=True, reason="no filter", raw_response="")
 """The verdict where `judges.filter.enabled = false`."""
 
@@ -136,3 +140,62 @@ class Judges:
                     f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else cause!r}"
                 )
         return Failure(judge=name, reason=f"{reason} (after {judges.retries + 1} tries)")
+
+
+class JudgesLost(RuntimeError):
+    """The judging actor failed more often than samplers.max_restarts allows."""
+
+
+class JudgeCalls:
+    """The driver's side: asks a judging actor about pictures, and replaces it when it dies or falls silent.
+
+    `waiting` is the driver's table of references and their handlers; `pending` counts the pictures being judged.
+    """
+
+    def __init__(
+        self,
+        config: OnlineDPOConfig,
+        new_actor: Callable[[], ray.actor.ActorHandle],
+        waiting: dict[ray.ObjectRef, Callable[[ray.ObjectRef], None]],
+    ):
+        self._config, self._new_actor, self._waiting = config, new_actor, waiting
+        self._actor = new_actor()
+        self._answered = monotonic()
+        self._restarts = self.pending = 0
+
+    def ask(self, image: ray.ObjectRef, prompt: Prompt, done: Callable[[Any], None]) -> None:
+        """Judge one picture; `done` gets the answer or, when the actor died, the exception."""
+        actor = self._actor
+        if not self.pending:
+            self._answered = monotonic()
+        self.pending += 1
+
+        def answered(reference: ray.ObjectRef) -> None:
+            self.pending -= 1
+            self._answered = monotonic()
+            try:
+                answer = ray.get(reference, timeout=FETCH_TIMEOUT_S)
+            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+                if actor is self._actor:
+                    self._replace(str(error))
+                answer = error
+            done(answer)
+
+        self._waiting[actor.judge.remote([image], prompt)] = answered
+
+    def watch(self) -> None:
+        """Condemn an actor that has answered nothing for longer than its slowest candidate can take."""
+        judges, silent = self._config.judges, monotonic() - self._answered
+        if self.pending and silent > SILENT * judges.timeout_s * (judges.retries + 1):
+            self._answered = monotonic()
+            self._replace(f"no answer to any of {self.pending} candidates for {silent:.0f} s")
+
+    def _replace(self, reason: str) -> None:
+        self._restarts += 1
+        if self._restarts > self._config.samplers.max_restarts:
+            raise JudgesLost(f"the judging actor failed {self._restarts} times; the last: {reason}")
+        ray.kill(self._actor)
+        self._actor = self._new_actor()
+
+    def close(self) -> None:
+        ray.kill(self._actor)

@@ -87,18 +87,27 @@ class Reporter:
         done, self._sheets = (
             ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0) if self._sheets else ([], [])
         )
-        ray.get(done, timeout=60)  # a sheet that could not be drawn is an error, not a missing file
+        self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
         fit = self._config.data.fit
         self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, fit))
 
+    def _collect(self, drawn: list[ray.ObjectRef], timeout_s: float = 60.0) -> None:
+        """A sheet that could not be drawn is told, and does not end the run."""
+        for sheet in drawn:
+            try:
+                ray.get(sheet, timeout=timeout_s)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                self._say(f"  a contact sheet could not be drawn: {str(error).strip().splitlines()[-1]}")
+
     def close(self) -> None:
-        ray.get(self._sheets, timeout=120)
+        """Wait for the last sheets. For the end of a run; one that fails or is stopped does not wait."""
+        self._collect(self._sheets)
         self._sheets = []
         self._files.close()
 
 
-@ray.remote(num_cpus=0.05, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=0)
 def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], fit: Fit) -> None:
     """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, image reference, answer)])."""
     from torch.utils.tensorboard import SummaryWriter

@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import health
-from actors.judges import Failure, PixelsLost
+from actors.judges import Failure, JudgeCalls, PixelsLost
 from actors.samplers import Sampler, SampleRequest
 from actors.weights import Publication
 from rlhf.algorithms import buffer, rollout
@@ -40,13 +40,6 @@ from rlhf.types import Candidate, Pair, Prompt, Score
 
 POLL_S = 1.0
 FETCH_TIMEOUT_S = 60.0
-JUDGES_SILENT = 2.0
-"""Times the longest that one candidate can take, after which a silent judging actor is condemned."""
-DEAD = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
-
-
-class JudgesLost(RuntimeError):
-    """The judging actor failed more often than samplers.max_restarts allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +61,7 @@ class Rollouts:
         judges: Callable[[], ray.actor.ActorHandle],
         placement: PlacementGroup,
     ):
-        self.config, self.prompts, self._new_judges = config, prompts, judges
+        self.config, self.prompts = config, prompts
         self._placement = placement
         self._limits = RolloutLimits(
             num_valid_samples=config.rollout.num_valid_samples,
@@ -86,9 +79,7 @@ class Rollouts:
         self._publication: Publication | None = None
         self._version_steps: dict[int, int] = {}
         self._actors: dict[int, ray.actor.ActorHandle] = {}
-        self._judges = judges()
-        self._judges_restarts = self._judging = 0
-        self._judges_answered = monotonic()
+        self._judging = JudgeCalls(config, judges, self._waiting)
         self._busy_s = self._waited_s = 0.0
         self._since = monotonic()
         limits = health.HealthLimits(
@@ -102,8 +93,13 @@ class Rollouts:
     # --- what the loop calls -------------------------------------------------------------------------------------------
 
     @property
+    def _training(self) -> bool:
+        """Whether what the samplers hold or load is a policy, and not being evaluated: only then may pairs come of it."""
+        return self._evaluating is None and self.version in self._version_steps
+
+    @property
     def version(self) -> int:
-        """The newest policy version: a publish counter that never decreases within a driver."""
+        """The newest publication's: a counter that never decreases within a driver. EMA publications count too."""
         return self._publication.version if self._publication else -1
 
     def load(self, publication: Publication, step: int | None) -> None:
@@ -136,15 +132,19 @@ class Rollouts:
     def score(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[ray.ObjectRef, Score | Failure]]:
         """Sample one picture per (prompt, noise seed) with the loaded weights and judge it; no pair comes of it."""
         answers: dict[int, tuple[ray.ObjectRef, Any]] = {}
+        lost: dict[int, int] = {}
 
         def judge(index: int, image: ray.ObjectRef) -> None:
             def keep(answer: Score | Failure | PixelsLost | Exception) -> None:
+                lost[index] = lost.get(index, 0) + (not isinstance(answer, Score | Failure))
                 if isinstance(answer, Score | Failure):
                     answers[index] = (image, answer)
+                elif lost[index] > self.config.judges.retries:
+                    answers[index] = (image, Failure(judge="filter", reason=f"never judged: {answer}"))
                 else:
                     evaluating.append(works[index])
 
-            self._ask_judges(image, prompts[index], keep)
+            self._judging.ask(image, prompts[index], keep)
 
         def sampled(index: int) -> Callable[[int, ray.ObjectRef, ray.ObjectRef], None]:
             return lambda version, image, latents: judge(index, image)
@@ -195,8 +195,9 @@ class Rollouts:
         return max(saved["version"], self.version + 1)
 
     def close(self) -> None:
-        for actor in [*self._actors.values(), self._judges]:
+        for actor in self._actors.values():
             ray.kill(actor)
+        self._judging.close()
         self._waiting.clear()
 
     # --- machines and events -------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Rollouts:
                 case Sample():
                     self._queue.append(self._work(command))
                 case Judge():
-                    self._ask_judges(command.candidate.image, command.prompt, self._judged(command.ticket))
+                    self._judging.ask(command.candidate.image, command.prompt, self._judged(command.ticket))
 
     def _work(self, command: Sample) -> Work:
         seed = candidate_seed(self.config.run.seed, command.cursor, command.attempt)
@@ -234,33 +235,6 @@ class Rollouts:
                     self._tell_rollout(JudgeLost(ticket=ticket, reason=str(error)))
 
         return done
-
-    def _ask_judges(self, image: ray.ObjectRef, prompt: Prompt, done: Callable[[Any], None]) -> None:
-        """Judge one picture; `done` gets the answer or, when the judging actor died, the exception."""
-        judges = self._judges
-        if not self._judging:
-            self._judges_answered = monotonic()
-        self._judging += 1
-
-        def answered(reference: ray.ObjectRef) -> None:
-            self._judging -= 1
-            self._judges_answered = monotonic()
-            try:
-                answer = ray.get(reference, timeout=FETCH_TIMEOUT_S)
-            except DEAD as error:
-                if judges is self._judges:
-                    self._replace_judges(str(error))
-                answer = error
-            done(answer)
-
-        self._waiting[judges.judge.remote([image], prompt)] = answered
-
-    def _replace_judges(self, reason: str) -> None:
-        self._judges_restarts += 1
-        if self._judges_restarts > self.config.samplers.max_restarts:
-            raise JudgesLost(f"the judging actor failed {self._judges_restarts} times; the last: {reason}")
-        ray.kill(self._judges)
-        self._judges = self._new_judges()
 
     def _tell_health(self, event: Any) -> None:
         self._health, commands = health.advance(self._health, event, monotonic())
@@ -338,8 +312,10 @@ class Rollouts:
         self._waiting[reference] = done
 
     def _dispatch(self) -> None:
-        """Give each healthy sampler a batch of one picture size, evaluation first and alone."""
+        """Give each healthy sampler a batch of one picture size: evaluation alone, or training under a policy."""
         queue = self._queue if self._evaluating is None else self._evaluating
+        if self._evaluating is None and not self._training:
+            return  # EMA weights are loaded: the loop publishes the policy again before it takes pairs
         for index in health.healthy(self._health):
             if not queue:
                 break
@@ -385,9 +361,6 @@ class Rollouts:
             for reference in ready:
                 self._waiting.pop(reference)(reference)
         self._dispatch()
-        silent = monotonic() - self._judges_answered
-        if self._judging and silent > JUDGES_SILENT * self.config.judges.timeout_s * (self.config.judges.retries + 1):
-            self._judges_answered = monotonic()
-            self._replace_judges(f"no answer to any of {self._judging} candidates for {silent:.0f} s")
-        open_groups = len(self._rollout.open) if self._evaluating is None else 0
-        self._tell_health(health.Tick(open_groups=open_groups, judging=self._judging))
+        self._judging.watch()
+        open_groups = len(self._rollout.open) if self._training else 0
+        self._tell_health(health.Tick(open_groups=open_groups, judging=self._judging.pending))

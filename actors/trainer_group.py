@@ -33,6 +33,12 @@ from rlhf.types import Pair
 
 FETCH_TIMEOUT_S = 300.0
 POLL_S = 0.1
+PING_TIMEOUT_S = 5.0
+LOST = (
+    *(dist.DistBackendError, dist.DistNetworkError),
+    *(ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError, ray.exceptions.GetTimeoutError),
+)
+"""What a rank raises when a peer, or the node that held its pairs' latents, is gone."""
 
 
 class TrainerLost(RuntimeError):
@@ -44,6 +50,9 @@ class TrainerWorker:
 
     def __init__(self, rank: int, config: OnlineDPOConfig, fence: Fence):
         self.rank, self.config, self.fence = rank, config, fence
+
+    def ping(self) -> None:
+        """Answers when the rank is free."""
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: bind a free port on this node and return where it is."""
@@ -180,14 +189,26 @@ class TrainerGroup:
             self.kill()
             raise TrainerLost(f"{method}: a rank died: {error}") from error
         except ray.exceptions.RayTaskError as error:
+            lost = isinstance(error.cause, LOST) or self._some_rank_is_dead()
             self.kill()
-            if isinstance(error.cause, dist.DistBackendError | dist.DistNetworkError):
+            if lost:
                 raise TrainerLost(f"{method}: {error.cause}") from error
             raise error.as_instanceof_cause() from None
         except BaseException:
             self.kill()
             raise
         return ray.get(calls, timeout=FETCH_TIMEOUT_S)
+
+    def _some_rank_is_dead(self) -> bool:
+        """A rank whose peer died fails in its collective, often before Ray reports the death: then ask for it."""
+        pings = [worker.ping.remote() for worker in self.workers]
+        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=PING_TIMEOUT_S)
+        for ping in ready:
+            try:
+                ray.get(ping, timeout=PING_TIMEOUT_S)
+            except ray.exceptions.RayActorError:
+                return True
+        return False
 
     def step(self, step: int, pairs: Sequence[Pair], pairs_folder: Path) -> dict[str, float]:
         """One optimizer update; rank r trains pairs [r·n, (r+1)·n), n = pairs per rank.

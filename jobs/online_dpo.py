@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import ray
+import xxhash
 from ray import serve
 
 from actors import placement
 from actors.encoders import EncodingFailed
-from actors.health import SamplerLost, StaleWeights
-from actors.judges import Judges, reward_text
+from actors.health import SamplerLost, StaleWeights, Stalled
+from actors.judges import Judges, JudgesLost, reward_text
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
 from actors.trainer_group import TrainerGroup, TrainerLost
@@ -40,17 +41,23 @@ TRAINER_REBUILDS = 3
 """Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
 
 STOPS = (
-    *(BadInput, RunInUse, Fenced, ValueError, FileNotFoundError, placement.NotEnoughResources, deploy.DeployError),
-    *(
-        EncodingFailed,
-        CacheError,
-        JudgeUnreliable,
-        NothingPasses,
-        NonFiniteLoss,
-        SamplerLost,
-        StaleWeights,
-        TrainerLost,
-    ),
+    BadInput,
+    CacheError,
+    EncodingFailed,
+    Fenced,
+    FileNotFoundError,
+    JudgesLost,
+    JudgeUnreliable,
+    NonFiniteLoss,
+    NothingPasses,
+    RunInUse,
+    SamplerLost,
+    Stalled,
+    StaleWeights,
+    TrainerLost,
+    ValueError,
+    deploy.DeployError,
+    placement.NotEnoughResources,
 )
 """Ends of a run that a user can mend from the message alone."""
 
@@ -99,18 +106,20 @@ def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
 
 def run(config: OnlineDPOConfig, data: Data) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
+    deploy.check_paths(config)
+    check_texts(config, prompts_of(config, data.all))
     with cluster(config.cluster, namespace=config.run.name), ExitStack() as stack:
         folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
         stack.callback(folder.release)
         print(
             f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}", flush=True
         )
-        name = f"{config.run.name}-{folder.path.name}"
+        # Unique in the cluster, also beside a run of the same name in another run.dir; the same again on a resume.
+        name = f"{config.run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
         record_left_out(folder.path, data)
         check_placement(config, name)
         placement.check_shared(folder.path)
         prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
-        check_texts(config, prompts)
         train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
         group = placement.reserve(config)
         stack.callback(ray.util.remove_placement_group, group)
@@ -164,11 +173,11 @@ def train_until_done(
         folder.move_uncommitted_to_discarded(folder.last_committed())
         with ExitStack() as stack:
             tracker = Reporter(folder.path, config, folder.last_committed())
-            stack.callback(tracker.close)
             try:
                 trainer = new_trainer()
                 stack.callback(trainer.kill)
                 online_dpo(config, folder, rollouts, trainer, tracker, held_out)
+                tracker.close()
                 return
             except TrainerLost as error:
                 rebuilds = rebuilds + 1 if folder.last_committed() == committed else 1

@@ -310,24 +310,29 @@ class OnlineDPOConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problems = []
         if "ctr" in self.reward.names and self.data.item_metadata is None:
-            raise ValueError(
+            problems.append(
                 f'reward.type = "{self.reward.type}" needs data.item_metadata: the CTR model reads the item'
             )
         if self.model.size == "auto" and self.trainer.train_batch_size != 1:
-            raise ValueError(
+            problems.append(
                 f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
                 "stacks pairs; set it to 1 and raise trainer.gradient_accumulation_steps"
             )
         for name in self.reward.names:
             judge = getattr(self.judges, name)
             if judge.path is None and judge.url is None:
-                raise ValueError(f'reward.type = "{self.reward.type}" needs judges.{name}.path (a checkpoint) or .url')
+                problems.append(
+                    f'reward.type = "{self.reward.type}" needs judges.{name}.path (a checkpoint) or judges.{name}.url'
+                )
         filter = self.judges.filter
         if filter.enabled and not (filter.path or filter.url or filter.api_base or os.environ.get("QWEN_API_BASE")):
-            raise ValueError(
+            problems.append(
                 "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
             )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

@@ -10,7 +10,7 @@ written after everything else is on disk. Nothing is ever overwritten: a new run
 steps move to discarded/.
 
 A step in a file name or metric row is the number of optimizer updates done when it was written; the first is 1.
-Left out: what is inside a checkpoint (`checkpoint.py`), and copying to remote storage.
+Left out: what is inside a checkpoint (`trainer.py`), and copying to remote storage.
 """
 
 import fcntl
@@ -99,7 +99,8 @@ class RunFolder:
     def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
         config = path / "config.toml"
         metrics = path / "metrics.jsonl"
-        if config.exists() and not (metrics.exists() and metrics.stat().st_size):
+        started = (metrics.exists() and metrics.stat().st_size) or any(path.glob("checkpoint_*/COMMITTED"))
+        if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
             differ = _differences(tomllib.loads(config.read_text()), tomllib.loads(config_toml))
@@ -131,10 +132,6 @@ class RunFolder:
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint_{step:06d}"
-
-    def pairs_path(self, step: int) -> Path:
-        """Where the audit rows of one step go."""
-        return self.path / "pairs" / f"step_{step:06d}.parquet"
 
     def begin_checkpoint(self, step: int) -> Path:
         """An empty folder for the checkpoint of `step`; what an interrupted save left there is removed."""

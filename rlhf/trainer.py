@@ -33,7 +33,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class NonFiniteLoss(RuntimeError):
-    """Three steps in a row had a loss or gradient that was not finite."""
+    """Three steps in a row had a loss or gradient that was not finite, or weights to be saved are not."""
 
 
 class Trainer:
@@ -163,6 +163,7 @@ class Trainer:
 
     def export(self, folder: Path, which: str = "policy") -> None:
         """Write loadable weights into `folder`: a diffusers transformer, or a LoRA file in a LoRA run. A collective."""
+        self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
         family, config = self.family, self.config
         if config.lora:
@@ -176,6 +177,12 @@ class Trainer:
         if self.rank == 0:  # the original config, not save_pretrained's: FSDP's class name would end up in it
             shutil.copyfile(Path(family.path) / family.denoiser_folder / "config.json", folder / "config.json")
         self._write(folder / WEIGHTS_FILE, lambda: self.shards(which))
+
+    def _refuse_non_finite(self) -> None:
+        """Raise NonFiniteLoss rather than commit weights that no resume could mend."""
+        for name, parameter in self.trained.items():
+            if not parameter.to_local().isfinite().all():
+                raise NonFiniteLoss(f"{name} is not finite after step {self.steps}: nothing is saved")
 
     def _write(self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: dict[str, str] | None = None) -> None:
         write_sharded(file, shards, rank=self.rank, barrier=distributed.barrier, metadata=metadata)
@@ -195,6 +202,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the exact training state into `folder`, whole tensors by rows, for any number of ranks. A collective."""
+        self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
         for file, entries in self._state().items():
             self._write(folder / f"{file}.safetensors", lambda: (self._shard(*entry) for entry in entries))  # noqa: B023

@@ -5,9 +5,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 
@@ -129,6 +131,37 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
         one, other = (SafetensorsFolder(path / "final" / kind).path for path in (killed, straight))
         file = "diffusion_pytorch_model.safetensors"
         assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+def ray_processes(name: str) -> list[psutil.Process]:
+    """Ray workers of this test session that run the class `name`."""
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if process.is_running() and process.name().startswith(f"ray::{name}")]
+
+
+def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_server, kontext, folder):
+    config = light_config(folder, kontext, judge_server(reject=0.3))
+    pairs = folder / "runs" / "light" / "v0" / "pairs"
+    killed = []
+
+    def kill_when_reached() -> None:
+        for step, name in ((3, "Sampler"), (5, "TrainerWorker")):
+            while not (pairs / f"step_{step:06d}.rank_0.parquet").exists():
+                time.sleep(0.05)
+            victim = ray_processes(name)[0]
+            killed.append(victim.pid)
+            victim.kill()
+
+    killer = threading.Thread(target=kill_when_reached, daemon=True)
+    killer.start()
+    path = run(config, read_data(config))
+    assert len(killed) == 2
+    rows = read_pairs(path / "pairs")
+    assert [(row["step"], row["index"]) for row in rows] == [(s, i) for s in range(1, 7) for i in range(4)]
+    assert list((path / "discarded").glob("epoch_1/pairs/*")), "the rank died, but nothing was rolled back"
+    assert (path / "final" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    losses = [row["train/loss"] for row in metric_rows(path) if "train/loss" in row]
+    assert len(losses) == 6
 
 
 def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, kontext, folder):

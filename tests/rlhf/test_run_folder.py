@@ -214,7 +214,7 @@ def test_what_follows_the_last_commit_is_set_aside(claim, torn):
     aside = folder.path / "discarded" / "epoch_2"
     assert steps_of(folder.path / "metrics.jsonl") == [8, 9, 10]
     assert (aside / "metrics.jsonl").read_text().splitlines()[-1] == torn
-    assert [path.name for path in sorted((folder.path / "pairs").iterdir())][-1] == folder.pairs_path(10).name
+    assert [path.name for path in sorted((folder.path / "pairs").iterdir())][-1] == "step_000010.parquet"
     assert (aside / "pairs" / "step_000012.parquet").read_text() == "pairs 12"
     assert (aside / "samples" / "step_000011.png").read_text() == "samples 11"
     assert folder.move_uncommitted_to_discarded(10) == 0
