@@ -1,7 +1,8 @@
 """Where everything runs: what each role needs, what the cluster has, and a refusal with a table when it is not enough.
 
-Every actor, Serve replica and Ray Data operator of a run takes its CPUs and GPUs from the configuration, so that this table
-is the whole truth. Memory is arithmetic from the checkpoint's own shapes, read without loading anything.
+Every trainer rank, sampler, Serve replica and encoder of a run takes its CPUs and GPUs from the configuration; the judging
+actor's share is the constant below, and contact sheets take none. Memory is arithmetic from the checkpoint's own shapes,
+read without loading anything.
 """
 
 import math
@@ -123,8 +124,10 @@ def checkpoint_bytes(config: OnlineDPOConfig) -> float:
         count = adapter_parameters(denoiser, trainer.lora.rank, trainer.lora.targets or family.lora_targets)
     else:
         count = sum(p.numel() for p in denoiser.parameters())
-    ema = 4 + 2 if trainer.ema_decay is not None else 0
-    return float(count * (4 + 8 + (4 if trainer.lora else 2) + 2 + ema))
+    ema = 4 + 2 if trainer.ema_decay is not None else 0  # its masters and its export
+    compute = 2 if trainer.mixed_precision == "bf16" else 4
+    reference = 4 if trainer.lora else compute
+    return float(count * (4 + 8 + reference + compute + ema))
 
 
 def check_shared(folder: Path, timeout_s: float = 60.0) -> None:

@@ -179,7 +179,7 @@ class JudgesConfig(Section):
 
 
 class DPOConfig(Section):
-    beta: float = Field(5000.0)
+    beta: float = Field(5000.0, gt=0)
     reference_refresh_every: int = Field(50, ge=0)
     """Steps between copies of the policy into the reference; 0: never."""
 

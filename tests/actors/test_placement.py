@@ -49,7 +49,9 @@ def by_name(roles):
 def test_the_real_model_in_numbers(model):
     parameters = 11.9e9
     roles = by_name(placement.roles(config(model, ema_decay=0.99)))
-    assert roles["trainer rank"].nbytes == pytest.approx((4 + 8 + 4 + 2 + 4) * parameters / 4, rel=0.02)
+    block = 340e6  # a double block, gathered in bf16, one in use and one on its way
+    shard = (4 + 8 + 4 + 2 + 4) * parameters / 4
+    assert roles["trainer rank"].nbytes == pytest.approx(shard + 2 * 2 * block, rel=0.005)
     assert roles["sampler"].nbytes == pytest.approx(2 * parameters, rel=0.01)
     assert placement.checkpoint_bytes(config(model, ema_decay=0.99)) == pytest.approx(22 * parameters, rel=0.02)
     lora = by_name(placement.roles(config(model, lora={"rank": 16})))["trainer rank"]

@@ -51,7 +51,7 @@ def test_a_recipe_alone(recipe):
         (["--trainer.learning_rate", "3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
         (["--trainer.learning_rate=3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
         (["--rollout.lookahead", "2"], lambda c: c.rollout.lookahead, 2),
-        (["--dpo.beta", "-5000"], lambda c: c.dpo.beta, -5000.0),
+        (["--rollout.guidance_scale", "-1"], lambda c: c.rollout.guidance_scale, -1.0),
         (["--run.save_latents", "false"], lambda c: c.run.save_latents, False),
         (["--run.save_latents", "False"], lambda c: c.run.save_latents, False),
         (["--trainer.gradient_checkpointing"], lambda c: c.trainer.gradient_checkpointing, True),

@@ -43,8 +43,30 @@ def test_the_first_claim_takes_v0_and_keeps_the_config(claim, tmp_path):
     folder.check()
 
 
-def test_an_unfinished_run_is_resumed_under_the_next_epoch(claim):
+def trained(folder):
+    """The folder of a driver that got as far as a first row, and ended."""
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    folder.release()
+
+
+def test_a_start_that_did_nothing_takes_another_configuration(claim):
     claim().release()
+    mended = CONFIG.replace("beta = 5000.0", "beta = 100.0")
+    folder = claim(mended)
+    assert folder.path.name == "v0"
+    assert (folder.path / "config.toml").read_text() == mended
+
+
+def test_a_commit_alone_keeps_its_configuration(claim):
+    folder = claim()
+    save(folder, 1)
+    folder.release()
+    with pytest.raises(ValueError, match="beta"):
+        claim(CONFIG.replace("beta = 5000.0", "beta = 100.0"))
+
+
+def test_an_unfinished_run_is_resumed_under_the_next_epoch(claim):
+    trained(claim())
     moved = CONFIG.replace("save_every = 10", "save_every = 5").replace("num_cpus = 2", "num_cpus = 4")
     folder = claim(moved)
     assert folder.path.name == "v0" and folder.epoch == 2 and folder.resumed
@@ -61,7 +83,7 @@ def test_an_unfinished_run_is_resumed_under_the_next_epoch(claim):
     ],
 )
 def test_another_configuration_is_refused_with_both_values(claim, old, new, message):
-    claim().release()
+    trained(claim())
     with pytest.raises(ValueError, match=message):
         claim(CONFIG.replace(old, new))
     assert claim().epoch == 2  # the refused claim left no lock and took no epoch
