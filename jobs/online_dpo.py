@@ -66,9 +66,8 @@ def main() -> None:
     arguments = parse(OnlineDPOConfig, description=__doc__ or "")
     config = arguments.config
     data = read_data(config)
-    for rows in filter(None, (data.train, data.evaluation)):
-        if rows.left_out:
-            print(rows.report(), flush=True)
+    if data.left_out():
+        print(data.left_out(), flush=True)
     if arguments.dry_run:
         dry_run(config, data)
     else:
@@ -116,7 +115,8 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
         )
         # Unique in the cluster, also beside a run of the same name in another run.dir; the same again on a resume.
         name = f"{config.run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
-        record_left_out(folder.path, data)
+        if data.left_out():
+            (folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
         check_placement(config, name)
         placement.check_shared(folder.path)
         prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
@@ -141,13 +141,6 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
 
         train_until_done(config, folder, rollouts, held_out, new_trainer)
         return folder.path
-
-
-def record_left_out(folder: Path, data: Data) -> None:
-    """left_out.txt: the bad rows that `data.on_bad_row = "skip"` went on without."""
-    reports = [rows.report() for rows in filter(None, (data.train, data.evaluation)) if rows.left_out]
-    if reports:
-        (folder / "left_out.txt").write_text("\n".join(reports) + "\n", encoding="utf-8")
 
 
 def check_placement(config: OnlineDPOConfig, name: str) -> None:

@@ -36,6 +36,10 @@ class Data:
     def all(self) -> tuple[Row, ...]:
         return self.train.rows + (self.evaluation.rows if self.evaluation else ())
 
+    def left_out(self) -> str:
+        """The bad rows that `data.on_bad_row = "skip"` went on without, a line per problem; empty if there are none."""
+        return "\n".join(rows.report() for rows in (self.train, self.evaluation) if rows and rows.left_out)
+
 
 def read_data(config: OnlineDPOConfig) -> Data:
     """Read `data.path` and `eval.path`. Raises: BadInput with the problems of both."""
@@ -148,9 +152,8 @@ def main() -> None:
     arguments = parse(OnlineDPOConfig, description=__doc__ or "")
     config = arguments.config
     data = read_data(config)
-    for rows in filter(None, (data.train, data.evaluation)):
-        if rows.left_out:
-            print(rows.report())
+    if data.left_out():
+        print(data.left_out())
     prompts = prompts_of(config, data.all)
     if arguments.dry_run:
         print(resolved_toml(config))
