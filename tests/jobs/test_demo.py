@@ -28,7 +28,9 @@ def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
     assert len(read_pairs(run / "pairs")) == 8 * 8
     assert {path.name for path in (run / "final").iterdir()} == {"transformer", "ema_transformer"}
     assert (run / "samples" / "step_000008.png").stat().st_size > 10_000
-    left = [p for p in psutil.process_iter() if p.pid not in before and str(tmp_path) in " ".join(p.cmdline())]
+    # `cmdline` is None of a process that ends meanwhile, or that waits for its parent to collect it.
+    running = psutil.process_iter(["pid", "cmdline"])
+    left = [p for p in running if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     assert not left
 
 
