@@ -15,7 +15,8 @@ from typing import Any
 import ray
 from ray import serve
 
-from rlhf.config import JudgeConfig, OnlineDPOConfig
+from rlhf.config import OnlineDPOConfig
+from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.types import Item, Prompt, Score, Verdict
 

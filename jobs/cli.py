@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from jobs import schema_keys
 from jobs.schema_keys import Key
-from rlhf.config import Section
+from rlhf.section import Section
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job supervisor sets this variable in the driver of a submitted job, and nowhere else."""

@@ -11,7 +11,7 @@ import psutil
 import ray
 import torch
 
-from rlhf.config import ClusterConfig
+from rlhf.section import ClusterConfig
 
 
 class Stopped(BaseException):

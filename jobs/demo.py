@@ -29,11 +29,12 @@ from jobs.cluster import cluster, dashboard
 from jobs.online_dpo import STOPS, guarded, run
 from jobs.preprocess import read_data
 from jobs.train_ctr import train_ctr
-from rlhf.config import CTRDataConfig, CTRTrainConfig, OnlineDPOConfig, TrainCTRConfig
+from rlhf.config import OnlineDPOConfig
 from rlhf.data.images import load_image
 from rlhf.data.prompts import Row, read_rows
 from rlhf.models import FAMILIES
 from rlhf.models.tiny import write_flux_kontext
+from rlhf.rewards.ctr_config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
 from rlhf.sampling import sample
 from rlhf.types import noise_from

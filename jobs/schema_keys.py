@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic_core import PydanticUndefined
 
-from rlhf.config import LOCAL_PATH, Section
+from rlhf.section import LOCAL_PATH, Section
 
 C = TypeVar("C", bound=Section)
 

@@ -14,9 +14,9 @@ import ray
 
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster
-from rlhf.config import TrainCTRConfig
 from rlhf.data.schema import BadInput, Problem
 from rlhf.rewards import ctr, ctr_training
+from rlhf.rewards.ctr_config import TrainCTRConfig
 from rlhf.rewards.ctr_data import Click, read_clicks, split
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from rlhf.config import JudgeConfig
+from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.images import check_array
 from rlhf.rewards.reward import JudgeError, Reward
 from rlhf.types import Item

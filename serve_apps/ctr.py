@@ -12,7 +12,7 @@ from fastapi import FastAPI, File, Form, UploadFile
 from pydantic import BaseModel, Field
 from ray import serve
 
-from rlhf.config import JudgeConfig
+from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.ctr import CTRReward
 from rlhf.rewards.images import MAX_BYTES
 from rlhf.types import Item

@@ -23,8 +23,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from rlhf.config import FilterJudgeConfig, HPSJudgeConfig, JudgeConfig, OnlineDPOConfig
+from rlhf.config import OnlineDPOConfig
 from rlhf.rewards.api_filter import from_environment
+from rlhf.rewards.config import FilterJudgeConfig, HPSJudgeConfig, JudgeConfig
 from rlhf.rewards.reward import fingerprint
 from serve_apps.ctr import build_ctr
 from serve_apps.hpsv2 import build_hpsv2

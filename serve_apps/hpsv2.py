@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from ray import serve
 
-from rlhf.config import HPSJudgeConfig
+from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.types import Item
 from serve_apps.batcher import Batcher, options

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from rlhf.config import FilterJudgeConfig
+from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import check_array
 from rlhf.rewards.reward import JudgeError, fingerprint
 from rlhf.rewards.vlm_filter import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from ray import serve
 
-from rlhf.config import FilterJudgeConfig
 from rlhf.rewards.api_filter import APIFilter
+from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import MAX_BYTES
 from rlhf.rewards.reward import Filter
 from rlhf.types import Verdict

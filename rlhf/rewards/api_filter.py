@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from rlhf.config import FilterJudgeConfig
+from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import encode_base64
 from rlhf.rewards.reward import JudgeError
 from rlhf.rewards.vlm_filter import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink

@@ -14,7 +14,7 @@ Left out: training (`jobs.train_ctr`) and everything about products beyond the f
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.rewards.config import CTRJudgeConfig
 from rlhf.rewards.images import check_array
 from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
@@ -108,6 +109,16 @@ class CTRReward:
         model, self.tokenizer = load(Path(path))
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.version = f"{Path(path).name}@{fingerprint(Path(path))}"
+
+    @classmethod
+    def from_config(cls, name: str, judge: CTRJudgeConfig, device: str) -> Self:
+        """`judges.ctr` on `device`."""
+        return cls(
+            str(judge.path),
+            device=device,
+            dtype=getattr(torch, judge.dtype),
+            batch_rows=judge.max_batch_size if judge.pad_batches else None,
+        )
 
     @torch.inference_mode()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:

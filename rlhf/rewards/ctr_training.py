@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.config import CTRModelSection, CTRTrainConfig
 from rlhf.rewards.ctr import CTRModel, CTRModelConfig, binomial_loss, compound_loss, describe, encode_items, transform
+from rlhf.rewards.ctr_config import CTRModelSection, CTRTrainConfig
 from rlhf.rewards.ctr_data import Click
 from rlhf.rewards.ctr_small import small_config, small_tokenizer
 from rlhf.rewards.images import decode_image

@@ -15,7 +15,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import open_clip
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.images import check_array
 from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
@@ -63,6 +64,17 @@ class HPSv2Reward:
         self.image_size = _square(self.model.visual.image_size)
         self.version = f"{file.stem}@{fingerprint(file)}"
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @classmethod
+    def from_config(cls, name: str, judge: HPSJudgeConfig, device: str) -> Self:
+        """`judges.hps` on `device`."""
+        return cls(
+            str(judge.path),
+            version=judge.version,
+            device=device,
+            dtype=getattr(torch, judge.dtype),
+            batch_rows=judge.max_batch_size if judge.pad_batches else None,
+        )
 
     @torch.inference_mode()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:

@@ -21,10 +21,10 @@ class JudgeError(RuntimeError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores pictures in one batch. Implementations: `hpsv2.HPSv2Reward`, `ctr.CTRReward`."""
+    """Scores pictures in one batch. Implementations: `rlhf.rewards.REWARDS`, made by their `from_config`."""
 
     name: str
-    """Short name: "hps", "ctr"."""
+    """As reward.weights has it: "hps", "ctr", …"""
     version: str
     """Model name and a fingerprint of its weights, as /health reports them."""
     device: str

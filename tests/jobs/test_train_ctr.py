@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf.config import TrainCTRConfig
 from rlhf.data.schema import BadInput
 from rlhf.rewards.ctr import CTRReward
+from rlhf.rewards.ctr_config import TrainCTRConfig
 from rlhf.rewards.images import encode_png
 from rlhf.types import Item
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ray import serve
 
-from rlhf.config import JudgeConfig
+from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.reward import JudgeError, checked_scores
 from serve_apps.batcher import Batcher, options
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.config import FilterJudgeConfig
 from rlhf.rewards.api_filter import APIFilter, from_environment
+from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import decode_image
 from rlhf.rewards.reward import Filter, JudgeError
 from tests.rlhf.rewards.openai_server import completion, openai_server

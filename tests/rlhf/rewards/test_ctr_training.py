@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.config import CTRModelSection, CTRTrainConfig
 from rlhf.rewards import ctr_training
 from rlhf.rewards.ctr import CTRModel, describe, load, save
+from rlhf.rewards.ctr_config import CTRModelSection, CTRTrainConfig
 from rlhf.rewards.ctr_data import Click
 from rlhf.rewards.ctr_small import small_config, small_tokenizer
 from rlhf.rewards.images import encode_png

@@ -1,0 +1,263 @@
+"""Judges and rewards in a recipe: which models judge, where they run, and how their scores are mixed."""
+
+import difflib
+import os
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlhf.section import LocalPath, Section
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+JudgeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+SHORTHANDS: dict[str, dict[str, float]] = {
+    "hps": {"hps": 1.0},
+    "hpsv2": {"hps": 1.0},
+    "ctr": {"ctr": 1.0},
+    "hps_ctr": {"hps": 1.0, "ctr": 1.0},
+}
+"""The seed's `--reward_type` values as weights."""
+
+
+class HPSRewardConfig(Section):
+    empty_prompt: str = "{food_name}"
+    """Text that rewards read in place of an empty instruction; {food_name} and the other item fields are filled in."""
+
+
+class RewardConfig(Section):
+    weights: dict[str, Weight] | None = None
+    """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}. Unset: what `type` says."""
+    type: Literal["hps", "hpsv2", "ctr", "hps_ctr"] | None = None
+    """Shorthand for `weights`; with neither: hps_ctr."""
+    scaling: Literal["running", "fixed"] = "running"
+    """`running`: each reward over its pooled within-group deviation.
+    `fixed`: the seed's clip((hps−0.15)/0.2, 0, 1) with ctr, averaged by weight; or one reward as it is."""
+    hps: HPSRewardConfig = HPSRewardConfig()
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Judge → weight."""
+        return self.weights or SHORTHANDS[self.type or "hps_ctr"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.mix)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weights is not None and self.type is not None:
+            raise ValueError(f'weights = {self.weights} and type = "{self.type}" say the same thing: give one of them')
+        if self.weights == {}:
+            raise ValueError("weights = {} names no reward; give at least one, e.g. {hps = 1}")
+        if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
+            raise ValueError(
+                f'scaling = "fixed" is the seed\'s formula for hps with ctr, but weights = {self.mix}; use "running"'
+            )
+        return self
+
+
+class JudgeConfig(Section):
+    """One judge: a Serve deployment of ours, or an external HTTP service at `url`."""
+
+    reads_prompt: ClassVar[bool] = True
+    needs_item: ClassVar[bool] = False
+    source: ClassVar[str] = "path"
+    """The key that says what is deployed, for the error where neither it nor `url` is given."""
+
+    path: LocalPath | None = None
+    url: str | None = None
+    """Address of a service elsewhere, without the last path segment: `url`/score_batch is asked."""
+    token: str | None = Field(None, exclude=True)
+    """Bearer token that the service at `url` asks for. Never written to a file."""
+    replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
+    """Above `replicas`: Serve adds and removes replicas between the two by load."""
+    target_ongoing_requests: float | None = Field(None, gt=0)
+    """Requests per replica that autoscaling aims at; default: two full batches."""
+    num_cpus: float = Field(0.2, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    max_batch_size: int = Field(16, ge=1)
+    batch_wait_s: float = Field(0.02, ge=0)
+    max_ongoing_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(256, ge=-1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pad_batches: bool = False
+    """Pad every forward to max_batch_size rows: a score is then the same bits whatever it was batched with."""
+
+    @property
+    def deployed(self) -> bool:
+        """Whether this judge is ours to deploy: it has a source and no `url`."""
+        return self.url is None and getattr(self, self.source) is not None
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.replicas
+
+    @model_validator(mode="after")
+    def _check_capacity(self) -> Self:
+        if self.max_ongoing_requests < self.max_batch_size:
+            raise ValueError(
+                f"max_ongoing_requests = {self.max_ongoing_requests} is below max_batch_size = {self.max_batch_size}: "
+                "batches would never fill"
+            )
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas = {self.max_replicas} is below replicas = {self.replicas}")
+        return self
+
+
+class HPSJudgeConfig(JudgeConfig):
+    version: Literal["v2.0", "v2.1"] = "v2.1"
+
+
+class CTRJudgeConfig(JudgeConfig):
+    reads_prompt: ClassVar[bool] = False
+    needs_item: ClassVar[bool] = True
+
+
+class CLIPJudgeConfig(JudgeConfig):
+    """PickScore and CLIP score. `path`: a CLIPModel folder of transformers."""
+
+    processor: LocalPath | None = None
+    """Folder of the CLIP processor where `path` holds none."""
+
+
+class AestheticJudgeConfig(JudgeConfig):
+    """LAION aesthetic. `path`: a CLIP ViT-L/14 folder of transformers."""
+
+    reads_prompt: ClassVar[bool] = False
+    head: LocalPath | None = None
+    """The predictor's weights: sac+logos+ava1-l14-linearMSE.pth or a .safetensors of it."""
+    processor: LocalPath | None = None
+    """Folder of the CLIP processor where `path` holds none."""
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        if (self.path is None) != (self.head is None) and self.url is None:
+            raise ValueError(f"path = {self.path!r} and head = {self.head!r}: the aesthetic score needs both")
+        return self
+
+
+class PythonJudgeConfig(JudgeConfig):
+    """A function of yours: `(images, prompts, items) -> scores`, called with batches in a Serve replica."""
+
+    source: ClassVar[str] = "function"
+    function: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
+    """Import path "package.module:function", importable on every node."""
+
+
+class HTTPJudgeConfig(JudgeConfig):
+    """Any service that answers POST {"items": [{"image_base64", "prompt", "item"}]} with {"scores": [one number each]}."""
+
+    url: str | None = None
+    """The full address that batches are posted to."""
+
+
+class FilterJudgeConfig(JudgeConfig):
+    enabled: bool = True
+    api_base: str | None = None
+    """An OpenAI-compatible server instead of the built-in engine (also QWEN_API_BASE, QWEN_API_KEY, QWEN_MODEL_NAME)."""
+    api_timeout_s: float = Field(120.0, gt=0)
+    """One request to the server at `api_base`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    model_name: str = "Qwen/Qwen3-VL-32B-Instruct"
+    min_pass_probability: float = Field(0.5, ge=0, le=1)
+    system_prompt: str | None = None
+    """What the auditor is told; default: text and logos, structure, artefacts and (with the source) the subject kept."""
+    reason_prompt: str | None = None
+    """What asks for the reason after FAIL; default: one short sentence."""
+    send_source: bool = False
+    """Show the auditor the source photo beside the edit, so that "the subject was kept" can be asked."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
+    max_model_len: int = Field(4096, ge=256)
+    max_reason_tokens: int = Field(64, ge=0)
+
+    @property
+    def deployed(self) -> bool:
+        return self.url is None and bool(self.path or self.api_base)
+
+    @model_validator(mode="after")
+    def _check_filter(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.num_gpus not in (0, self.tensor_parallel_size):
+            raise ValueError(
+                f"tensor_parallel_size = {self.tensor_parallel_size}, but num_gpus = {self.num_gpus:g}: a replica "
+                "needs one whole GPU for each part"
+            )
+        return self
+
+
+class JudgesConfig(Section):
+    hps: HPSJudgeConfig = HPSJudgeConfig()
+    ctr: CTRJudgeConfig = CTRJudgeConfig()
+    pickscore: CLIPJudgeConfig = CLIPJudgeConfig()
+    clip: CLIPJudgeConfig = CLIPJudgeConfig()
+    aesthetic: AestheticJudgeConfig = AestheticJudgeConfig()
+    python: dict[JudgeName, PythonJudgeConfig] = Field(default_factory=dict)
+    """Functions of yours as judges, by a name that reward.weights then knows: [judges.python.NAME]."""
+    http: dict[JudgeName, HTTPJudgeConfig] = Field(default_factory=dict)
+    """Services elsewhere as judges, by a name that reward.weights then knows: [judges.http.NAME]."""
+    filter: FilterJudgeConfig = FilterJudgeConfig()
+    max_failure_rate: float = Field(0.5, ge=0, le=1)
+    """Share of failed calls of one judge, over its last 50, above which the run stops."""
+    retries: int = Field(2, ge=0)
+    timeout_s: float = Field(120.0, gt=0)
+    deploy_timeout_s: float = Field(1800.0, gt=0)
+
+    @property
+    def rewards(self) -> dict[str, JudgeConfig]:
+        """Every reward judge by the name that reward.weights uses."""
+        return {**self._built_in, **self.python, **self.http}
+
+    def __getitem__(self, name: str) -> JudgeConfig:
+        return self.filter if name == "filter" else self.rewards[name]
+
+    def key(self, name: str) -> str:
+        """The dotted key of a judge's table, for messages."""
+        table = next((table for table in ("python", "http") if name in getattr(self, table)), None)
+        return f"judges.{table}.{name}" if table else f"judges.{name}"
+
+    @property
+    def _built_in(self) -> dict[str, JudgeConfig]:
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "filter"}
+        return {name: value for name, value in values.items() if isinstance(value, JudgeConfig)}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        taken = {*self._built_in, "filter", "hpsv2"}
+        for table in ("python", "http"):
+            for name, judge in getattr(self, table).items():
+                if name in taken:
+                    raise ValueError(f"{table}.{name}: the name {name!r} belongs to another judge; choose another")
+                taken.add(name)
+                needed = "function" if table == "python" else "url"
+                if getattr(judge, needed) is None:
+                    raise ValueError(f"{table}.{name} has no {needed}")
+        return self
+
+    def problems(self, reward: RewardConfig) -> list[str]:
+        """What keeps these judges from giving `reward` its scores, a line each."""
+        found = []
+        for name in reward.names:
+            if name not in self.rewards:
+                near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
+                found.append(f"reward.weights names {name!r}, which is no judge; {hint}")
+            elif not self[name].url and not self[name].deployed:
+                key, judge = self.key(name), self[name]
+                found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
+        filter = self.filter
+        if filter.enabled and not (filter.url or filter.deployed or os.environ.get("QWEN_API_BASE")):
+            found.append(
+                "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
+            )
+        return found
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    route_prefix: str = Field("", pattern=r"^(/[\w-]+)*$")
+    """Put before /hpsv2, /ctr, /filter, …: a second run on the same cluster needs its own, like /second."""
+    token: str | None = Field(None, exclude=True)
+    """Bearer token asked of every HTTP request; also RLHF_SERVE_TOKEN. Never written to a file."""
