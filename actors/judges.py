@@ -1,27 +1,31 @@
 """Judges: one async actor that asks the filter, then the rewards of what passed, and gathers one answer per candidate.
 
-A judge is a deployment handle in this cluster or, with `judges.NAME.url`, an HTTP service that speaks the contract of the
-seed's servers. Each call is retried with backoff; what still fails is a `Failure`, never a number and never a PASS.
-Left out: batching (Serve's) and what a failure means for the run (`rlhf.algorithms.rollout`).
+A judge is a deployment handle in this cluster or, with a `url`, an HTTP service. Each call is retried with backoff; what
+still fails is a `Failure`, never a number and never a PASS. Left out: batching (Serve's) and what a failure means for
+the run (`rlhf.algorithms.rollout`).
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from string import Formatter
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import ray
 from ray import serve
 
 from rlhf.config import OnlineDPOConfig
-from rlhf.rewards.config import JudgeConfig
+from rlhf.data.images import load_image
+from rlhf.rewards.config import JudgeConfig, ModelJudgeConfig
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.types import Item, Prompt, Score, Verdict
 
-Call = Callable[[ray.ObjectRef, str, Item | None], Awaitable[Verdict | float]]
-"""(picture, text, item) → the filter's verdict or a reward."""
+Reward = Callable[[ray.ObjectRef, str, Item | None], Awaitable[float]]
+Filter = Callable[[ray.ObjectRef, np.ndarray | None, str], Awaitable[Verdict]]
+"""(picture, source photo or none, instruction) → verdict."""
 
 FIRST_BACKOFF_S = 0.5
 FETCH_TIMEOUT_S = 60.0
@@ -47,7 +51,7 @@ class PixelsLost:
 
 
 def reward_text(prompt: Prompt, template: str) -> str:
-    """What the aesthetic reward reads: the instruction or, where it is empty, `reward.hps.empty_prompt` filled in."""
+    """What rewards read: the instruction or, where it is empty, `reward.hps.empty_prompt` filled in."""
     if prompt.instruction.strip():
         return prompt.instruction
     fields = {field for _, field, _, _ in Formatter().parse(template) if field}
@@ -59,24 +63,39 @@ def reward_text(prompt: Prompt, template: str) -> str:
     return template.format(**vars(prompt.item)) if prompt.item else template
 
 
-def _over_http(name: str, config: JudgeConfig, timeout_s: float) -> Call:
-    assert config.url is not None
-    judge = RemoteJudge(name, config.url, token=config.token, timeout_s=timeout_s)
+def _remote_reward(judge: JudgeConfig, timeout_s: float) -> Reward:
+    assert isinstance(judge, ModelJudgeConfig)  # the only kind that is asked elsewhere
+    remote = RemoteJudge(judge, timeout_s=timeout_s)
 
-    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> Verdict | float:
-        image = await reference
-        return await (judge.judge(image, None, text) if name == "filter" else judge.score(image, text, item))
+    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> float:
+        return await remote.score(await reference, text, item)
 
     return call
 
 
-def _by_handle(name: str, app: str) -> Call:
+def _remote_filter(judge: ModelJudgeConfig, timeout_s: float) -> Filter:
+    remote = RemoteJudge(judge, timeout_s=timeout_s)
+
+    async def call(reference: ray.ObjectRef, source: np.ndarray | None, text: str) -> Verdict:
+        return await remote.judge(await reference, source, text)
+
+    return call
+
+
+def _reward_handle(app: str) -> Reward:
     handle = serve.get_app_handle(app)
 
-    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> Verdict | float:
-        if name == "filter":
-            return await handle.judge.remote(reference, None, text)
+    async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> float:
         return await handle.score.remote(reference, text, item)
+
+    return call
+
+
+def _filter_handle(app: str) -> Filter:
+    handle = serve.get_app_handle(app)
+
+    async def call(reference: ray.ObjectRef, source: np.ndarray | None, text: str) -> Verdict:
+        return await handle.judge.remote(reference, source, text)
 
     return call
 
@@ -85,32 +104,34 @@ class Judges:
     """`judge([image], prompt)` → Score, Failure or PixelsLost. Pictures pass through as references."""
 
     def __init__(self, config: OnlineDPOConfig, apps: dict[str, str]):
-        self._config = config
-        names = [*(["filter"] if config.judges.filter.enabled else []), *config.reward.names]
-        self._calls: dict[str, Call] = {
-            name: _by_handle(name, apps[name])
-            if name in apps
-            else _over_http(name, getattr(config.judges, name), config.judges.timeout_s)
-            for name in names
+        """apps: judge → Serve application, for those that this cluster runs."""
+        self._config, judges = config, config.judges
+        self._rewards = {
+            name: _reward_handle(apps[name]) if name in apps else _remote_reward(judges[name], judges.timeout_s)
+            for name in config.reward.names
         }
-        self._places = {name: asyncio.Semaphore(self._limit(name)) for name in names}
+        self._filter = None
+        if judges.filter.enabled:
+            here = apps.get("filter")
+            self._filter = _filter_handle(here) if here else _remote_filter(judges.filter, judges.timeout_s)
+        # As many calls at once as replicas take, so that waiting here never counts as their time.
+        self._places = {name: asyncio.Semaphore(judges[name].calls_at_once) for name in config.judge_names}
+        self._source = lru_cache(256)(self._load_source)
 
-    def _limit(self, name: str) -> int:
-        """Calls to a judge at once: what its replicas take, so that waiting here never counts as their time."""
-        judge = getattr(self._config.judges, name)
-        return judge.replicas * judge.max_ongoing_requests
+    def _load_source(self, prompt: Prompt) -> np.ndarray:
+        return load_image(prompt.image, prompt.height, prompt.width, self._config.data.fit)
 
     async def judge(self, image: list[ray.ObjectRef], prompt: Prompt) -> Score | Failure | PixelsLost:
         """`image` is a list of one reference, so that Ray hands it on instead of fetching it here."""
         reference = image[0]
         try:
             verdict = ACCEPTED
-            if self._config.judges.filter.enabled:
-                verdict = await self._ask("filter", reference, prompt)
+            if self._filter is not None:
+                verdict = await self._ask("filter", self._verdict, reference, prompt)
                 if isinstance(verdict, Failure) or not verdict.valid:
                     return verdict if isinstance(verdict, Failure) else Score(verdict=verdict)
             names = self._config.reward.names
-            answers = await asyncio.gather(*(self._ask(name, reference, prompt) for name in names))
+            answers = await asyncio.gather(*(self._ask(name, self._reward(name), reference, prompt) for name in names))
         except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError) as error:
             return PixelsLost(reason=str(error))
         for answer in answers:
@@ -118,19 +139,30 @@ class Judges:
                 return answer
         return Score(verdict=verdict, rewards=dict(zip(names, answers, strict=True)))
 
-    async def _ask(self, name: str, image: ray.ObjectRef, prompt: Prompt) -> Any:
+    async def _verdict(self, image: ray.ObjectRef, prompt: Prompt) -> Verdict:
+        assert self._filter is not None
+        source = await asyncio.to_thread(self._source, prompt) if self._config.judges.filter.send_source else None
+        return await self._filter(image, source, prompt.instruction)
+
+    def _reward(self, name: str) -> Callable[[ray.ObjectRef, Prompt], Awaitable[float]]:
+        async def ask(image: ray.ObjectRef, prompt: Prompt) -> float:
+            reads = self._config.judges[name].reads_prompt
+            text = reward_text(prompt, self._config.reward.hps.empty_prompt) if reads else prompt.instruction
+            return await self._rewards[name](image, text, prompt.item)
+
+        return ask
+
+    async def _ask(
+        self, name: str, call: Callable[[ray.ObjectRef, Prompt], Awaitable[Any]], image: ray.ObjectRef, prompt: Prompt
+    ) -> Any:
         judges = self._config.judges
         reason = ""
         for attempt in range(judges.retries + 1):
             if attempt:
                 await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
-                text = prompt.instruction
-                if name == "hps":
-                    text = reward_text(prompt, self._config.reward.hps.empty_prompt)
                 async with self._places[name]:
-                    call = self._calls[name](image, text, prompt.item)
-                    return await asyncio.wait_for(call, judges.timeout_s)
+                    return await asyncio.wait_for(call(image, prompt), judges.timeout_s)
             except (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError):
                 raise
             except TimeoutError:

@@ -17,6 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf.config import OnlineDPOConfig
 from rlhf.models import FAMILIES
+from rlhf.rewards.config import JudgesConfig
+from rlhf.section import local_paths
 
 GIB = 2**30
 OVERHEAD = 1.0 * GIB
@@ -45,8 +47,8 @@ def _folder_bytes(folder: Path) -> float:
     return float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
 
 
-def _judge_bytes(path: str | None) -> float:
-    if path is None or not Path(path).exists():
+def _judge_bytes(path: str) -> float:
+    if not Path(path).exists():
         return 0.0
     return float(Path(path).stat().st_size) if Path(path).is_file() else _folder_bytes(Path(path))
 
@@ -97,22 +99,24 @@ def roles(config: OnlineDPOConfig) -> list[Role]:
         ),
         Role(name="judges", count=1, num_cpus=JUDGES_CPUS, num_gpus=0, nbytes=0),
     ]
-    for name in (*config.reward.names, "filter"):
-        judge = getattr(config.judges, name)
-        if not judge.url and not (name == "filter" and not judge.enabled):
-            found.append(
-                Role(
-                    name=f"judge {name}",
-                    count=judge.replicas,
-                    num_cpus=judge.num_cpus,
-                    num_gpus=judge.num_gpus,
-                    nbytes=_judge_bytes(judge.path),
-                )
-            )
-    return found
+    return found + judge_roles(config.judges, config.judge_names)
 
 
 JUDGES_CPUS = 0.05
+
+
+def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
+    """The Serve replicas of those judges of `names` that are deployed here, at their most."""
+    return [
+        Role(
+            name=f"judge {name}",
+            count=judge.most_replicas,
+            num_cpus=judge.num_cpus,
+            num_gpus=judge.num_gpus,
+            nbytes=sum(_judge_bytes(path) for _, path in local_paths(judge)),
+        )
+        for name, judge in judges.deployed(names).items()
+    ]
 
 
 def checkpoint_bytes(config: OnlineDPOConfig) -> float:

@@ -69,7 +69,7 @@ class Rollouts:
             max_dropped_in_a_row=config.rollout.max_dropped_in_a_row,
             max_failure_rate=config.judges.max_failure_rate,
         )
-        scale = RewardScale(names=config.reward.names, scaling=config.reward.scaling)
+        scale = RewardScale(weights=config.reward.mix, scaling=config.reward.scaling)
         self._rollout = RolloutState(limits=self._limits, scale=scale)
         self._waiting: dict[ray.ObjectRef, Callable[[ray.ObjectRef], None]] = {}
         self._queue: list[Work] = []
@@ -188,7 +188,7 @@ class Rollouts:
         self._queue, self._evaluating, self._version_steps = [], None, {}
         first_ticket = self._rollout.next_ticket
         if saved is None:
-            scale = RewardScale(names=self.config.reward.names, scaling=self.config.reward.scaling)
+            scale = RewardScale(weights=self.config.reward.mix, scaling=self.config.reward.scaling)
             self._rollout = RolloutState(limits=self._limits, scale=scale, next_ticket=first_ticket)
             return self.version + 1
         self._rollout = restore(saved["rollout"], self._limits, first_ticket=first_ticket)

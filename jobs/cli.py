@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from jobs import schema_keys
 from jobs.schema_keys import Key
-from rlhf.section import Section
+from rlhf.section import Section, local_paths
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job supervisor sets this variable in the driver of a submitted job, and nowhere else."""
@@ -90,10 +90,11 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
     for name in list(schema_keys.unknown(schema, tree)):
         problems.append(_problem(source, name, schema_keys.remove(tree, name), f"unknown key; {_nearest(name, keys)}"))
     for name, text in _overrides(rest, keys, problems):
-        if name not in keys:
+        key = schema_keys.find(keys, name)
+        if key is None:
             problems.append(_problem(COMMAND_LINE, name, text, f"unknown key; {_nearest(name, keys)}"))
             continue
-        schema_keys.assign(tree, name, schema_keys.value_of(text, keys[name]))
+        schema_keys.assign(tree, name, schema_keys.value_of(text, key))
         origin[name] = COMMAND_LINE
     try:
         config = schema.model_validate(tree)
@@ -101,7 +102,7 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
         problems += _validation_problems(error, keys, source, origin)
         raise ConfigError(_message(problems)) from error
     if SUBMITTED_JOB in os.environ:
-        for name, path in schema_keys.local_paths(config):
+        for name, path in local_paths(config):
             if not os.path.isabs(path):
                 problems.append(
                     _problem(
@@ -156,10 +157,10 @@ def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
-            elif name in keys and keys[name].is_bool:
+            elif (key := schema_keys.find(keys, name)) and key.is_bool:
                 text = "true"
-            elif name in keys:
-                remedy = f"write --{name} VALUE ({keys[name].type_text})"
+            elif key:
+                remedy = f"write --{name} VALUE ({key.type_text})"
                 problems.append(f"{COMMAND_LINE}: --{name}: has no value; {remedy}")
                 continue
         yield name, text

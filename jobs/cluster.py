@@ -37,8 +37,10 @@ def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
         yield
         return
     target = address(config)
-    # Workers import the project by its installed (editable) name; PYTHONPATH also serves a plain checkout.
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}}
+    # Workers import the project by its installed (editable) name; PYTHONPATH also serves a plain checkout, and modules of
+    # the user's that a recipe names (judges.python).
+    places = [str(Path(__file__).resolve().parents[1]), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(":")]
+    environment = {"env_vars": {"PYTHONPATH": ":".join(filter(None, places)), "HF_HUB_OFFLINE": "1"}}
     own = {}
     if target == "local":
         own = {

@@ -78,7 +78,7 @@ def dry_run(config: OnlineDPOConfig, data: Data) -> None:
     """Print the resolved recipe and the placement table; raise where the run would be refused. Starts nothing."""
     print(resolved_toml(config))
     check_texts(config, prompts_of(config, data.all))
-    deploy.check_paths(config)
+    deploy.check_sources(config.judges, config.judge_names)
     needed, free = placement.roles(config), free_resources(config.cluster)
     print(placement.table(needed, free))
     state = placement.checkpoint_bytes(config)
@@ -97,15 +97,15 @@ def dry_run(config: OnlineDPOConfig, data: Data) -> None:
 
 
 def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
-    """Every prompt must give the aesthetic reward a text. Raises ValueError for the first that does not."""
-    if "hps" in config.reward.names:
+    """Every prompt must give the rewards that read one a text. Raises ValueError for the first that does not."""
+    if any(config.judges[name].reads_prompt for name in config.reward.names):
         for prompt in prompts:
             reward_text(prompt, config.reward.hps.empty_prompt)
 
 
 def run(config: OnlineDPOConfig, data: Data) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
-    deploy.check_paths(config)
+    deploy.check_sources(config.judges, config.judge_names)
     check_texts(config, prompts_of(config, data.all))
     with cluster(config.cluster, namespace=config.run.name), ExitStack() as stack:
         folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
@@ -123,15 +123,18 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
         train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
         group = placement.reserve(config)
         stack.callback(ray.util.remove_placement_group, group)
-        stack.callback(deploy.undeploy, name)
-        judges_up = deploy.start(config, name)  # after the group: judges take what trainer and samplers leave
+        stack.callback(deploy.undeploy, name, config.judge_names)
+        judges_up = deploy.start(
+            config.judges, config.serve, config.judge_names, name
+        )  # after the group: judges take what trainer and samplers leave
 
         def new_judges() -> ray.actor.ActorHandle:
             actor = ray.remote(Judges).options(num_cpus=placement.JUDGES_CPUS, max_concurrency=1000)
             return actor.remote(config, judges_up.apps)
 
         deploy.wait(judges_up, config.judges.deploy_timeout_s)
-        print(f"judges: {', '.join(deploy.addresses(config, judges_up).values())}", flush=True)
+        addresses = deploy.addresses(config.judges, config.judge_names, judges_up)
+        print(f"judges: {', '.join(addresses.values())}", flush=True)
         rollouts = Rollouts(config, PromptStream(train, config.run.seed), new_judges, group)
         stack.callback(rollouts.close)
         held_out = held_out[: config.eval.max_prompts]
@@ -145,8 +148,9 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
 
 def check_placement(config: OnlineDPOConfig, name: str) -> None:
     """Refuse, with a table, a run that does not fit; judges that an earlier start left running are not counted twice."""
-    running = serve.status().applications if deploy.judges_to_deploy(config) else {}
-    orphans = {f"judge {judge}" for judge in deploy.ROUTES if deploy.app_name(name, judge) in running}
+    ours = config.judges.deployed(config.judge_names)
+    running = serve.status().applications if ours else {}
+    orphans = {f"judge {judge}" for judge in ours if deploy.app_name(name, judge) in running}
     needed = [role for role in placement.roles(config) if role.name not in orphans]
     free = free_resources(config.cluster)
     print(placement.table(needed, free), flush=True)

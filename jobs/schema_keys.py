@@ -1,6 +1,7 @@
 """The keys of a configuration schema as dotted names: walking, describing, assigning; what `jobs.cli` is built on.
 
-A schema is a tree of `Section` classes; a key is the dotted path to a leaf or to a section, `trainer.lora.rank`.
+A schema is a tree of `Section` classes; a key is the dotted path to a leaf or to a section, `trainer.lora.rank`. In a
+table whose entries the user names (`dict[str, Section]`), NAME stands for any of them: `judges.python.NAME.function`.
 Left out: sections inside lists, which no recipe has.
 """
 
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic_core import PydanticUndefined
 
-from rlhf.section import LOCAL_PATH, Section
+from rlhf.section import Section, is_local_path
 
 C = TypeVar("C", bound=Section)
 
@@ -34,12 +35,19 @@ class Key:
     section: type[Section] | None
 
 
+NAME = "NAME"
+"""Part of a key that stands for a name the user gives."""
+
+
 def keys(schema: type[Section], prefix: str = "") -> dict[str, Key]:
     """Every key of `schema` by dotted name, sections before what is in them."""
     found: dict[str, Key] = {}
     for name, field in schema.model_fields.items():
         options = _options(field.annotation)
         section = next((option for option in options if _is_section(option)), None)
+        if (named := _named_section(options)) is not None:
+            found |= keys(named, f"{prefix}{name}.{NAME}.")
+            continue
         found[prefix + name] = Key(
             type_text=" | ".join(_type_text(option) for option in options),
             default=field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined,
@@ -47,12 +55,22 @@ def keys(schema: type[Section], prefix: str = "") -> dict[str, Key]:
             is_bool=bool in options,
             is_text=any(option is str or _all_text(option) for option in options),
             is_optional=type(None) in options,
-            is_local_path=LOCAL_PATH in field.metadata or _has_marker(field.annotation),
+            is_local_path=is_local_path(field),
             section=section,
         )
         if section is not None:
             found |= keys(section, f"{prefix}{name}.")
     return found
+
+
+def find(keys: dict[str, Key], name: str) -> Key | None:
+    """The key that a dotted name means, where NAME in a key matches any one part."""
+    parts = name.split(".")
+    for pattern, key in keys.items():
+        wanted = pattern.split(".")
+        if len(wanted) == len(parts) and all(want in (NAME, part) for want, part in zip(wanted, parts, strict=True)):
+            return key
+    return None
 
 
 def describe(schema: type[Section]) -> str:
@@ -71,7 +89,7 @@ def describe(schema: type[Section]) -> str:
 
 def required(keys: dict[str, Key], name: str) -> list[str]:
     """What must be given where `name` is missing: itself, or the keys without a default of that section."""
-    if keys[name].section is None:
+    if name not in keys or keys[name].section is None:
         return [name]
     inside = [key for key in keys if key.startswith(f"{name}.") and keys[key].section is None]
     return [key for key in inside if keys[key].default is PydanticUndefined] or [name]
@@ -96,9 +114,14 @@ def unknown(schema: type[Section], tree: dict[str, Any], prefix: str = "") -> It
         if name not in schema.model_fields:
             yield prefix + name
             continue
-        section = next((o for o in _options(schema.model_fields[name].annotation) if _is_section(o)), None)
+        options = _options(schema.model_fields[name].annotation)
+        section = next((o for o in options if _is_section(o)), None)
         if section is not None and isinstance(value, dict):
             yield from unknown(section, value, f"{prefix}{name}.")
+        elif (named := _named_section(options)) is not None and isinstance(value, dict):
+            for own, table in value.items():
+                if isinstance(table, dict):
+                    yield from unknown(named, table, f"{prefix}{name}.{own}.")
 
 
 def assign(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -129,25 +152,14 @@ def contains(tree: dict[str, Any], name: str) -> bool:
     return True
 
 
-def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every local path that is set."""
-    for name, key in keys(type(config)).items():
-        value = getattr(config, name, None) if "." not in name else None
-        if isinstance(value, Section):
-            yield from local_paths(value, f"{prefix}{name}.")
-        elif key.is_local_path and isinstance(value, str):
-            yield prefix + name, value
-
-
 def with_absolute_paths(config: C) -> C:
     """The same configuration with every local path absolute: `~` expanded, the rest from the current directory."""
     changes: dict[str, Any] = {}
-    own = keys(type(config))
-    for name in type(config).model_fields:
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
             changes[name] = with_absolute_paths(value)
-        elif own[name].is_local_path and isinstance(value, str):
+        elif isinstance(value, str) and is_local_path(field):
             changes[name] = os.path.abspath(os.path.expanduser(value))
     return config.model_copy(update=changes)
 
@@ -161,16 +173,14 @@ def _options(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _has_marker(annotation: Any) -> bool:
-    if typing.get_origin(annotation) is Annotated and LOCAL_PATH in typing.get_args(annotation)[1:]:
-        return True
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_has_marker(member) for member in typing.get_args(annotation))
-    return False
-
-
 def _is_section(option: Any) -> bool:
     return isinstance(option, type) and issubclass(option, Section)
+
+
+def _named_section(options: tuple[Any, ...]) -> type[Section] | None:
+    """The Section of a `dict[str, Section]`, or None."""
+    values = [typing.get_args(option)[1] for option in options if typing.get_origin(option) is dict]
+    return next((value for value in values if _is_section(value)), None)
 
 
 def _all_text(option: Any) -> bool:
@@ -186,4 +196,6 @@ def _type_text(option: Any) -> str:
         return f"list of {_type_text(typing.get_args(option)[0])}"
     if _is_section(option):
         return "table"
+    if typing.get_origin(option) is dict:
+        return f"table of {_type_text(_options(typing.get_args(option)[1])[0])}"
     return getattr(option, "__name__", str(option))

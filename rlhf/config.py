@@ -200,6 +200,11 @@ class OnlineDPOConfig(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def judge_names(self) -> list[str]:
+        """The judges of this run."""
+        return [*self.reward.names, *(["filter"] if self.judges.filter.enabled else [])]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
@@ -214,4 +219,24 @@ class OnlineDPOConfig(Section):
         problems += self.judges.problems(self.reward)
         if problems:
             raise ValueError("; ".join(problems))
+        return self
+
+
+class ServeJobConfig(Section):
+    """What `jobs.serve` keeps up: every judge below that has a checkpoint, a function or a server to ask."""
+
+    name: str = "judges"
+    judges: JudgesConfig
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def judge_names(self) -> list[str]:
+        names = [*self.judges.rewards, *(["filter"] if self.judges.filter.enabled else [])]
+        return list(self.judges.deployed(names))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.judge_names:
+            raise ValueError("nothing to serve: give a judge its source, e.g. judges.hps.path or judges.filter.path")
         return self

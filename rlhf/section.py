@@ -1,9 +1,12 @@
 """What the configuration of every job is built of: tables that refuse unknown keys, local paths, the cluster."""
 
 import difflib
-from typing import Annotated, Any
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 LOCAL_PATH = "local path"
 LocalPath = Annotated[str, LOCAL_PATH]
@@ -24,6 +27,22 @@ class Section(BaseModel):
                 hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {key!r} = {values[key]!r}; {hint}")
         return values
+
+
+def is_local_path(field: FieldInfo) -> bool:
+    """Whether a key holds a LocalPath (or none)."""
+    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
+    return LOCAL_PATH in field.metadata or any(LOCAL_PATH in get_args(member)[1:] for member in members)
+
+
+def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of every local path that is set."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            yield from local_paths(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and is_local_path(field):
+            yield prefix + name, value
 
 
 class ClusterConfig(Section):

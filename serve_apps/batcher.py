@@ -1,74 +1,115 @@
-"""Single requests → batches of a `Reward`, off the event loop; with the health probe and the options of a deployment.
+"""Single requests → full batches of a `Reward`, off the event loop; with the health probe and a deployment's options.
 
-One thread does all torch work of a replica, so the event loop stays free to collect the next batch, and a batch that
-contains one bad picture fails for that picture only.
+One thread does all torch work of a replica and takes its next batch when it has finished the last, so that requests fill
+batches while the model is busy. `serve.batch` cuts them by the clock even then: 64 callers got half-full batches. A batch
+that contains one bad request fails for that request only.
 """
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
-from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.images import check_array
 from rlhf.rewards.reward import JudgeError, Reward
 from rlhf.types import Item
+from serve_apps.metrics import JudgeMetrics
 
 PROBE_AGE_S = 20.0
-"""A forward that succeeded this recently proves health; otherwise the probe does one of its own."""
+"""A forward that succeeded this recently proves health, unless one has failed since; otherwise the probe does its own."""
 
 _PROBE_IMAGE = np.full((32, 32, 3), 128, dtype=np.uint8)
 _PROBE_ITEM = Item(food_name="probe", food_type="probe", city_name="probe", shop_name="probe")
 
+Request = tuple[np.ndarray, str, Item | None]
+
 
 class Batcher:
-    """Feeds a reward in batches of up to `max_batch_size`, waiting at most `batch_wait_s` for a batch to fill."""
+    """Feeds a reward in batches of up to `max_batch_size`; a free model waits at most `batch_wait_s` for one to fill."""
 
     def __init__(self, reward: Reward, *, max_batch_size: int, batch_wait_s: float) -> None:
         self.reward = reward
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=reward.name)
+        self._max_batch_size = max_batch_size
+        self._batch_wait_s = batch_wait_s
+        self._queue: SimpleQueue[tuple[Request, Future[float]]] = SimpleQueue()
         self._worked_at = float("-inf")
-
-        @serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=batch_wait_s)
-        async def score_batch(requests: list[tuple[np.ndarray, str, Item | None]]) -> list[float | JudgeError]:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, requests)
-
-        self._score_batch = score_batch
+        self._metrics = JudgeMetrics(reward.name)
+        Thread(target=self._work, name=reward.name, daemon=True).start()
 
     async def score(self, image: np.ndarray, prompt: str, item: Item | None) -> float:
-        """The reward of one picture. Raises: ValueError for a bad array, JudgeError where no usable number came."""
+        """The reward of one picture. Raises: ValueError for a bad request, JudgeError where no usable number came."""
         check_array(image)
-        score = await self._score_batch((image, prompt, item))
-        if isinstance(score, JudgeError):
-            raise score
-        return score
+        with self._metrics.request():
+            return await self._enqueue((image, prompt, item))
+
+    def warm_up(self) -> None:
+        """One full batch, so that the first callers do not pay for what a model does once."""
+        count = self._max_batch_size
+        self.reward.score([_PROBE_IMAGE] * count, ["probe"] * count, [_PROBE_ITEM] * count)
 
     async def probe(self) -> None:
         """Raise unless the model has answered within `PROBE_AGE_S` or answers now, through the same path."""
         if time.monotonic() - self._worked_at > PROBE_AGE_S:
-            await self.score(_PROBE_IMAGE, "probe", _PROBE_ITEM)
+            await self._enqueue((_PROBE_IMAGE, "probe", _PROBE_ITEM))
 
-    def _score(self, requests: list[tuple[np.ndarray, str, Item | None]]) -> list[float | JudgeError]:
-        images, prompts, items = zip(*requests, strict=True)
+    async def _enqueue(self, request: Request) -> float:
+        answer: Future[float] = Future()
+        self._queue.put((request, answer))
+        return await asyncio.wrap_future(answer)
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            deadline = time.monotonic() + self._batch_wait_s
+            while len(batch) < self._max_batch_size:
+                try:
+                    batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
+                except Empty:
+                    break
+            # Without those whose callers have gone away.
+            if wanted := [one for one in batch if one[1].set_running_or_notify_cancel()]:
+                self._score(wanted)
+
+    def _score(self, batch: list[tuple[Request, Future[float]]]) -> None:
+        """Answer every request of a batch, each with its score or with why it has none."""
+        if rows := sum(image is not _PROBE_IMAGE for (image, _, _), _ in batch):
+            self._metrics.batch(rows)
         try:
-            scores: list[float | JudgeError] = list(self.reward.score(images, prompts, items))
-        except JudgeError as error:
-            if len(requests) == 1:
-                return [error]
-            return [self._score([request])[0] for request in requests]  # only the guilty one fails
-        self._worked_at = time.monotonic()
-        return scores
+            images, prompts, items = zip(*(request for request, _ in batch), strict=True)
+            scores = self.reward.score(images, prompts, items)
+        except Exception as error:
+            self._worked_at = float("-inf")
+            if len(batch) > 1 and isinstance(error, JudgeError | ValueError):
+                for alone in batch:
+                    self._score([alone])  # only the guilty one fails
+            else:
+                for _, answer in batch:
+                    answer.set_exception(error)
+        else:
+            self._worked_at = time.monotonic()
+            for (_, answer), score in zip(batch, scores, strict=True):
+                answer.set_result(score)
 
 
 def options(name: str, judge: JudgeConfig) -> dict[str, Any]:
     """Keyword arguments of `serve.deployment` that every judge shares."""
-    return {
+    if judge.max_replicas is None:
+        replicas: dict[str, Any] = {"num_replicas": judge.replicas}
+    else:
+        autoscaling = {
+            "min_replicas": judge.replicas,
+            "max_replicas": judge.max_replicas,
+            "target_ongoing_requests": judge.target_ongoing_requests or 2.0 * judge.max_batch_size,
+        }
+        replicas = {"autoscaling_config": autoscaling}
+    return replicas | {
         "name": name,
-        "num_replicas": judge.replicas,
         "ray_actor_options": {"num_cpus": judge.num_cpus, "num_gpus": judge.num_gpus},
         "max_ongoing_requests": judge.max_ongoing_requests,
         "max_queued_requests": judge.max_queued_requests,

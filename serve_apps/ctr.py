@@ -1,30 +1,18 @@
-"""The CTR app: POST /ctr/predict (multipart) outside, `score` by deployment handle inside.
-
-Handle: `await handle.score.remote(image, prompt, item)` → predicted click rate, `prompt` unused, `item` required. How
-object references arrive: see `serve_apps.hpsv2`.
-"""
+"""The CTR app: what every reward's app has, and the seed's POST /ctr/predict (multipart)."""
 
 from typing import Annotated
 
-import numpy as np
-import torch
 from fastapi import FastAPI, File, Form, UploadFile
 from pydantic import BaseModel, Field
-from ray import serve
 
-from rlhf.rewards.config import JudgeConfig
-from rlhf.rewards.ctr import CTRReward
-from rlhf.rewards.images import MAX_BYTES
 from rlhf.types import Item
-from serve_apps.batcher import Batcher, options
-from serve_apps.http import Health, create_api, decode_upload
-
-MAX_BODY = MAX_BYTES + 2**20
+from serve_apps.http import MAX_TEXT, PICTURE_ERRORS, decode_upload
+from serve_apps.rewards import RewardApp
 
 
 class Prediction(BaseModel):
-    ctr: Annotated[float, Field(description="predicted click rate, 0 to 1, six decimals")]
-    ctr_percent: Annotated[str, Field(description='the same as text, "5.23%"')]
+    ctr: Annotated[float, Field(description="predicted click rate, 0 to 1, six decimals", examples=[0.052341])]
+    ctr_percent: Annotated[str, Field(description="the same as text", examples=["5.23%"])]
 
 
 class PredictResponse(BaseModel):
@@ -32,60 +20,21 @@ class PredictResponse(BaseModel):
     data: Prediction
 
 
-class CTRApp:
-    """One replica: a reward on one device, its batcher and its HTTP route."""
+class CTRApp(RewardApp):
+    title = "CTR: predicted click rate of a product photo"
 
-    def __init__(self, judge: JudgeConfig, *, token: str | None, settings: str) -> None:
-        assert judge.path is not None
-        reward = CTRReward(
-            judge.path,
-            device="cuda" if judge.num_gpus else "cpu",
-            dtype=getattr(torch, judge.dtype),
-            batch_rows=judge.max_batch_size if judge.pad_batches else None,
-        )
-        self.batcher = Batcher(reward, max_batch_size=judge.max_batch_size, batch_wait_s=judge.batch_wait_s)
-        self.token = token
-        self._settings = settings
+    def add_routes(self, api: FastAPI) -> None:
+        super().add_routes(api)
 
-    async def score(self, image: np.ndarray, prompt: str, item: Item | None = None) -> float:
-        """Handle method. image: uint8 (H, W, 3). Raises: ValueError (also where `item` is None), JudgeError."""
-        if item is None:
-            raise ValueError(
-                "the CTR reward needs the item of the picture (food_name, food_type, city_name, shop_name)"
-            )
-        return await self.batcher.score(image, prompt, item)
-
-    async def settings(self) -> str:
-        """Digest of the config that this app was deployed with."""
-        return self._settings
-
-    async def check_health(self) -> None:
-        await self.batcher.probe()
-
-    def describe(self) -> Health:
-        reward = self.batcher.reward
-        return Health(model="ctr", version=reward.version, device=reward.device)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        api = create_api("CTR: predicted click rate of a product photo", self, token=self.token, max_body=MAX_BODY)
-
-        @api.post("/predict")
+        @api.post("/predict", responses=PICTURE_ERRORS)
         async def predict(
             image: Annotated[UploadFile, File(description="PNG, JPEG or WEBP file")],
-            food_name: Annotated[str, Form()],
-            food_type: Annotated[str, Form()],
-            city_name: Annotated[str, Form()],
-            shop_name: Annotated[str, Form()],
+            food_name: Annotated[str, Form(max_length=MAX_TEXT, examples=["红烧肉"])],
+            food_type: Annotated[str, Form(max_length=MAX_TEXT, examples=["中式快餐"])],
+            city_name: Annotated[str, Form(max_length=MAX_TEXT, examples=["上海"])],
+            shop_name: Annotated[str, Form(max_length=MAX_TEXT, examples=["老王饭店"])],
         ) -> PredictResponse:
-            pixels = await decode_upload("image", await image.read())
             item = Item(food_name=food_name, food_type=food_type, city_name=city_name, shop_name=shop_name)
-            rate = await self.score(pixels, "", item)
+            async with self.room:
+                rate = await self.score(await decode_upload("image", await image.read()), "", item)
             return PredictResponse(success=True, data=Prediction(ctr=round(rate, 6), ctr_percent=f"{rate:.2%}"))
-
-        return api
-
-
-def build_ctr(judge: JudgeConfig, *, token: str | None = None, settings: str = "") -> serve.Application:
-    """The Serve application of `judges.ctr`."""
-    deployment = serve.deployment(**options("CTR", judge))(serve.ingress()(CTRApp))
-    return deployment.bind(judge, token=token, settings=settings)

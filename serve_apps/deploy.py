@@ -1,7 +1,7 @@
 """Starts, adopts, awaits and deletes a run's judge apps on Ray Serve.
 
 Serve's controller and replicas outlive the job that deployed them, so apps are named after their run
-(`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`), a start adopts an app of the same name and settings and replaces one of
+(`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …), a start adopts an app of the same name and settings and replaces one of
 other settings, and whoever deploys also undeploys. The filter is submitted first: its engine loads longest.
 
 `start` returns at once and `wait` does the waiting, so that other set-up goes on meanwhile; `deploy` is both.
@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -23,16 +24,18 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from rlhf.config import OnlineDPOConfig
-from rlhf.rewards.api_filter import from_environment
-from rlhf.rewards.config import FilterJudgeConfig, HPSJudgeConfig, JudgeConfig
+from rlhf.rewards import python
+from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
 from rlhf.rewards.reward import fingerprint
-from serve_apps.ctr import build_ctr
-from serve_apps.hpsv2 import build_hpsv2
-from serve_apps.vlm_filter import build_filter
+from rlhf.section import local_paths
+from serve_apps.batcher import options
+from serve_apps.ctr import CTRApp
+from serve_apps.http import Secrets
+from serve_apps.rewards import RewardApp
+from serve_apps.vlm_filter import FilterApp
 
-ROUTES = {"filter": "/filter", "hps": "/hpsv2", "ctr": "/ctr"}
-"""Judge → route prefix, in the order in which they start."""
+APPS: dict[str, type] = {"filter": FilterApp, "ctr": CTRApp}
+"""Judges with routes of their own; every other is a `RewardApp`."""
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -49,48 +52,68 @@ class Deployed:
     """A run's judge apps."""
 
     url: str
-    """http://host:port of the proxy and serve.route_prefix; the apps are at `url` + ROUTES[judge]."""
+    """http://host:port of the proxy and serve.route_prefix; the apps are at `url` + route(judge)."""
     apps: dict[str, str]
-    """Judge ("hps", "ctr", "filter") → application name, for the judges that Serve runs (not those at a `url`)."""
+    """Judge → application name, for the judges that Serve runs (not those at a `url`)."""
 
     def handle(self, judge: str) -> DeploymentHandle:
         """A handle on a running judge; its methods are documented in the app's module."""
         return serve.get_app_handle(self.apps[judge])
 
 
-def judges_to_deploy(config: OnlineDPOConfig) -> dict[str, JudgeConfig]:
-    """The judges this run needs that are not at an external `url`, in starting order."""
-    wanted = [*(["filter"] if config.judges.filter.enabled else []), *config.reward.names]
-    judges = {name: getattr(config.judges, name) for name in ROUTES if name in wanted}
-    if "filter" in judges:
-        judges["filter"] = from_environment(judges["filter"])
-    return {name: judge for name, judge in judges.items() if judge.url is None}
+def route(judge: str) -> str:
+    """/hpsv2, /ctr, /filter, …: the seed's names, and the judge's own for the rest."""
+    return "/hpsv2" if judge == "hps" else f"/{judge}"
 
 
-def start(config: OnlineDPOConfig, run_name: str) -> Deployed:
-    """Submit the judge apps and return; `wait` tells when they answer.
+def start(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
+    """Submit the apps of those judges of `names` that are ours, and return; `wait` tells when they answer.
 
-    Raises: FileNotFoundError for a missing checkpoint, DeployError where Serve already listens elsewhere, another run
-    holds a route, or an orphan of this run cannot be removed.
+    Raises: what `check_sources` does; DeployError where Serve already listens elsewhere, another run holds a route, or
+    an orphan of this run cannot be removed.
     """
-    judges = judges_to_deploy(config)
-    if not judges:
+    ours = judges.deployed(names)
+    if not ours:
         return Deployed(url="", apps={})  # every judge is elsewhere: no Serve is needed
-    check_paths(config)
-    url = _start_serve(config)
-    apps = {name: app_name(run_name, name) for name in judges}
-    routes = {name: config.serve.route_prefix + ROUTES[name] for name in judges}
-    _check_routes(apps, routes)
+    check_sources(judges, names)
+    secrets = Secrets(token=serve_token(section), api_key=os.environ.get("QWEN_API_KEY"))
+    url = _start_serve(section, judges.timeout_s)
+    apps = {name: app_name(run_name, name) for name in ours}
+    _check_routes({section.route_prefix + route(name): app for name, app in apps.items()})
     targets = []
-    for name, judge in judges.items():
-        settings = _digest(config, name, judge)
-        if _adopt(apps[name], settings):
-            continue
-        app = _build(judge, serve_token(config), settings)
-        targets.append(serve.RunTarget(target=app, name=apps[name], route_prefix=routes[name]))
+    for name, judge in ours.items():
+        settings = _digest(name, judge, section.route_prefix, secrets)
+        if not _adopt(apps[name], settings):
+            app = build(name, judge, secrets=secrets, settings=settings)
+            targets.append(serve.RunTarget(app, name=apps[name], route_prefix=section.route_prefix + route(name)))
     if targets:
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    return Deployed(url=url + config.serve.route_prefix, apps=apps)
+    return Deployed(url=url + section.route_prefix, apps=apps)
+
+
+def build(name: str, judge: JudgeConfig, *, secrets: Secrets, settings: str = "") -> serve.Application:
+    """The Serve application of one judge."""
+    deployment = serve.deployment(**options(name, judge))(serve.ingress()(APPS.get(name, RewardApp)))
+    return deployment.bind(name, judge, secrets=secrets, settings=settings)
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """What `import_path` of a Serve config file names: one judge, from the keys that a recipe has below [judges].
+
+    The token is RLHF_SERVE_TOKEN and the filter's key QWEN_API_KEY, from the application's environment.
+    Raises: ValueError for other than one judge or a relative path (no one knows a replica's working directory).
+    """
+    judges = JudgesConfig.model_validate(args)
+    ours = judges.deployed([*judges.rewards, "filter"])
+    if len(ours) != 1:
+        raise ValueError(f"args name {len(ours)} judges {list(ours)}; give each application exactly one")
+    ((name, judge),) = ours.items()
+    for key, path in local_paths(judge):
+        if not os.path.isabs(path):
+            raise ValueError(f"{name}.{key} = {path!r} is relative; give an absolute path that every node sees")
+    check_sources(judges, ours)
+    secrets = Secrets(token=serve_token(ServeConfig()), api_key=os.environ.get("QWEN_API_KEY"))
+    return build(name, judge, secrets=secrets)
 
 
 def wait(deployed: Deployed, timeout_s: float) -> None:
@@ -123,70 +146,66 @@ def wait(deployed: Deployed, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def deploy(config: OnlineDPOConfig, run_name: str) -> Deployed:
+def deploy(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
     """`start`, then `wait` for `judges.deploy_timeout_s`; on failure nothing of the run stays deployed."""
     try:
-        deployed = start(config, run_name)
-        wait(deployed, config.judges.deploy_timeout_s)
+        deployed = start(judges, section, names, run_name)
+        wait(deployed, judges.deploy_timeout_s)
     except BaseException:
-        undeploy(run_name)
+        undeploy(run_name, names)
         raise
     return deployed
 
 
-def undeploy(run_name: str, judges: Iterable[str] = tuple(ROUTES)) -> None:
+def undeploy(run_name: str, names: Iterable[str]) -> None:
     """Delete the run's apps without waiting: Serve goes on deleting after the caller is gone. Absent apps are fine."""
     if not ray.is_initialized():
         return
     running = serve.status().applications
-    for judge in judges:
-        if app_name(run_name, judge) in running:
-            serve.delete(app_name(run_name, judge), _blocking=False)
+    for name in names:
+        if app_name(run_name, name) in running:
+            serve.delete(app_name(run_name, name), _blocking=False)
 
 
-def addresses(config: OnlineDPOConfig, deployed: Deployed) -> dict[str, str]:
+def addresses(judges: JudgesConfig, names: Iterable[str], deployed: Deployed) -> dict[str, str]:
     """Judge → the URL that clients use for it, of this cluster or external."""
-    external = {name: getattr(config.judges, name).url for name in ROUTES if name not in deployed.apps}
-    here = {name: f"{deployed.url}{ROUTES[name]}" for name in deployed.apps}
-    return here | {name: url for name, url in external.items() if url}
+    return {
+        name: f"{deployed.url}{route(name)}" if name in deployed.apps else str(judges[name].external) for name in names
+    }
 
 
 def app_name(run_name: str, judge: str) -> str:
-    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`."""
-    return f"{run_name}-{ROUTES[judge].strip('/')}"
+    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …"""
+    return f"{run_name}-{route(judge).strip('/')}"
 
 
-def serve_token(config: OnlineDPOConfig) -> str | None:
+def serve_token(section: ServeConfig) -> str | None:
     """The bearer token of the HTTP routes: serve.token, else RLHF_SERVE_TOKEN, else none."""
-    return config.serve.token or os.environ.get("RLHF_SERVE_TOKEN") or None
+    return section.token or os.environ.get("RLHF_SERVE_TOKEN") or None
 
 
-def _build(judge: JudgeConfig, token: str | None, settings: str) -> serve.Application:
-    if isinstance(judge, FilterJudgeConfig):
-        return build_filter(judge, api_key=os.environ.get("QWEN_API_KEY"), token=token, settings=settings)
-    if isinstance(judge, HPSJudgeConfig):
-        return build_hpsv2(judge, token=token, settings=settings)
-    return build_ctr(judge, token=token, settings=settings)
+def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
+    """Raise FileNotFoundError for a checkpoint that is not there, ValueError for a function that cannot be imported."""
+    for name, judge in judges.deployed(names).items():
+        if isinstance(judge, PythonJudgeConfig):
+            python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))
+            continue
+        for key, path in local_paths(judge):
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{judges.key(name)}.{key} = {path!r} does not exist")
 
 
-def check_paths(config: OnlineDPOConfig) -> None:
-    """Raise FileNotFoundError for a judge whose checkpoint is not there."""
-    for name, judge in judges_to_deploy(config).items():
-        if judge.path is not None and not Path(judge.path).exists():
-            raise FileNotFoundError(f"judges.{name}.path = {judge.path!r} does not exist")
-
-
-def _digest(config: OnlineDPOConfig, name: str, judge: JudgeConfig) -> str:
-    """What an app is adopted by: the judge's config, the token and the weights behind `path`."""
-    weights = fingerprint(Path(judge.path)) if judge.path else ""
-    parts = [name, judge.model_dump(mode="json"), serve_token(config), config.serve.route_prefix, weights]
+def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:
+    """What an app is adopted by: the judge's config, the secrets and the weights behind its paths."""
+    weights = [fingerprint(Path(path)) for _, path in local_paths(judge)]
+    parts = [name, judge.model_dump(mode="json"), secrets.token, secrets.api_key, route_prefix, weights]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _start_serve(config: OnlineDPOConfig) -> str:
+def _start_serve(section: ServeConfig, timeout_s: float) -> str:
     """Start Serve, or find it running, with the configured address; returns the proxy's URL."""
-    host, port = config.serve.host, config.serve.port
-    options = HTTPOptions(host=host, port=port, request_timeout_s=config.judges.timeout_s)
+    host, port = section.host, section.port
+    options = HTTPOptions(host=host, port=port, request_timeout_s=timeout_s)
     serve.start(proxy_location="HeadOnly", http_options=options)
     actual = _get_global_client().http_config
     if (actual.host, actual.port) != (host, port):
@@ -197,13 +216,13 @@ def _start_serve(config: OnlineDPOConfig) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def _check_routes(apps: dict[str, str], routes: dict[str, str]) -> None:
-    ours = {routes[judge]: apps[judge] for judge in apps}
+def _check_routes(ours: dict[str, str]) -> None:
+    """ours: route → app. Raises DeployError where another app holds one of the routes."""
     for name, details in _get_global_client().get_serve_details()["applications"].items():
-        route = details["route_prefix"]
-        if route in ours and name != ours[route] and details["status"] != ApplicationStatus.DELETING.value:
+        taken = details["route_prefix"]
+        if taken in ours and name != ours[taken] and details["status"] != ApplicationStatus.DELETING.value:
             raise DeployError(
-                f"the Serve app {name} of another run holds the route {route}: give this run its own "
+                f"the Serve app {name} of another run holds the route {taken}: give this run its own "
                 f"serve.route_prefix, or delete that app with serve.delete({name!r})"
             )
 

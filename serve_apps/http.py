@@ -1,7 +1,7 @@
-"""What the three HTTP apps share: one FastAPI with error mapping, bearer token, body limit and health.
+"""What the HTTP apps share: one FastAPI with error mapping, bearer token, body limit and health.
 
 Errors become statuses in one place: bad pictures 400/413/415, missing or wrong fields 422, a judge that gave no usable
-answer 502, never a 200 with a made-up value. Overload is Serve's own backpressure: 503 with Retry-After.
+answer 502, a defect 500, never a 200 with a made-up value. Overload is Serve's own backpressure: 503 with Retry-After.
 
 Left out: what a route does (each app's file) and decoding itself (`rlhf.rewards.images`).
 """
@@ -10,17 +10,62 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.rewards.images import ImageError, decode_base64_image, decode_image
 from rlhf.rewards.reward import JudgeError
+
+EXAMPLE_IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mM8EaDBwMDAxMDAwMDAAAAPygFEi5XGRAAAAABJRU5ErkJggg=="
+)
+"""A 2×2 PNG in base64: the documentation's requests can be sent as they stand."""
+
+
+class Problem(BaseModel):
+    """What is wrong with a request, or why there is no answer."""
+
+    detail: Any
+
+
+def _documented(*statuses: tuple[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem, "description": text} for status, text in statuses}
+
+
+MAX_TEXT = 10_000
+"""Characters of a prompt or of an item's field: tokenizers read whatever they are given before they cut it."""
+
+COMMON_ERRORS = _documented(
+    (401, "no or wrong bearer token"),
+    (408, "no answer within the time limit of the server"),
+    (500, "a defect, or the replica died while it worked on the request"),
+    (503, "overloaded: try again after Retry-After; or the model does not answer"),
+)
+PICTURE_ERRORS = _documented(
+    (400, "a picture that cannot be read, by its field; or a body that cannot"),
+    (413, "a picture over 32 MiB or 40 megapixels, or a body over the limit"),
+    (415, "not a still 8-bit PNG, JPEG or WEBP"),
+    (422, "a missing or wrong field, by name"),
+    (502, "the model gave no usable answer"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secrets:
+    """What an app is given beside its config, and never writes anywhere."""
+
+    token: str | None = None
+    """Bearer token that every route asks for."""
+    api_key: str | None = None
+    """Key of the filter's server."""
 
 
 class Health(BaseModel):
@@ -41,15 +86,18 @@ class Judge(Protocol):
 
 def create_api(title: str, judge: Judge, *, token: str | None, max_body: int) -> FastAPI:
     """A FastAPI with /health, /docs and /openapi.json; `max_body` bytes and (if set) the token guard every route."""
-    api = FastAPI(title=title, version="1", responses={401: {"description": "no or wrong bearer token"}})
+    # The dependency only puts the token into the documentation; `BearerToken` guards that too.
+    security = [Depends(HTTPBearer(auto_error=False))] if token else []
+    api = FastAPI(title=title, version="1", responses=COMMON_ERRORS, dependencies=security)
     api.add_exception_handler(RequestValidationError, _fields_missing)
     api.add_exception_handler(JudgeError, _answered(502))
     api.add_exception_handler(ValueError, _answered(422))
+    api.add_exception_handler(Exception, _defect)
     api.add_middleware(BodyLimit, limit=max_body)
     if token:
         api.add_middleware(BearerToken, token=token)  # added last, so it runs first
 
-    @api.get("/health", responses={503: {"description": "the model does not answer"}})
+    @api.get("/health")
     async def health() -> Health:
         try:
             await judge.check_health()
@@ -91,6 +139,11 @@ def _answered(status: int) -> Callable[[Request, Exception], Awaitable[JSONRespo
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     return answer
+
+
+async def _defect(request: Request, error: Exception) -> JSONResponse:
+    # What it says may be anything, so only the log has it.
+    return JSONResponse({"detail": f"{type(error).__name__}; the replica's log says more"}, status_code=500)
 
 
 class BearerToken:

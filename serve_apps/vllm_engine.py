@@ -71,7 +71,7 @@ class VLLMFilter:
         from vllm.sampling_params import StructuredOutputsParams
 
         pictures = [_to_pil(picture) for picture in (source, image) if picture is not None]
-        messages = build_messages(has_source=source is not None, prompt=prompt)
+        messages = build_messages(self.judge_config.system_prompt, has_source=source is not None, prompt=prompt)
         choice = SamplingParams(
             temperature=0.0,
             max_tokens=8,
@@ -86,7 +86,7 @@ class VLLMFilter:
         if verdict.valid or not self.judge_config.max_reason_tokens:
             return verdict
         free = SamplingParams(temperature=0.0, max_tokens=self.judge_config.max_reason_tokens)
-        reason = await self._generate(reason_messages(messages), pictures, free)
+        reason = await self._generate(reason_messages(messages, self.judge_config.reason_prompt), pictures, free)
         return replace(verdict, reason=reason.text.strip())
 
     async def close(self) -> None:

@@ -1,25 +1,27 @@
 """The filter app: POST /filter/validate outside, `judge` by deployment handle inside.
 
 Handle: `await handle.judge.remote(image, source, prompt)` → `Verdict`; `source` may be None. How object references
-arrive: see `serve_apps.hpsv2`. The verdict comes from a vLLM engine in the replica (`judges.filter.path`) or from an
+arrive: see `serve_apps.rewards`. The verdict comes from a vLLM engine in the replica (`judges.filter.path`) or from an
 OpenAI-compatible server (`judges.filter.api_base`); either way a judge that fails raises: nothing passes by default.
 """
 
+import asyncio
 import time
 from typing import Annotated
 
 import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
-from ray import serve
 
 from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import MAX_BYTES
 from rlhf.rewards.reward import Filter
+from rlhf.rewards.vlm_filter import shrink
 from rlhf.types import Verdict
-from serve_apps.batcher import PROBE_AGE_S, options
-from serve_apps.http import Health, create_api, decode_field
+from serve_apps.batcher import PROBE_AGE_S
+from serve_apps.http import EXAMPLE_IMAGE, MAX_TEXT, PICTURE_ERRORS, Health, Secrets, create_api, decode_field
+from serve_apps.metrics import JudgeMetrics
 from serve_apps.vllm_engine import VLLMFilter
 
 MAX_BODY = 3 * MAX_BYTES
@@ -27,9 +29,13 @@ _PROBE_IMAGE = np.full((64, 64, 3), 128, dtype=np.uint8)
 
 
 class ValidateRequest(BaseModel):
-    image_base64: Annotated[str, Field(description="the edited picture: PNG, JPEG or WEBP file, base64")]
-    source_base64: Annotated[str | None, Field(description="the picture before the edit")] = None
-    prompt: Annotated[str, Field(description="the edit instruction")] = ""
+    image_base64: Annotated[
+        str, Field(description="the edited picture: PNG, JPEG or WEBP file, base64", examples=[EXAMPLE_IMAGE])
+    ]
+    source_base64: Annotated[str | None, Field(description="the picture before the edit", examples=[None])] = None
+    prompt: Annotated[
+        str, Field(max_length=MAX_TEXT, description="the edit instruction", examples=["Make the light warm."])
+    ] = ""
 
 
 class ValidateResponse(BaseModel):
@@ -44,18 +50,19 @@ class FilterApp:
 
     # Serve awaits an asynchronous __init__; the engine ties itself to the event loop it starts in, the replica's.
     async def __init__(  # type: ignore[misc]
-        self, judge: FilterJudgeConfig, *, api_key: str | None, token: str | None, settings: str
+        self, name: str, judge: FilterJudgeConfig, *, secrets: Secrets, settings: str
     ) -> None:
-        self.filter: Filter = APIFilter(judge, api_key=api_key) if judge.api_base else await VLLMFilter.start(judge)
-        self.token = token
+        api_mode = judge.api_base is not None
+        self.filter: Filter = APIFilter(judge, api_key=secrets.api_key) if api_mode else await VLLMFilter.start(judge)
+        self.secrets = secrets
         self._settings = settings
         self._worked_at = float("-inf")
+        self._metrics = JudgeMetrics(name)
 
     async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
         """Handle method. image, source: uint8 (H, W, 3). Raises: ValueError, JudgeError."""
-        verdict = await self.filter.judge(image, source, prompt)
-        self._worked_at = time.monotonic()
-        return verdict
+        with self._metrics.request():
+            return await self._judge(image, source, prompt)
 
     async def settings(self) -> str:
         """Digest of the config that this app was deployed with."""
@@ -64,7 +71,16 @@ class FilterApp:
     async def check_health(self) -> None:
         """Raise unless a verdict came within `PROBE_AGE_S` or comes now; Serve calls a replica ready only after one."""
         if time.monotonic() - self._worked_at > PROBE_AGE_S:
-            await self.judge(_PROBE_IMAGE, None, "")
+            await self._judge(_PROBE_IMAGE, None, "")
+
+    async def _judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
+        try:
+            verdict = await self.filter.judge(image, source, prompt)
+        except Exception:
+            self._worked_at = float("-inf")  # the next probe asks anew
+            raise
+        self._worked_at = time.monotonic()
+        return verdict
 
     def describe(self) -> Health:
         return Health(model="filter", version=self.filter.version, device=self.filter.device)
@@ -74,14 +90,16 @@ class FilterApp:
             await self.filter.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        api = create_api("Filter: does an edit pass the quality checks", self, token=self.token, max_body=MAX_BODY)
+        api = create_api(
+            "Filter: does an edit pass the quality checks", self, token=self.secrets.token, max_body=MAX_BODY
+        )
 
-        @api.post("/validate")
+        @api.post("/validate", responses=PICTURE_ERRORS)
         async def validate(request: ValidateRequest) -> ValidateResponse:
-            image = await decode_field("image_base64", request.image_base64)
+            image = await _decode_small("image_base64", request.image_base64)
             source = None
             if request.source_base64 is not None:
-                source = await decode_field("source_base64", request.source_base64)
+                source = await _decode_small("source_base64", request.source_base64)
             verdict = await self.judge(image, source, request.prompt)
             return ValidateResponse(
                 valid=verdict.valid,
@@ -93,9 +111,6 @@ class FilterApp:
         return api
 
 
-def build_filter(
-    judge: FilterJudgeConfig, *, api_key: str | None = None, token: str | None = None, settings: str = ""
-) -> serve.Application:
-    """The Serve application of `judges.filter`."""
-    deployment = serve.deployment(**options("Filter", judge))(serve.ingress()(FilterApp))
-    return deployment.bind(judge, api_key=api_key, token=token, settings=settings)
+async def _decode_small(field: str, text: str) -> np.ndarray:
+    """What the filter will see of the picture: waiting requests hold a megapixel each and not forty."""
+    return await asyncio.to_thread(shrink, await decode_field(field, text))

@@ -69,11 +69,11 @@ def judge_server():
     """Start light HTTP judges: `judge_server(reject=0.7)` returns their base URL. See `tests.judge_server`."""
     started = []
 
-    def start(**shares: float) -> str:
+    def start(**settings: object) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = [word for name, share in shares.items() for word in (f"--{name}", str(share))]
+        options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         started.append(subprocess.Popen([sys.executable, "-m", "tests.judge_server", str(port), *options]))
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

@@ -1,14 +1,16 @@
 """Light judges that are real HTTP services and pure functions of pixels: exact reruns need such.
 
-    python -m tests.judge_server PORT [--reject SHARE] [--fail SHARE]
+    python -m tests.judge_server PORT [--reject SHARE] [--fail SHARE] [--failures FOLDER]
 
-They speak the seed's client contract under /hpsv2, /ctr and /filter. The reward is warmth; the filter rejects a share of
-all pictures, picked by a hash of their pixels; with --fail that share of the score calls answers 500, picked likewise.
+They speak the HTTP contract of the judges under /hpsv2, /ctr and /filter. The reward is warmth; the filter rejects a share of
+all pictures, picked by a hash of their pixels; with --fail that share of the pictures answers 500, picked likewise, and
+is written to FOLDER. A verdict tells in its reason whether the source photo came along.
 """
 
 import argparse
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -21,6 +23,11 @@ from pydantic import BaseModel
 class Request(BaseModel):
     image_base64: str
     prompt: str
+    source_base64: str | None = None
+
+
+class Batch(BaseModel):
+    items: list[Request]
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -37,15 +44,21 @@ def warmth(image: np.ndarray) -> float:
     return float(means[0] - means[2])
 
 
-def create(reject: float, fail: float) -> FastAPI:
+def create(reject: float, fail: float, failures: Path | None) -> FastAPI:
     api = FastAPI()
 
     @api.post("/hpsv2/score")
     def score(request: Request) -> dict[str, float]:
         image = pixels(base64.b64decode(request.image_base64))
         if chance(image, 1) < fail:
+            if failures:
+                Image.fromarray(image).save(failures / f"{xxhash.xxh3_64_hexdigest(image.tobytes())}.png")
             raise HTTPException(500, "this judge fails on purpose")
         return {"score": warmth(image)}
+
+    @api.post("/score_batch")
+    def score_batch(batch: Batch) -> dict[str, list[float]]:
+        return {"scores": [warmth(pixels(base64.b64decode(request.image_base64))) for request in batch.items]}
 
     @api.post("/ctr/predict")
     def predict(image: UploadFile) -> dict[str, object]:
@@ -56,7 +69,8 @@ def create(reject: float, fail: float) -> FastAPI:
     def validate(request: Request) -> dict[str, object]:
         probability = chance(pixels(base64.b64decode(request.image_base64)), 2)
         valid = probability >= reject
-        return {"valid": valid, "reason": "" if valid else "unlucky", "pass_probability": probability}
+        source = "the source photo too" if request.source_base64 else "the edit alone"
+        return {"valid": valid, "reason": f"saw {source}", "pass_probability": probability}
 
     return api
 
@@ -66,5 +80,11 @@ if __name__ == "__main__":
     parser.add_argument("port", type=int)
     parser.add_argument("--reject", type=float, default=0.0)
     parser.add_argument("--fail", type=float, default=0.0)
+    parser.add_argument("--failures", type=Path)
     arguments = parser.parse_args()
-    uvicorn.run(create(arguments.reject, arguments.fail), host="127.0.0.1", port=arguments.port, log_level="warning")
+    uvicorn.run(
+        create(arguments.reject, arguments.fail, arguments.failures),
+        host="127.0.0.1",
+        port=arguments.port,
+        log_level="warning",
+    )

@@ -110,7 +110,7 @@ def learning_curve(world: World, mesh, seed: int, mode: Mode, steps: int, every:
     )
     beta = -BETA if mode == "flipped" else BETA
     trainer = Trainer(family=world.family, config=config, objective=DPO(beta=beta), mesh=mesh, seed=seed)
-    sampler, scale = Sampler(world), RewardScale(names=("warmth",))
+    sampler, scale = Sampler(world), RewardScale(weights={"warmth": 1.0})
     train, held_out = world.prompts[:-HELD_OUT], world.prompts[-HELD_OUT:]
     shuffle = np.random.default_rng(seed)
     curve = []

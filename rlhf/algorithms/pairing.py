@@ -42,15 +42,21 @@ class RolloutGroup:
 class RewardScale:
     """How several rewards become one total per candidate. Totals are compared within a group only.
 
-    running: Σ over rewards of (r − group mean) / σ, where σ is the pooled within-group standard deviation of that
+    running: Σ over rewards of w·(r − group mean) / σ, where σ is the pooled within-group standard deviation of that
         reward over `window`: σ² = Σ_groups Σ_candidates (r − group mean)² / Σ_groups (K − 1). With σ = 0 it adds 0.
-    fixed: 0.5·clip((hps − 0.15) / 0.2, 0, 1) + 0.5·ctr (the seed document); a single reward is taken as it is.
+    fixed: clip((hps − 0.15) / 0.2, 0, 1) and ctr, averaged by weight (the seed document, there 1:1); a single reward
+        is taken as it is.
     """
 
-    names: tuple[str, ...]
+    weights: Mapping[str, float]
+    """Reward → its weight w > 0, in the order of the recipe."""
     scaling: Literal["running", "fixed"] = "running"
     window: tuple[Spread, ...] = ()
     """The last 256 consumed groups, newest last."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.weights)
 
     def __post_init__(self) -> None:
         if self.scaling == "fixed" and len(self.names) > 1 and set(self.names) != {"hps", "ctr"}:
@@ -80,7 +86,7 @@ class RewardScale:
         if self.scaling == "fixed":
             return tuple(self._fixed(score.rewards) for score in group.scores)
         columns = [
-            _standardised(group.values(name), deviation)
+            _standardised(group.values(name), deviation / self.weights[name])
             for name, deviation in self.deviations().items()
             if deviation > 0
         ]
@@ -95,16 +101,22 @@ class RewardScale:
     def _fixed(self, rewards: Mapping[str, float]) -> float:
         if len(self.names) == 1:
             return float(rewards[self.names[0]])
-        return 0.5 * min(max((rewards["hps"] - 0.15) / 0.2, 0.0), 1.0) + 0.5 * rewards["ctr"]
+        scaled = {"hps": min(max((rewards["hps"] - 0.15) / 0.2, 0.0), 1.0), "ctr": rewards["ctr"]}
+        total = math.fsum(self.weights.values())
+        return math.fsum(weight / total * scaled[name] for name, weight in self.weights.items())
 
     def snapshot(self) -> dict[str, Any]:
         """JSON-able; floats survive JSON exactly."""
-        return {"names": list(self.names), "scaling": self.scaling, "window": [list(map(list, s)) for s in self.window]}
+        return {
+            "weights": dict(self.weights),
+            "scaling": self.scaling,
+            "window": [list(map(list, s)) for s in self.window],
+        }
 
     @classmethod
     def restore(cls, snapshot: Mapping[str, Any]) -> "RewardScale":
         window = tuple(tuple((float(squares), int(freedom)) for squares, freedom in s) for s in snapshot["window"])
-        return cls(names=tuple(snapshot["names"]), scaling=snapshot["scaling"], window=window)
+        return cls(weights=dict(snapshot["weights"]), scaling=snapshot["scaling"], window=window)
 
 
 def make_pair(group: RolloutGroup, totals: Sequence[float]) -> Pair | None:

@@ -231,7 +231,9 @@ def drain(state: RolloutState) -> tuple[RolloutState, dict[str, float], tuple[st
         metrics["reward/margin"] = math.fsum(window.margins) / len(window.margins)
     means = {name: math.fsum(values) / len(values) for name, values in window.rewards.items()}
     if means:
-        metrics["reward/mean"] = math.fsum(means.values()) / len(means)
+        weights = state.scale.weights
+        total = math.fsum(weights[name] for name in means)
+        metrics["reward/mean"] = math.fsum(weights[name] * mean for name, mean in means.items()) / total
     metrics |= {f"reward/{name}": mean for name, mean in means.items()}
     for reason in ("too_few_valid", "tie", "stale"):
         metrics[f"rollout/dropped_{reason}"] = float(window.dropped.get(reason, 0))

@@ -2,7 +2,7 @@
 
 import pkgutil
 
-from rlhf.rewards.config import JudgeConfig
+from rlhf.rewards.config import HTTPJudgeConfig, JudgeConfig, PythonJudgeConfig
 from rlhf.rewards.reward import Reward
 
 REWARDS = {
@@ -11,12 +11,13 @@ REWARDS = {
     "pickscore": "rlhf.rewards.clip:PickScoreReward",
     "clip": "rlhf.rewards.clip:CLIPReward",
     "aesthetic": "rlhf.rewards.aesthetic:AestheticReward",
+    "python": "rlhf.rewards.python:PythonReward",
+    "http": "rlhf.rewards.http:HTTPReward",
 }
-"""Judge → its class, imported where it runs: their libraries take seconds to load."""
-PYTHON = "rlhf.rewards.python:PythonReward"
-"""The class of every judge in [judges.python]."""
+"""Key in [judges] → its class, imported where it runs: their libraries take seconds to load."""
+_NAMED_BY_USERS: dict[type[JudgeConfig], str] = {PythonJudgeConfig: "python", HTTPJudgeConfig: "http"}
 
 
 def load_reward(name: str, judge: JudgeConfig, device: str) -> Reward:
     """The loaded model of the judge `name`. Raises: what its `from_config` does, FileNotFoundError mostly."""
-    return pkgutil.resolve_name(REWARDS.get(name, PYTHON)).from_config(name, judge, device)
+    return pkgutil.resolve_name(REWARDS[_NAMED_BY_USERS.get(type(judge), name)]).from_config(name, judge, device)

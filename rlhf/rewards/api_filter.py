@@ -7,7 +7,6 @@ for all; its answer must then still be exactly one of the two words.
 Left out: retries and deadlines over several tries (the judges' actor has them).
 """
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -23,40 +22,32 @@ from rlhf.types import Verdict
 _EXTRAS: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "structured_outputs": {"choice": list(VERDICTS)}}
 
 
-def from_environment(judge: FilterJudgeConfig) -> FilterJudgeConfig:
-    """`judge`; if it names no path, url or api_base: with QWEN_API_BASE and QWEN_MODEL_NAME, where these are set."""
-    base = os.environ.get("QWEN_API_BASE")
-    if not base or judge.path or judge.url or judge.api_base:
-        return judge
-    return judge.model_copy(
-        update={"api_base": base, "model_name": os.environ.get("QWEN_MODEL_NAME") or judge.model_name}
-    )
-
-
 class APIFilter:
     """A `Filter` that asks `judge.api_base` (for example http://host:8170/v1) for the model `judge.model_name`."""
 
     name = "filter"
     device = "remote"
 
-    def __init__(self, judge: FilterJudgeConfig, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+    def __init__(self, judge: FilterJudgeConfig, *, api_key: str | None = None) -> None:
         assert judge.api_base is not None
         self.config = judge
         self.version = f"{judge.model_name}@{judge.api_base}"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.AsyncClient(base_url=judge.api_base.rstrip("/") + "/", headers=headers, timeout=timeout_s)
+        base = judge.api_base.rstrip("/") + "/"
+        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=judge.api_timeout_s)
         self._extras = _EXTRAS
 
     async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
         """See `Filter.judge`. Raises: JudgeError also where the server refuses, fails or does not answer in time."""
         pictures = [encode_base64(shrink(picture)) for picture in (source, image) if picture is not None]
-        messages = build_messages(has_source=source is not None, prompt=prompt)
+        messages = build_messages(self.config.system_prompt, has_source=source is not None, prompt=prompt)
         choice = await self._ask(messages, pictures, max_tokens=8, extras=self._extras)
         probability = pass_probability(first) if (first := _first_token(choice)) else None
         verdict = decide(_text(choice), probability, self.config.min_pass_probability)
         if verdict.valid or not self.config.max_reason_tokens:
             return verdict
-        reason = await self._ask(reason_messages(messages), pictures, max_tokens=self.config.max_reason_tokens)
+        messages = reason_messages(messages, self.config.reason_prompt)
+        reason = await self._ask(messages, pictures, max_tokens=self.config.max_reason_tokens)
         return replace(verdict, reason=_text(reason).strip())
 
     async def close(self) -> None:
@@ -80,8 +71,9 @@ class APIFilter:
         try:
             response = await self._client.post("chat/completions", json=body)
             if extras and response.status_code in (400, 422):
-                self._extras = {}
-                return await self._ask(messages, pictures, max_tokens=max_tokens)
+                choice = await self._ask(messages, pictures, max_tokens=max_tokens)
+                self._extras = {}  # only once the plain request was taken: the fault may have been another
+                return choice
             response.raise_for_status()
             choice = response.json()["choices"][0]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -47,7 +48,7 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weights is not None and self.type is not None:
-            raise ValueError(f'weights = {self.weights} and type = "{self.type}" say the same thing: give one of them')
+            raise ValueError(f'weights = {self.weights} and type = "{self.type}" say the same thing: unset one of them')
         if self.weights == {}:
             raise ValueError("weights = {} names no reward; give at least one, e.g. {hps = 1}")
         if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
@@ -58,18 +59,13 @@ class RewardConfig(Section):
 
 
 class JudgeConfig(Section):
-    """One judge: a Serve deployment of ours, or an external HTTP service at `url`."""
+    """One judge: a Serve deployment of ours."""
 
     reads_prompt: ClassVar[bool] = True
     needs_item: ClassVar[bool] = False
-    source: ClassVar[str] = "path"
-    """The key that says what is deployed, for the error where neither it nor `url` is given."""
+    source: ClassVar[str]
+    """The key that says what judges."""
 
-    path: LocalPath | None = None
-    url: str | None = None
-    """Address of a service elsewhere, without the last path segment: `url`/score_batch is asked."""
-    token: str | None = Field(None, exclude=True)
-    """Bearer token that the service at `url` asks for. Never written to a file."""
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
     """Above `replicas`: Serve adds and removes replicas between the two by load."""
@@ -81,18 +77,24 @@ class JudgeConfig(Section):
     batch_wait_s: float = Field(0.02, ge=0)
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(256, ge=-1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    pad_batches: bool = False
-    """Pad every forward to max_batch_size rows: a score is then the same bits whatever it was batched with."""
+
+    @property
+    def external(self) -> str | None:
+        """Address of a service elsewhere that is asked directly, instead of a deployment."""
+        return None
 
     @property
     def deployed(self) -> bool:
-        """Whether this judge is ours to deploy: it has a source and no `url`."""
-        return self.url is None and getattr(self, self.source) is not None
+        """Whether there is something to deploy."""
+        return getattr(self, self.source) is not None
 
     @property
     def most_replicas(self) -> int:
         return self.max_replicas or self.replicas
+
+    @property
+    def calls_at_once(self) -> int:
+        return self.most_replicas * self.max_ongoing_requests
 
     @model_validator(mode="after")
     def _check_capacity(self) -> Self:
@@ -106,23 +108,46 @@ class JudgeConfig(Section):
         return self
 
 
-class HPSJudgeConfig(JudgeConfig):
+class ModelJudgeConfig(JudgeConfig):
+    """A judge with a checkpoint, or an external HTTP service that has it, at `url`."""
+
+    source: ClassVar[str] = "path"
+
+    path: LocalPath | None = None
+    url: str | None = None
+    """Address of a service elsewhere that speaks this judge's HTTP contract, without the last path segment."""
+    token: str | None = Field(None, exclude=True)
+    """Bearer token that the service at `url` asks for. Never written to a file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pad_batches: bool = False
+    """Pad every forward to max_batch_size rows: a score is then the same bits whatever it was batched with."""
+
+    @property
+    def external(self) -> str | None:
+        return self.url
+
+    @property
+    def deployed(self) -> bool:
+        return self.url is None and super().deployed
+
+
+class HPSJudgeConfig(ModelJudgeConfig):
     version: Literal["v2.0", "v2.1"] = "v2.1"
 
 
-class CTRJudgeConfig(JudgeConfig):
+class CTRJudgeConfig(ModelJudgeConfig):
     reads_prompt: ClassVar[bool] = False
     needs_item: ClassVar[bool] = True
 
 
-class CLIPJudgeConfig(JudgeConfig):
+class CLIPJudgeConfig(ModelJudgeConfig):
     """PickScore and CLIP score. `path`: a CLIPModel folder of transformers."""
 
     processor: LocalPath | None = None
     """Folder of the CLIP processor where `path` holds none."""
 
 
-class AestheticJudgeConfig(JudgeConfig):
+class AestheticJudgeConfig(ModelJudgeConfig):
     """LAION aesthetic. `path`: a CLIP ViT-L/14 folder of transformers."""
 
     reads_prompt: ClassVar[bool] = False
@@ -147,13 +172,21 @@ class PythonJudgeConfig(JudgeConfig):
 
 
 class HTTPJudgeConfig(JudgeConfig):
-    """Any service that answers POST {"items": [{"image_base64", "prompt", "item"}]} with {"scores": [one number each]}."""
+    """Any service that answers POST {"items": [{"image_base64", "prompt", "item"}]} with {"scores": [one number each]}.
 
-    url: str | None = None
+    It is asked in batches, from a Serve replica.
+    """
+
+    source: ClassVar[str] = "url"
+    url: str | None = Field(None, pattern=r"^https?://")
     """The full address that batches are posted to."""
+    token: str | None = Field(None, exclude=True)
+    """Bearer token that the service asks for. Never written to a file."""
+    timeout_s: float = Field(60.0, gt=0)
+    """One batch."""
 
 
-class FilterJudgeConfig(JudgeConfig):
+class FilterJudgeConfig(ModelJudgeConfig):
     enabled: bool = True
     api_base: str | None = None
     """An OpenAI-compatible server instead of the built-in engine (also QWEN_API_BASE, QWEN_API_KEY, QWEN_MODEL_NAME)."""
@@ -176,6 +209,15 @@ class FilterJudgeConfig(JudgeConfig):
     @property
     def deployed(self) -> bool:
         return self.url is None and bool(self.path or self.api_base)
+
+    def from_environment(self) -> Self:
+        """Itself; if it names no path, url or api_base: with QWEN_API_BASE and QWEN_MODEL_NAME, where these are set."""
+        base = os.environ.get("QWEN_API_BASE")
+        if not base or self.path or self.url or self.api_base:
+            return self
+        return self.model_copy(
+            update={"api_base": base, "model_name": os.environ.get("QWEN_MODEL_NAME") or self.model_name}
+        )
 
     @model_validator(mode="after")
     def _check_filter(self) -> Self:
@@ -209,8 +251,13 @@ class JudgesConfig(Section):
         """Every reward judge by the name that reward.weights uses."""
         return {**self._built_in, **self.python, **self.http}
 
+    def deployed(self, names: Iterable[str]) -> dict[str, JudgeConfig]:
+        """Those of `names` that are ours to deploy, the filter first: its engine loads longest."""
+        judges = {name: self[name] for name in sorted(names, key=lambda name: name != "filter")}
+        return {name: judge for name, judge in judges.items() if isinstance(judge, JudgeConfig) and judge.deployed}
+
     def __getitem__(self, name: str) -> JudgeConfig:
-        return self.filter if name == "filter" else self.rewards[name]
+        return self.filter.from_environment() if name == "filter" else self.rewards[name]
 
     def key(self, name: str) -> str:
         """The dotted key of a judge's table, for messages."""
@@ -230,9 +277,8 @@ class JudgesConfig(Section):
                 if name in taken:
                     raise ValueError(f"{table}.{name}: the name {name!r} belongs to another judge; choose another")
                 taken.add(name)
-                needed = "function" if table == "python" else "url"
-                if getattr(judge, needed) is None:
-                    raise ValueError(f"{table}.{name} has no {needed}")
+                if getattr(judge, judge.source) is None:
+                    raise ValueError(f"{table}.{name} has no {judge.source}")
         return self
 
     def problems(self, reward: RewardConfig) -> list[str]:
@@ -243,11 +289,10 @@ class JudgesConfig(Section):
                 near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
                 found.append(f"reward.weights names {name!r}, which is no judge; {hint}")
-            elif not self[name].url and not self[name].deployed:
+            elif not self[name].external and not self[name].deployed:
                 key, judge = self.key(name), self[name]
                 found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
-        filter = self.filter
-        if filter.enabled and not (filter.url or filter.deployed or os.environ.get("QWEN_API_BASE")):
+        if self.filter.enabled and not (self.filter.url or self["filter"].deployed):
             found.append(
                 "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
             )

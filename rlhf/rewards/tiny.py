@@ -5,6 +5,7 @@ CLIP's cosine and a random VLM's verdict are functions of the pixels, no more. E
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import open_clip
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
@@ -20,6 +26,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from rlhf.rewards.aesthetic import AestheticHead
 from rlhf.rewards.vlm_filter import REASON_REQUEST, SYSTEM_PROMPT, VERDICTS
 
 CLIP_CONFIG: dict[str, Any] = {
@@ -57,6 +64,51 @@ def write_hpsv2(file: Path, *, seed: int = 0) -> Path:
         model = open_clip.CLIP(**CLIP_CONFIG)
     torch.save({"state_dict": model.state_dict()}, file)
     file.with_suffix(".json").write_text(json.dumps(CLIP_CONFIG, indent=2))
+    return file
+
+
+def write_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Write a CLIPModel folder (config, safetensors, tokenizer, processor) of ~0.2 M weights; returns `folder`.
+
+    The tokenizer is CLIP's with a vocabulary of single bytes, so every text has an encoding, of a token per byte. The
+    weights are drawn wider than usual so that a score depends visibly on picture and prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    last = len(tokens) - 1
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_factor": 5.0}
+    config = CLIPConfig(
+        text_config=shape
+        | {"vocab_size": len(tokens), "hidden_size": 32, "intermediate_size": 64}
+        | {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last},
+        vision_config=shape | {"hidden_size": 64, "intermediate_size": 128, "image_size": 64, "patch_size": 8},
+        projection_dim=32,
+        logit_scale_init_value=math.log(100),  # what CLIPs, PickScore too, are trained to
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+    model.save_pretrained(folder)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_aesthetic_head(file: Path, *, width: int = 32, seed: int = 0) -> Path:
+    """Write an aesthetic predictor (a .pth in the published layout) for features of `width`; returns `file`.
+
+    Drawn so that no layer shrinks what it is given: the score depends visibly on the picture.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = AestheticHead(width)
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: torch.randn(value.shape, generator=generator) / math.sqrt(value.shape[-1])
+        for name, value in head.state_dict().items()
+    }
+    torch.save(state, file)
     return file
 
 

@@ -25,6 +25,11 @@ def write_photos(folder: Path, train: int = 12, held_out: int = 2) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def greenness(images, prompts, items):
+    """A reward of the user's own, for [judges.python]."""
+    return [float(image[..., 1].mean()) / 255 for image in images]
+
+
 def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]) -> OnlineDPOConfig:
     """A run in `folder` with the judges at `url`; `tables` are merged into the sections."""
     base: dict[str, dict[str, Any]] = {
@@ -32,7 +37,7 @@ def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]
         "model": {"path": str(kontext), "height": 48, "width": 32},
         "data": {"path": str(folder / "train.jsonl"), "cache": str(folder / "cache")},
         "rollout": {"steps": 2, "batch_size": 4, "max_sample_attempts": 8, "timeout_s": 120.0},
-        "reward": {"type": "hps"},
+        "reward": {"weights": {"hps": 1.0}},
         "dpo": {"beta": 500.0, "reference_refresh_every": 3},
         "trainer": {
             "ranks": 2,

@@ -9,16 +9,24 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import tomli_w
+import torch
+from PIL import Image
+from ray import serve
 
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
 from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
+from rlhf.data.collate import latents_from_array
 from rlhf.data.pairs import read_pairs
+from rlhf.models import FAMILIES
 from rlhf.weights import SafetensorsFolder
+from tests.conftest import SERVE_PORT
 from tests.jobs.light import light_config, metric_rows, write_photos
+from tests.judge_server import warmth
 
 pytestmark = pytest.mark.slow
 
@@ -68,11 +76,64 @@ def test_a_filter_that_rejects_all_stops_with_the_counts(cluster, judge_server, 
         run(config, read_data(config))
 
 
+def test_no_pair_holds_a_candidate_whose_judging_failed(cluster, judge_server, kontext, folder, tmp_path_factory):
+    """A judge that fails a fifth of the pictures: the run goes on, tops up, and those pictures are in no pair."""
+    failures = tmp_path_factory.mktemp("failures")
+    url = judge_server(fail=0.2, reject=0.2, failures=failures)
+    judges = light_config(folder, kontext, url).judges.model_dump() | {"retries": 0}
+    config = light_config(folder, kontext, url, judges=judges)
+    path = run(config, read_data(config))
+    rows, metrics = read_pairs(path / "pairs"), [row for row in metric_rows(path) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [step for step in range(1, 7) for _ in range(4)]
+    failed = [np.asarray(Image.open(file)) for file in failures.glob("*.png")]
+    assert len(failed) >= sum(row["rollout/quarantined_hps"] for row in metrics) > 0
+    assert max(row["rollout/attempts_per_group"] for row in metrics) > 2, "nothing was topped up"
+    codec = FAMILIES[config.model.family](path=kontext, dtype=torch.bfloat16).load_codec("cpu")
+    for row in rows:
+        for side in ("winner", "loser"):
+            array = np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"])
+            picture = codec.decode(latents_from_array(array)[None]).numpy()[0]
+            assert warmth(picture) == pytest.approx(dict(row[f"{side}_rewards"])["hps"], abs=2e-3), "another picture"
+            assert min(np.abs(picture.astype(int) - other).mean() for other in failed) > 1
+
+
 def test_a_judge_that_fails_too_often_stops_the_run_by_name(cluster, judge_server, kontext, folder):
-    judges = light_config(folder, kontext, judge_server(fail=0.8)).judges.model_dump() | {"retries": 0}
+    judges = light_config(folder, kontext, judge_server(fail=0.6)).judges.model_dump() | {"retries": 0}
     config = light_config(folder, kontext, "", judges=judges)
     with pytest.raises(JudgeUnreliable, match=r"judge 'hps' failed .*status 500.*on purpose"):
         run(config, read_data(config))
+
+
+def test_any_mix_of_judges_trains(cluster, judge_server, kontext, folder):
+    """A function of the user's and a service by batches, weighted; both deployed, scored and logged."""
+    url = judge_server(reject=0.2)
+    judges = {
+        "python": {"green": {"function": "tests.jobs.light:greenness", "num_cpus": 0.1}},
+        "http": {"warm": {"url": f"{url}/score_batch", "num_cpus": 0.1}},
+        "filter": {"url": f"{url}/filter", "send_source": True},
+    }
+    config = light_config(
+        folder,
+        kontext,
+        url,
+        judges=judges,
+        reward={"weights": {"green": 1.0, "warm": 3.0}},
+        serve={"port": SERVE_PORT},
+        trainer=light_config(folder, kontext, url).trainer.model_dump() | {"max_train_steps": 2},
+    )
+    path = run(config, read_data(config))
+    rows = read_pairs(path / "pairs")
+    assert len(rows) == 8
+    for row in rows:
+        winner, loser = dict(row["winner_rewards"]), dict(row["loser_rewards"])
+        assert winner.keys() == loser.keys() == {"green", "warm"} and row["margin"] > 0
+    steps = [row for row in metric_rows(path) if "train/loss" in row]
+    for row in steps:
+        assert row["reward/mean"] == pytest.approx((row["reward/green"] + 3 * row["reward/warm"]) / 4)
+    deadline = time.monotonic() + 60
+    while [name for name in serve.status().applications if name.startswith("light-v0")]:
+        assert time.monotonic() < deadline, "the run's apps are still there"
+        time.sleep(0.2)
 
 
 def start(recipe: Path, log: Path) -> subprocess.Popen:

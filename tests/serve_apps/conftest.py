@@ -47,6 +47,15 @@ def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve
     )
 
 
+def up(config: OnlineDPOConfig, name: str) -> deploy.Deployed:
+    """The judges of `config`, deployed and awaited."""
+    return deploy.deploy(config.judges, config.serve, config.judge_names, name)
+
+
+def down(name: str) -> None:
+    deploy.undeploy(name, ("hps", "ctr", "filter"))
+
+
 def scripted_verdict(body, headers):
     """The server behind the API filter: dark pictures fail, an instruction of "break" breaks it."""
     if "break" in str(body["messages"][1]):
@@ -61,9 +70,8 @@ def judges(cluster, models):
     """All three apps up: real HPSv2 and CTR models, the filter in API mode."""
     with openai_server(scripted_verdict) as (base, _):
         small_queue = {"max_batch_size": 4, "max_ongoing_requests": 4, "max_queued_requests": 2}
-        deployed = deploy.deploy(config(models, ctr=small_queue, filter={"api_base": base}), "contract")
-        yield deployed
-        deploy.undeploy("contract")
+        yield up(config(models, ctr=small_queue, filter={"api_base": base}), "contract")
+        down("contract")
 
 
 @pytest.fixture

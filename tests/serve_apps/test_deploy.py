@@ -5,26 +5,34 @@ import time
 import pytest
 from ray import serve
 
-from serve_apps.deploy import DeployError, app_name, deploy, judges_to_deploy, start, undeploy, wait
-from tests.serve_apps.conftest import config
+from serve_apps.deploy import DeployError, app_name, start, wait
+from tests.serve_apps.conftest import config, down, up
 
 
-def test_only_needed_judges_are_deployed(models):
-    assert list(judges_to_deploy(config(models, filter={"path": "x"}))) == ["filter", "hps", "ctr"]
-    assert list(judges_to_deploy(config(models, reward="hps"))) == ["hps"]
-    assert list(judges_to_deploy(config(models, hps={"url": "http://x"}))) == ["ctr"]
+def test_only_needed_judges_are_deployed_the_filter_first(models):
+    def deployed(**changes):
+        run = config(models, **changes)
+        return list(run.judges.deployed(run.judge_names))
+
+    assert deployed(filter={"path": "x"}) == ["filter", "hps", "ctr"]
+    assert deployed(reward="hps") == ["hps"]
+    assert deployed(hps={"url": "http://x"}) == ["ctr"]
+
+
+def begin(run, name):
+    return start(run.judges, run.serve, run.judge_names, name)
 
 
 def test_a_missing_checkpoint_is_found_before_anything_starts(models):
     with pytest.raises(FileNotFoundError, match=r"judges\.hps\.path"):
-        start(config(models, hps={"path": "/no/such/file.pt"}), "missing")
+        begin(config(models, hps={"path": "/no/such/file.pt"}), "missing")
 
 
 def test_a_taken_route_and_another_port_are_refused(judges, models):
     with pytest.raises(DeployError, match="contract-hpsv2 of another run holds the route /hpsv2"):
-        deploy(config(models, reward="hps"), "second")
+        up(config(models, reward="hps"), "second")
     with pytest.raises(DeployError, match=r"already listens on 127\.0\.0\.1:8123"):
-        deploy(config(models, reward="hps", port=8124), "second")
+        up(config(models, reward="hps", port=8124), "second")
     assert not any(name.startswith("second") for name in serve.status().applications)
     assert "contract-hpsv2" in serve.status().applications
 
@@ -36,14 +44,14 @@ def test_equal_settings_are_adopted_and_others_replaced(cluster, models):
 
     place = {"reward": "hps", "route_prefix": "/adopt"}
     try:
-        assert deploy(config(models, **place), "adopt").url.endswith("/adopt")
+        assert up(config(models, **place), "adopt").url.endswith("/adopt")
         first = started()
-        deploy(config(models, **place), "adopt")
+        up(config(models, **place), "adopt")
         assert started() == first
-        deploy(config(models, hps={"max_batch_size": 2}, **place), "adopt")
+        up(config(models, hps={"max_batch_size": 2}, **place), "adopt")
         assert started() > first
     finally:
-        undeploy("adopt")
+        down("adopt")
     deadline = time.monotonic() + 30
     while app_name("adopt", "hps") in serve.status().applications:
         assert time.monotonic() < deadline
@@ -54,15 +62,15 @@ def test_a_broken_checkpoint_says_so_and_leaves_nothing(cluster, models, tmp_pat
     (tmp_path / "broken.pt").write_bytes(b"this is no checkpoint")
     bad = config(models, reward="hps", hps={"path": str(tmp_path / "broken.pt")}, route_prefix="/broken")
     with pytest.raises(DeployError, match="broken-hpsv2"):
-        deploy(bad, "broken")
+        up(bad, "broken")
     assert serve.status().applications.get("broken-hpsv2") is None or "DELETING" in str(serve.status())
 
 
 def test_a_judge_that_gets_no_cpu_is_refused_in_time(cluster, models):
     greedy = config(models, reward="hps", hps={"num_cpus": 100}, route_prefix="/greedy")
     try:
-        deployed = start(greedy, "greedy")
+        deployed = begin(greedy, "greedy")
         with pytest.raises(DeployError, match=r"not ready after 3 s.*Free resources: CPU"):
             wait(deployed, 3)
     finally:
-        undeploy("greedy")
+        down("greedy")

@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlhf.rewards import load_reward
+from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig
 from rlhf.rewards.ctr import CTRReward
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.rewards.images import encode_base64, encode_png
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.rewards.reward import JudgeError
-from serve_apps.deploy import ROUTES
 from tests.serve_apps.conftest import ITEM, TOKEN
 
 
 @pytest.fixture(scope="module")
 def hps(models):
     return HPSv2Reward(models / "hps.pt", batch_rows=16)
+
+
+APPS = ("/filter", "/hpsv2", "/ctr")
 
 
 def form(**changes):
@@ -62,7 +66,7 @@ def test_a_broken_filter_is_an_error_and_not_a_verdict(client, picture):
     assert response.status_code == 502 and "valid" not in response.json() and "500" in response.json()["detail"]
 
 
-@pytest.mark.parametrize("app", ROUTES.values())
+@pytest.mark.parametrize("app", APPS)
 def test_health_and_docs(client, app):
     health = client.get(f"{app}/health")
     assert health.status_code == 200 and set(health.json()) == {"model", "version", "device"}
@@ -74,9 +78,11 @@ def test_health_and_docs(client, app):
 ROUTE_LIST = [
     ("POST", "/hpsv2/score"),
     ("POST", "/hpsv2/score_batch"),
+    ("POST", "/ctr/score"),
+    ("POST", "/ctr/score_batch"),
     ("POST", "/ctr/predict"),
     ("POST", "/filter/validate"),
-    *[("GET", f"{app}/{route}") for app in ROUTES.values() for route in ("health", "docs", "openapi.json")],
+    *[("GET", f"{app}/{route}") for app in APPS for route in ("health", "docs", "openapi.json")],
 ]
 
 
@@ -170,12 +176,16 @@ def test_overload_is_503_with_retry_after(judges, models):
 
 def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
     async def ask():
-        token = {"token": TOKEN}
-        remote = {name: RemoteJudge(name, judges.url + route, **token) for name, route in ROUTES.items()}
-        stranger = RemoteJudge("hps", judges.url + "/hpsv2")
+        known = {
+            "hps": HPSJudgeConfig(url=f"{judges.url}/hpsv2", token=TOKEN),
+            "ctr": CTRJudgeConfig(url=f"{judges.url}/ctr", token=TOKEN),
+            "filter": FilterJudgeConfig(url=f"{judges.url}/filter", token=TOKEN),
+            "stranger": HPSJudgeConfig(url=f"{judges.url}/hpsv2"),
+        }
+        remote = {name: RemoteJudge(judge) for name, judge in known.items()}
         try:
             with pytest.raises(JudgeError, match="401"):
-                await stranger.score(picture, "x")
+                await remote["stranger"].score(picture, "x")
             with pytest.raises(JudgeError, match="502"):
                 await remote["filter"].judge(picture, None, "break")
             with pytest.raises(ValueError, match="item"):
@@ -186,10 +196,22 @@ def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
                 await remote["filter"].judge(picture, 255 - picture, "warmer"),
             )
         finally:
-            for client in (*remote.values(), stranger):
+            for client in remote.values():
                 await client.close()
 
     score, rate, verdict = asyncio.run(ask())
     assert score == hps.score([picture], ["x"], [None])[0]
     assert rate == pytest.approx(CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0], abs=1e-6)
     assert not verdict.valid and verdict.reason == "Too dark." and 0 < verdict.pass_probability < 0.1
+
+
+def test_score_batch_is_a_judge_by_http(judges, models, picture):
+    """`judges.http` speaks what /score_batch of every reward here answers."""
+    expected = CTRReward(models / "ctr", batch_rows=4).score([picture, 255 - picture], ["", ""], [ITEM] * 2)
+    reward = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch", token=TOKEN), "cpu")
+    assert reward.score([picture, 255 - picture], ["", ""], [ITEM] * 2) == expected
+    with pytest.raises(JudgeError, match=r"score_batch: status 422.*needs the item"):
+        reward.score([picture], [""], [None])
+    stranger = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch"), "cpu")
+    with pytest.raises(JudgeError, match="status 401"):
+        stranger.score([picture], [""], [ITEM])

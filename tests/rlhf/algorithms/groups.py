@@ -52,7 +52,10 @@ def group(cursor: int, *rewards: dict[str, float], version: int = 0) -> RolloutG
 
 def fresh(*, names=("hps",), scaling="running", **limits) -> RolloutState:
     settings = dict(num_valid_samples=2, max_sample_attempts=20, max_dropped_in_a_row=32, max_failure_rate=0.5)
-    return RolloutState(limits=RolloutLimits(**{**settings, **limits}), scale=RewardScale(names=names, scaling=scaling))
+    return RolloutState(
+        limits=RolloutLimits(**{**settings, **limits}),
+        scale=RewardScale(weights=dict.fromkeys(names, 1.0), scaling=scaling),
+    )
 
 
 def enqueue(state: RolloutState, cursors: Iterable[int]) -> tuple[RolloutState, list[Command]]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.rewards.api_filter import APIFilter, from_environment
+from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.images import decode_image
 from rlhf.rewards.reward import Filter, JudgeError
@@ -19,7 +19,7 @@ SOURCE = np.full((8, 8, 3), 10, np.uint8)
 
 def ask(base, *, source=None, prompt="", api_key=None, **config):
     async def run():
-        filter = APIFilter(FilterJudgeConfig(api_base=base, **config), api_key=api_key, timeout_s=5)
+        filter = APIFilter(FilterJudgeConfig(api_base=base, api_timeout_s=5, **config), api_key=api_key)
         assert isinstance(filter, Filter)
         try:
             return await filter.judge(IMAGE, source, prompt)
@@ -94,8 +94,8 @@ def test_an_unreachable_server_is_an_error():
 def test_environment_is_the_last_resort(monkeypatch):
     monkeypatch.setenv("QWEN_API_BASE", "http://x/v1")
     monkeypatch.setenv("QWEN_MODEL_NAME", "qwen-small")
-    found = from_environment(FilterJudgeConfig())
+    found = FilterJudgeConfig().from_environment()
     assert (found.api_base, found.model_name) == ("http://x/v1", "qwen-small")
-    assert from_environment(FilterJudgeConfig(path="/models/q")).api_base is None
+    assert FilterJudgeConfig(path="/models/q").from_environment().api_base is None
     monkeypatch.delenv("QWEN_API_BASE")
-    assert from_environment(FilterJudgeConfig()).api_base is None
+    assert FilterJudgeConfig().from_environment().api_base is None

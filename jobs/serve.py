@@ -1,0 +1,65 @@
+"""Judges as a service, without a run: `python -m jobs.serve --config jobs/configs/serve.toml`, until Ctrl-C.
+
+Deploys every judge of the recipe that has a source, waits until each has answered a real request, and prints where they
+are. On the way out they are deleted again. `serve deploy serve_apps/serve.yaml` is the same without a process that stays.
+"""
+
+import sys
+import time
+
+import ray
+from ray import serve
+
+from actors import placement
+from jobs.cli import parse, resolved_toml, run_main
+from jobs.cluster import Stopped, cluster, free_resources
+from rlhf.config import ServeJobConfig
+from serve_apps import deploy
+
+POLL_S = 5.0
+
+
+def main() -> None:
+    arguments = parse(ServeJobConfig, description=__doc__ or "")
+    config = arguments.config
+    deploy.check_sources(config.judges, config.judge_names)
+    needed = placement.judge_roles(config.judges, config.judge_names)
+    if arguments.dry_run:
+        print(resolved_toml(config))
+        print(placement.table(needed, free_resources(config.cluster)))
+        placement.check(needed, free_resources(config.cluster))
+        return
+    try:
+        with cluster(config.cluster, config.name):
+            placement.check(needed, free_resources(config.cluster))
+            serve_until_stopped(config)
+    except (KeyboardInterrupt, Stopped):
+        print("stopped; the judges are gone", file=sys.stderr)
+        sys.exit(130)
+
+
+def serve_until_stopped(config: ServeJobConfig) -> None:
+    """Deploy, and stay as long as the apps do. Raises: DeployError, also where someone deleted one."""
+    try:
+        deployed = deploy.deploy(config.judges, config.serve, config.judge_names, config.name)
+        for name, url in deploy.addresses(config.judges, config.judge_names, deployed).items():
+            print(f"{name:<12} {url}   (API: {url}/docs)", flush=True)
+        print("ready; Ctrl-C ends them", flush=True)
+        while True:
+            time.sleep(POLL_S)
+            gone = set(deployed.apps.values()) - serve.status().applications.keys()
+            if gone:
+                raise deploy.DeployError(f"deleted from outside: {', '.join(sorted(gone))}")
+    finally:
+        deploy.undeploy(config.name, config.judge_names)
+
+
+if __name__ == "__main__":
+    run_main(
+        main,
+        deploy.DeployError,
+        placement.NotEnoughResources,
+        FileNotFoundError,
+        ValueError,
+        ray.exceptions.RaySystemError,
+    )

@@ -1,0 +1,95 @@
+"""Your own reward: a Python function `(images, prompts, items) -> scores`, named in the recipe by its import path.
+
+    [judges.python.sharpness]
+    function = "my_rewards.sharpness:score"
+
+It gets whole batches as lists (uint8 (H, W, 3) arrays that may be read-only, texts, and an `Item` or None each) and
+returns one number per picture, higher is better: a list, a tuple, a NumPy array or a tensor of them.
+
+Left out: configuration (a function reads its own), a device (it places its own model and states what it needs in
+`num_gpus`), and async functions, which a batch at a time gains nothing from.
+"""
+
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rlhf.rewards.config import PythonJudgeConfig
+from rlhf.rewards.images import check_array
+from rlhf.rewards.reward import JudgeError, check_batch, checked_scores, fingerprint
+from rlhf.types import Item
+
+
+class PythonReward:
+    """The `Reward` of [judges.python.NAME]: whatever the function returns."""
+
+    def __init__(self, name: str, function: str, *, device: str = "cpu") -> None:
+        """function: "package.module:function"; device: where its replica's card is, reported and not passed on.
+
+        Raises: ValueError naming the key where the function cannot be had.
+        """
+        self.name = name
+        self.device = device
+        self.key = f"judges.python.{name}.function = {function!r}"
+        self._function = resolve(self.key, function)
+        self.version = f"{function}@{_source_fingerprint(self._function, function.partition(':')[0])}"
+
+    @classmethod
+    def from_config(cls, name: str, judge: PythonJudgeConfig, device: str) -> Self:
+        """`judges.python.NAME` on `device`."""
+        if judge.function is None:
+            raise ValueError(f'judges.python.{name}.function is not set; give "package.module:function"')
+        return cls(name, judge.function, device=device)
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
+        """The function's scores. Raises: JudgeError with what it raised, or with what is wrong with its answer."""
+        check_batch(images, prompts, items)
+        for image in images:
+            check_array(image)
+        if not images:
+            return []
+        try:
+            answer = self._function(list(images), list(prompts), list(items))
+        except Exception as error:  # it is not our code: it may raise anything
+            raise JudgeError(f"{self.key} raised {type(error).__name__}: {error}") from error
+        return checked_scores(self.name, self._numbers(answer), len(images))
+
+    def _numbers(self, answer: Any) -> list[float]:
+        values = answer.tolist() if hasattr(answer, "tolist") else answer
+        if not isinstance(values, list | tuple):
+            raise JudgeError(f"{self.key} gave {type(answer).__name__}, not one number for each picture")
+        numbers = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+        for index, number in enumerate(numbers):
+            if not isinstance(number, int | float):
+                raise JudgeError(f"{self.key} gave {type(number).__name__} for picture {index}, not a number")
+        return numbers
+
+
+def resolve(key: str, function: str) -> Callable[..., Any]:
+    """The function at the import path. Raises: ValueError that starts with `key` and says why it cannot be had."""
+    try:
+        found = pkgutil.resolve_name(function)
+    except Exception as error:  # importing runs the module, which may raise anything
+        raise ValueError(
+            f"{key}: {type(error).__name__}: {error}; it must be importable on every node: install its package there, "
+            "or keep its module in the job's working directory"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{key} is {type(found).__name__}, not a function (images, prompts, items) -> scores")
+    if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in (found, found.__call__)):
+        raise ValueError(f"{key} is async; write a plain function, which gets a whole batch at a time")
+    return found
+
+
+def _source_fingerprint(function: Callable[..., Any], module: str) -> str:
+    """Of the file that the function is written in; of its module's, where it has no source (a callable object)."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        file = getattr(sys.modules[module], "__file__", None)
+    return fingerprint(Path(file)) if file else "built-in"
