@@ -226,7 +226,7 @@ class ServeJobConfig(Section):
     """What `jobs.serve` keeps up: every judge below that has a checkpoint, a function or a server to ask."""
 
     name: str = "judges"
-    judges: JudgesConfig
+    judges: JudgesConfig = JudgesConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -220,3 +220,47 @@ def test_help_lists_every_key_with_type_default_and_meaning(recipe):
     assert "--model.path  str  (required)\n      Folder in the diffusers layout." in text
     assert "--data.fit  'crop' | 'pad' | 'stretch'  ('crop')" in text
     assert "--trainer.lora.targets  list of str | none  (none)" in text
+
+
+BASE = ["--model.path", "/m", "--data.path", "/d", "--judges.filter.enabled", "false"]
+
+
+def test_judges_that_the_user_names(tmp_path):
+    named = ["--judges.python.warm.function", "my.module:warm", "--judges.http.fresh.url", "https://host/score_batch"]
+    config = parse(OnlineDPOConfig, [*BASE, *named, "--reward.weights", "{warm = 2, fresh = 0.5}"]).config
+    assert config.reward.mix == {"warm": 2.0, "fresh": 0.5}
+    assert config.judges["warm"].function == "my.module:warm"
+    assert config.judges.key("fresh") == "judges.http.fresh"
+    assert list(config.judges.deployed(config.judge_names)) == ["warm", "fresh"]
+    (tmp_path / "again.toml").write_text(resolved_toml(config))
+    assert parse(OnlineDPOConfig, ["--config", str(tmp_path / "again.toml")]).config == config
+
+
+WRONG_JUDGES = {
+    "unknown_key": (["--judges.python.warm.functio", "a:b"], "did you mean judges.python.NAME.function?"),
+    "no_function": (["--judges.python.warm.num_cpus", "1"], "python.warm has no function"),
+    "no_import_path": (["--judges.python.warm.function", "warm"], "[judges.python.warm] function = 'warm'"),
+    "taken_name": (["--judges.http.hps.url", "http://x"], "the name 'hps' belongs to another judge"),
+    "unknown_reward": (["--reward.weights", "{pikscore = 1}"], "did you mean 'pickscore'?"),
+    "no_source": (["--reward.weights", "{pickscore = 1}"], "judges.pickscore.path"),
+    "half_a_judge": (["--judges.aesthetic.path", "/x"], "the aesthetic score needs both"),
+    "no_weight": (["--reward.weights", "{hps = 0}"], "should be greater than 0"),
+    "no_rewards": (["--reward.weights", "{}"], "names no reward"),
+    "twice": (["--reward.weights", "{hps = 1}", "--reward.type", "hps"], "unset one of them"),
+    "fixed_mix": (["--reward.weights", "{hps = 1, clip = 1}", "--reward.scaling", "fixed"], "the seed's formula"),
+    "replicas": (
+        ["--judges.hps.replicas", "3", "--judges.hps.max_replicas", "2"],
+        "max_replicas = 2 is below replicas = 3",
+    ),
+    "tensor_parallel": (
+        ["--judges.filter.tensor_parallel_size", "2", "--judges.filter.num_gpus", "1"],
+        "tensor_parallel_size = 2, but num_gpus = 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_JUDGES.values(), ids=WRONG_JUDGES)
+def test_what_is_wrong_with_judges_is_said(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(OnlineDPOConfig, [*BASE, *arguments])
+    assert message in str(caught.value)

@@ -6,17 +6,20 @@ import pytest
 
 import jobs
 from jobs.cli import parse, resolved_toml
-from rlhf.config import OnlineDPOConfig
+from rlhf.config import OnlineDPOConfig, ServeJobConfig
+from rlhf.rewards.ctr_config import TrainCTRConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"
-RECIPES = sorted(path.name for path in FOLDER.glob("*.toml") if path.name != "train_ctr.toml")
+RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))
+SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_parses_and_survives_a_round_trip(name, tmp_path):
-    config = parse(OnlineDPOConfig, ["--config", str(FOLDER / name)]).config
+    schema = SCHEMAS.get(name, OnlineDPOConfig)
+    config = parse(schema, ["--config", str(FOLDER / name)]).config
     (tmp_path / "again.toml").write_text(resolved_toml(config))
-    assert parse(OnlineDPOConfig, ["--config", str(tmp_path / "again.toml")]).config == config
+    assert parse(schema, ["--config", str(tmp_path / "again.toml")]).config == config
 
 
 @pytest.mark.parametrize(("name", "rewards"), [("hps", ("hps",)), ("ctr", ("ctr",)), ("hps_ctr", ("hps", "ctr"))])
