@@ -104,7 +104,8 @@ def app(args: dict[str, Any]) -> serve.Application:
     Raises: ValueError for other than one judge or a relative path (no one knows a replica's working directory).
     """
     judges = JudgesConfig.model_validate(args)
-    ours = judges.deployed([*judges.rewards, "filter"])
+    named = {*args, *args.get("python", {}), *args.get("http", {})}  # not what the environment alone would add
+    ours = judges.deployed(name for name in (*judges.rewards, "filter") if name in named)
     if len(ours) != 1:
         raise ValueError(f"args name {len(ours)} judges {list(ours)}; give each application exactly one")
     ((name, judge),) = ours.items()
@@ -198,7 +199,8 @@ def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:
     """What an app is adopted by: the judge's config, the secrets and the weights behind its paths."""
     weights = [fingerprint(Path(path)) for _, path in local_paths(judge)]
-    parts = [name, judge.model_dump(mode="json"), secrets.token, secrets.api_key, route_prefix, weights]
+    tokens = [secrets.token, secrets.api_key, getattr(judge, "token", None)]  # which no dump of a config holds
+    parts = [name, judge.model_dump(mode="json"), *tokens, route_prefix, weights]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

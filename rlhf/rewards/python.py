@@ -4,7 +4,8 @@
     function = "my_rewards.sharpness:score"
 
 It gets whole batches as lists (uint8 (H, W, 3) arrays that may be read-only, texts, and an `Item` or None each) and
-returns one number per picture, higher is better: a list, a tuple, a NumPy array or a tensor of them.
+returns one number per picture, higher is better: a list, a tuple, a NumPy array or a tensor of them. At the start and
+when idle it is also asked about small grey pictures, with the text "probe".
 
 Left out: configuration (a function reads its own), a device (it places its own model and states what it needs in
 `num_gpus`), and async functions, which a batch at a time gains nothing from.
