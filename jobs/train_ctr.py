@@ -1,95 +1,126 @@
 """Train a CTR model from a click log: python -m jobs.train_ctr --config jobs/configs/train_ctr.toml
 
-Reads the seed's CSV (every bad row is reported before anything loads), trains in one Ray task on `train.num_cpus` and
-`train.num_gpus`, and writes to `output` the checkpoint folder that judges.ctr.path takes, with metrics.json beside the
+Reads the seed's CSV (every bad row is reported before anything loads), trains on `train.ranks` Ray actors of
+`train.num_cpus` and `train.num_gpus` each, and writes to `output` the checkpoint folder that judges.ctr.path takes, with
+the figures of the held-out rows (metrics.json) and their plots (calibration.png, predicted_vs_actual.png) beside the
 weights. Uses the cluster it finds (a running one, RAY_ADDRESS, cluster.address) or starts and ends one of its own.
 """
 
 import json
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
 
+from actors.ctr_group import CTRGroup
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster
 from rlhf.data.schema import BadInput, Problem
-from rlhf.rewards import ctr, ctr_training
-from rlhf.rewards.ctr_config import TrainCTRConfig
-from rlhf.rewards.ctr_data import Click, read_clicks, split
+from rlhf.rewards.ctr_config import CTRTrainConfig, TrainCTRConfig
+from rlhf.rewards.ctr_data import Click, Rows, read_clicks, split
+from rlhf.rewards.ctr_training import fit, uses_binomial
+from rlhf.types import seed_from
 
 
 class OutputExists(ValueError):
     """`output` already holds something; a checkpoint is never overwritten."""
 
 
+class NoRoom(RuntimeError):
+    """The cluster cannot hold the ranks, or did not in time."""
+
+
 def train_ctr(config: TrainCTRConfig) -> Path:
     """Train and write `config.output`; returns it. Works inside a running Ray session or starts one of its own.
 
-    Raises: BadInput (all bad rows), OutputExists, ray.exceptions.GetTimeoutError after `train.timeout_s`.
+    Raises: BadInput (all bad rows), OutputExists, ValueError (keys that do not fit the rows), NoRoom, RankLost (a rank
+    died, or `train.timeout_s` passed).
     """
-    rows, held_out = load_rows(config)
-    with cluster(config.cluster, "train_ctr"):
-        remote: Any = ray.remote(_train)
-        task = remote.options(
-            num_cpus=config.train.num_cpus, num_gpus=config.train.num_gpus, max_retries=0, name="train_ctr"
-        )
-        running = task.remote(config, rows, held_out)
-        try:
-            metrics = ray.get(running, timeout=config.train.timeout_s)
-        except BaseException:
-            ray.cancel(running, force=True)
-            raise
-    print(f"ctr {config.output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
-    return Path(config.output)
+    rows = load_rows(config)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with cluster(config.cluster, "train_ctr"), ExitStack() as stack:
+        placement = reserve(config.train)
+        stack.callback(ray.util.remove_placement_group, placement)
+        group = CTRGroup(config, rows, placement)
+        stack.callback(group.kill)
+        figures = fit(group, config.train, _say)
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".ctr-"))
+        folder = Path(temporary) / "ctr"
+        metrics = group.finish(folder) | figures
+        metrics |= {"train_rows": float(len(rows.train)), "validation_rows": float(len(rows.validation))}
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / "train_ctr.toml").write_text(resolved_toml(config))
+        folder.rename(output)
+    _say(f"ctr {output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return output
 
 
-def load_rows(config: TrainCTRConfig) -> tuple[list[Click], list[Click]]:
-    """(training rows, held-out rows), after every check that needs no model."""
+def load_rows(config: TrainCTRConfig) -> Rows:
+    """Training, validation and held-out rows, after every check that needs no model."""
     if Path(config.output).exists():
         raise OutputExists(f"output = {config.output} exists and is never overwritten; choose another or remove it")
     problems: list[Problem] = []
     groups: list[list[Click]] = []
     for path in filter(None, (config.data.path, config.data.eval_path)):
         try:
-            rows, left_out = read_clicks(Path(path), config.data.on_bad_row)
+            clicks, left_out = read_clicks(Path(path), config.data.on_bad_row)
         except BadInput as error:
             problems += error.problems
             continue
-        groups.append(rows)
+        groups.append(clicks)
         if left_out:
-            print("\n".join([f"left out {len(left_out)} problems of {path}:", *map(str, left_out)]), flush=True)
+            _say("\n".join([f"left out {len(left_out)} problems of {path}:", *map(str, left_out)]))
     if problems:
         raise BadInput(problems)
-    return (groups[0], groups[1]) if len(groups) == 2 else split(groups[0], config.data.eval_fraction, config.seed)
+    data, seed = config.data, config.seed
+    train, held_out = groups if data.eval_path else split(groups[0], data.eval_fraction, seed, "data.eval_fraction")
+    validation: list[Click] = []
+    if data.validation_fraction:
+        other = seed_from(seed, "validation")  # not the products that come after the held-out ones in their order
+        train, validation = split(train, data.validation_fraction, other, "data.validation_fraction")
+    rows = Rows(train=train, validation=validation, held_out=held_out)
+    uses_binomial(rows, config.train)
+    return rows
 
 
-def _train(config: TrainCTRConfig, rows: list[Click], held_out: list[Click]) -> dict[str, float]:
-    device = "cuda" if config.train.num_gpus else "cpu"
-    model, tokenizer, metrics = ctr_training.train(
-        rows, held_out, config.model, config.train, seed=config.seed, device=device, progress=print
-    )
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".ctr-") as temporary:
-        folder = ctr.save(Path(temporary) / "ctr", model, tokenizer)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / "train_ctr.toml").write_text(resolved_toml(config))
-        folder.rename(output)
-    return metrics
+def reserve(train: CTRTrainConfig) -> PlacementGroup:
+    """One bundle per rank. Raises NoRoom where the cluster is too small, or busy for `train.timeout_s`."""
+    have = ray.cluster_resources()
+    for name, each in (("CPU", train.num_cpus), ("GPU", train.num_gpus)):
+        if train.ranks * each > have.get(name, 0.0) + 1e-6:
+            raise NoRoom(
+                f"train.ranks = {train.ranks} × train.num_{name.lower()}s = {each:g} is more than the cluster's "
+                f"{have.get(name, 0.0):g} {name}; lower them or add nodes"
+            )
+    bundle = {name: amount for name, amount in (("CPU", train.num_cpus), ("GPU", train.num_gpus)) if amount}
+    placement = placement_group([bundle or {"CPU": 0.001}] * train.ranks, strategy="PACK")
+    if not placement.wait(train.timeout_s):
+        ray.util.remove_placement_group(placement)
+        raise NoRoom(f"no room for train.ranks = {train.ranks} × {bundle} in train.timeout_s = {train.timeout_s:g}")
+    return placement
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def main() -> None:
     arguments = parse(TrainCTRConfig, description=__doc__ or "")
+    config = arguments.config
     if not arguments.dry_run:
-        train_ctr(arguments.config)
+        train_ctr(config)
         return
-    rows, held_out = load_rows(arguments.config)
-    print(resolved_toml(arguments.config))
-    print(f"{len(rows)} training rows, {len(held_out)} held-out rows")
-    print(f"one task: {arguments.config.train.num_cpus:g} CPU, {arguments.config.train.num_gpus:g} GPU")
+    rows = load_rows(config)
+    print(resolved_toml(config))
+    print(
+        f"{len(rows.train)} training rows, {len(rows.validation)} validation rows, {len(rows.held_out)} held-out rows"
+    )
+    print(f"loss: {'binomial' if uses_binomial(rows, config.train) else 'compound'}")
+    print(f"ranks: {config.train.ranks} × {config.train.num_cpus:g} CPU, {config.train.num_gpus:g} GPU")
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, OutputExists, RuntimeError)
+    run_main(main, BadInput, RuntimeError, ValueError)

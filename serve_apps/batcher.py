@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.images import check_array
@@ -23,6 +23,10 @@ from serve_apps.metrics import JudgeMetrics
 
 PROBE_AGE_S = 20.0
 """A forward that succeeded this recently proves health, unless one has failed since; otherwise the probe does its own."""
+
+_BACKOFF_S = 0.02
+"""How often a full replica is looked at again. Serve's own wait grows to half a second, in which a free replica idles while
+callers are turned away: at twice the capacity a judge then answered a quarter of what it could."""
 
 _PROBE_IMAGE = np.full((32, 32, 3), 128, dtype=np.uint8)
 _PROBE_ITEM = Item(food_name="probe", food_type="probe", city_name="probe", shop_name="probe")
@@ -114,6 +118,7 @@ def options(name: str, judge: JudgeConfig) -> dict[str, Any]:
         "max_ongoing_requests": judge.max_ongoing_requests,
         "max_queued_requests": judge.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1),
+        "request_router_config": RequestRouterConfig(initial_backoff_s=_BACKOFF_S, max_backoff_s=_BACKOFF_S),
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 10,

@@ -5,6 +5,10 @@ tokens with modality embeddings through a small transformer, concatenated → on
 `AutoModel` loads, so the published Chinese-BERT-wwm-ext + ConvNeXtV2-Huge-22k-512 and a small pair trained from scratch
 on a CPU are one code path.
 
+With `filters` the network is wide and deep (Cheng et al. 2016, arXiv:1606.07792): beside the deep logit stands a linear
+one of the text's tokens and of mean and deviation of learned filters over the picture. A thousand rows teach that
+additive part at once, which the deep part needs far more rows to find; the small model has it, the seed's has not.
+
 A checkpoint is a folder: `config.json` (`CTRModelConfig`), `model.safetensors`, `tokenizer/`. The output goes through a
 sigmoid, so that it is a rate whatever the loss.
 
@@ -32,6 +36,8 @@ from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLICKED_WEIGHT = 10.0
+"""What a row that was clicked counts in the compound loss; one that was not counts 1."""
 
 
 class CTRModelConfig(BaseModel):
@@ -48,6 +54,8 @@ class CTRModelConfig(BaseModel):
     layers: int = 4
     heads: int = 4
     dropout: float = 0.2
+    filters: int = 0
+    """Learned filters of the wide part; 0: none, as in the seed's model."""
 
 
 class CTRModel(nn.Module):
@@ -59,7 +67,8 @@ class CTRModel(nn.Module):
         self.text = AutoModel.from_config(_backbone(config.text))
         self.image = AutoModel.from_config(_backbone(config.image))
         self.text_projection = self._projection(self.text.config.hidden_size)
-        self.image_projection = self._projection(self.image.config.hidden_sizes[-1])
+        self.wide = Wide(self.text.config.vocab_size, config.filters) if config.filters else None
+        self.image_projection = self._projection(self.image.config.hidden_sizes[-1] + 2 * config.filters)
         self.modality = nn.Parameter(torch.randn(2, config.width) * 0.02)
         layer = nn.TransformerEncoderLayer(
             config.width, config.heads, 4 * config.width, config.dropout, activation="gelu", batch_first=True
@@ -85,8 +94,34 @@ class CTRModel(nn.Module):
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         image = self.image(pixel_values=pixels).pooler_output.flatten(1)
+        wide: Tensor | float = 0.0
+        if self.wide is not None:
+            wide, statistics = self.wide(pixels, input_ids, attention_mask)
+            image = torch.cat([image, statistics], dim=1)
         tokens = torch.stack([self.text_projection(text), self.image_projection(image)], dim=1) + self.modality
-        return self.head(self.fusion(tokens).flatten(1))[:, 0]
+        return self.head(self.fusion(tokens).flatten(1))[:, 0] + wide
+
+
+class Wide(nn.Module):
+    """The linear part: a weight per token, and one per statistic of learned filters.
+
+    No layer normalises here, so that brightness, colour and contrast come through, which the deep part's norms hide.
+    """
+
+    def __init__(self, vocabulary: int, filters: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, 1)
+        self.filters = nn.Conv2d(3, filters, kernel_size=3, stride=2)
+        self.statistics = nn.Linear(2 * filters, 1, bias=False)  # the deep head has the bias
+        nn.init.zeros_(self.words.weight)
+        nn.init.zeros_(self.statistics.weight)
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) to add to the logit, and (B, 2·filters) mean and deviation of each filter over the picture."""
+        variance, mean = torch.var_mean(self.filters(pixels).float(), dim=(2, 3), correction=0)
+        statistics = torch.cat([mean, (variance + 1e-4).sqrt()], dim=1).to(self.statistics.weight.dtype)
+        words = (self.words(input_ids)[..., 0] * attention_mask).sum(1)
+        return words + self.statistics(statistics)[:, 0], statistics
 
 
 class CTRReward:
@@ -175,26 +210,31 @@ def transform(image: np.ndarray, size: int) -> Tensor:
     return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def compound_loss(predicted: Tensor, rate: Tensor, *, clicked_weight: float = 10.0) -> Tensor:
+def compound_loss(predicted: Tensor, rate: Tensor) -> Tensor:
     """The seed's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
 
-    w = `clicked_weight` where y > 0, else 1; Var is the population variance, so that it is defined for B = 1.
+    w = CLICKED_WEIGHT where y > 0, else 1; Var is the population variance, so that it is defined for B = 1.
     """
-    weight = torch.where(rate > 0, clicked_weight, 1.0)
-    squares = (weight * (predicted - rate).square()).mean()
+    squares = weighted_squares(predicted, rate).mean()
     spread = (predicted.var(unbiased=False) - rate.var(unbiased=False)).square()
     log_p, log_q = F.log_softmax(predicted, dim=0), F.log_softmax(rate, dim=0)
     divergence = (log_p.exp() * (log_p - log_q)).sum()
     return squares + 0.1 * spread + 0.01 * divergence
 
 
-def binomial_loss(logits: Tensor, rate: Tensor, impressions: Tensor) -> Tensor:
+def weighted_squares(predicted: Tensor, rate: Tensor) -> Tensor:
+    """w(ŷ−y)² of each row (B,)."""
+    return torch.where(rate > 0, CLICKED_WEIGHT, 1.0) * (predicted - rate).square()
+
+
+def binomial_loss(logits: Tensor, rate: Tensor, impressions: Tensor, total: Tensor | float | None = None) -> Tensor:
     """Negative log-likelihood per impression of clicks ~ Binomial(impressions, σ(logit)); rate = clicks/impressions.
 
     A rate seen on 2,000 views counts a hundred times one seen on 20. All (B,); the binomial coefficient is constant.
+    `total`: impressions to divide by where these rows are a part of a larger batch; the parts then add up.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, rate, reduction="none")
-    return (impressions * entropy).sum() / impressions.sum()
+    return (impressions * entropy).sum() / (impressions.sum() if total is None else total)
 
 
 def save(folder: Path, model: CTRModel, tokenizer: PreTrainedTokenizerBase) -> Path:

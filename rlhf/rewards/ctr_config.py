@@ -6,13 +6,17 @@ from pydantic import Field, model_validator
 
 from rlhf.section import ClusterConfig, LocalPath, Section
 
+LEARNING_RATE, SMALL_LEARNING_RATE = 1e-3, 3e-3
+
 
 class CTRDataConfig(Section):
     path: LocalPath
     """CSV: image_url (a path relative to the file), food_name, food_type, city_name, shop_name, pv_ctr[, impressions, clicks]."""
     eval_path: LocalPath | None = None
-    """The same for held-out rows; unset: `eval_fraction` of the pictures of `path` are held out."""
+    """The same for held-out rows, which are scored once, at the end; unset: `eval_fraction` of the products of `path`."""
     eval_fraction: float = Field(0.1, gt=0, lt=1)
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the products left for training that early stopping is decided on instead; 0: train all epochs on all rows."""
     on_bad_row: Literal["stop", "skip"] = "stop"
 
 
@@ -36,20 +40,42 @@ class CTRModelSection(Section):
 
 class CTRTrainConfig(Section):
     epochs: int = Field(30, ge=1)
+    """Also the length of the cosine of the learning rates; early stopping may end sooner."""
+    patience: int = Field(10, ge=1)
+    """Epochs without a lower validation loss after which training stops. The best epoch's weights are saved."""
     batch_size: int = Field(32, ge=2)
+    """Rows of a batch, over all ranks."""
     gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches of an update."""
     loss: Literal["auto", "compound", "binomial"] = "auto"
     """`compound`: the seed's. `binomial`: clicks of impressions, where the CSV has them. `auto`: binomial if it has."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Heads, and everything in the small model."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Heads; default 1e-3. In the small model everything; default 3e-3."""
     text_learning_rate: float = Field(2e-5, gt=0)
     image_learning_rate: float = Field(5e-6, gt=0)
+    freeze: tuple[Literal["text", "image"], ...] = ()
+    """Pretrained backbones that stay as they are, running statistics and dropout included."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["bf16", "no"] = "no"
+    mixed_precision: Literal["bf16", "fp16", "no"] = "no"
+    """fp16 scales the loss, and skips an update whose gradients overflow."""
+    ranks: int = Field(1, ge=1)
+    """Processes that share every batch."""
     num_cpus: float = Field(1.0, ge=0)
+    """CPUs of a rank; also its threads."""
     num_gpus: float = Field(0.0, ge=0)
+    """GPUs of a rank: 1, or 0 to train on the CPU."""
     timeout_s: float = Field(86400.0, gt=0)
+    """Deadline of the whole training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.ranks:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} cannot be shared by train.ranks = {self.ranks}; "
+                "make it a multiple: every rank takes the same number of rows"
+            )
+        return self
 
 
 class TrainCTRConfig(Section):
@@ -60,3 +86,12 @@ class TrainCTRConfig(Section):
     """Folder of the checkpoint; judges.ctr.path of the runs that use it. Never overwritten."""
     seed: int = 42
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.freeze and self.model.text is None:
+            raise ValueError(
+                f"train.freeze = {list(self.train.freeze)} without model.text and model.image: a small model from "
+                "scratch has nothing learned to keep; give pretrained backbones or remove train.freeze"
+            )
+        return self

@@ -31,6 +31,22 @@ class Click:
     impressions: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A click log by use; no product of `train` is in `validation`."""
+
+    train: Sequence[Click]
+    validation: Sequence[Click] = ()
+    """Decide which epoch was best and when to stop; empty: all epochs are trained."""
+    held_out: Sequence[Click] = ()
+    """Scored once, at the end, and never looked at before."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether impressions are known for all rows that training reads."""
+        return all(click.impressions is not None for click in (*self.train, *self.validation))
+
+
 def read_clicks(path: Path, on_bad_row: Literal["stop", "skip"] = "stop") -> tuple[list[Click], list[Problem]]:
     """The rows of the CSV with readable pictures, and (only with `on_bad_row="skip"`) what was left out.
 
@@ -143,10 +159,16 @@ def _problem(path: Path, line: int | None, field: str | None, what: str, remedy:
     return Problem(file=str(path), line=line, field=field, what=what, remedy=remedy)
 
 
-def split(clicks: Sequence[Click], fraction: float, seed: int) -> tuple[list[Click], list[Click]]:
-    """(train, held out): whole products are held out, so that no picture of a held-out product was trained on."""
+def split(clicks: Sequence[Click], fraction: float, seed: int, key: str) -> tuple[list[Click], list[Click]]:
+    """(kept, held out): `fraction` of the products, at least one, with all their rows; so no product is in both.
 
-    def held_out(click: Click) -> bool:
-        return seed_from(seed, *vars(click.item).values()) % 10_000 < fraction * 10_000
-
-    return [click for click in clicks if not held_out(click)], [click for click in clicks if held_out(click)]
+    Which ones depends on the seed and the product alone. Raises: ValueError, naming `key`, for fewer than two products.
+    """
+    products = sorted({click.item for click in clicks}, key=lambda item: seed_from(seed, *vars(item).values()))
+    if len(products) < 2:
+        raise ValueError(
+            f"{key} = {fraction:g}: the click log has {len(products)} product (rows with equal {', '.join(ITEM_FIELDS)}), "
+            "and products are held out whole; add rows of others, or hold out nothing here"
+        )
+    held_out = set(products[: min(max(1, round(fraction * len(products))), len(products) - 1)])
+    return [click for click in clicks if click.item not in held_out], [c for c in clicks if c.item in held_out]

@@ -15,7 +15,7 @@ import warnings
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
@@ -24,6 +24,16 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 # and pictures are decoded in several.
 warnings.filterwarnings("error", module=r"PIL\b")
 _WHITE = (255, 255, 255, 255)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what makes the picture upright."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _OTHER_FORMATS = {
     b"GIF8": "GIF",
@@ -81,10 +91,10 @@ def decode_image(data: bytes) -> np.ndarray:
         raise ImageTooLarge(f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage("the image header cannot be read; send a valid PNG, JPEG or WEBP file") from error
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError, MemoryError) as error:
-        raise UnreadableImage(f"the image is corrupt or truncated: {error}") from error
     except Warning as error:
         raise UnreadableImage(f"the image decoder warned, which is treated as corruption: {error}") from error
+    except Exception as error:  # whatever a decoder stumbles over, down to struct.error, is the file's fault
+        raise UnreadableImage(f"the image is corrupt or truncated: {error}") from error
 
 
 def decode_base64_image(text: str) -> np.ndarray:
@@ -146,13 +156,15 @@ def _check_header(image: Image.Image) -> None:
         raise UnsupportedImage(
             f"the image is animated ({getattr(image, 'n_frames', '?')} frames); send a still picture"
         )
-    if image.mode not in _EIGHT_BIT:
-        raise UnsupportedImage(f"the image has pixel mode {image.mode!r}; send 8 bits per channel")
+    # Pillow calls a 16-bit RGB file "RGB" and drops the lower byte: only what it unpacks says so.
+    if image.mode not in _EIGHT_BIT or any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        raise UnsupportedImage(f"the image has more than 8 bits per channel (mode {image.mode}); send 8")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    still = ImageOps.exif_transpose(image)
-    assert still is not None
+    # Not ImageOps.exif_transpose, which also writes the EXIF anew and fails over tags that have nothing to do with it.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    still = image if turn is None else image.transpose(turn)
     if "A" in still.getbands() or "a" in still.getbands() or "transparency" in still.info:
         rgba = still.convert("RGBA")
         still = Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba)

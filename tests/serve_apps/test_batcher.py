@@ -2,12 +2,13 @@
 
 import asyncio
 import math
+import threading
 
 import numpy as np
 import pytest
 from ray import serve
 
-from rlhf.rewards.config import JudgeConfig
+from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.rewards.reward import JudgeError, checked_scores
 from serve_apps.batcher import Batcher, options
 
@@ -52,8 +53,8 @@ class RednessApp:
 
 @pytest.fixture(scope="module")
 def app(cluster):
-    judge = JudgeConfig(num_cpus=0.1, max_batch_size=8, max_ongoing_requests=64)
-    deployment = serve.deployment(**options("Redness", judge))(RednessApp)
+    sizes = judge(num_cpus=0.1, max_batch_size=8, max_ongoing_requests=64)
+    deployment = serve.deployment(**options("Redness", sizes))(RednessApp)
     handle = serve.run(deployment.bind(), name="redness", route_prefix=None)
     yield handle
     serve.delete("redness", _blocking=False)
@@ -88,3 +89,104 @@ def test_a_crash_is_an_error_for_everyone_and_no_score(app):
 
 def test_the_probe_does_one_real_forward(app):
     assert app.probe_twice.remote().result(timeout_s=30) == [1]
+
+
+class Gated:
+    """A reward whose forwards wait for a ticket each, so that a test decides what comes while the model is busy."""
+
+    name, version, device = "gated", "1", "cpu"
+
+    def __init__(self):
+        self.tickets, self.entered, self.batches = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def score(self, images, prompts, items):
+        self.entered.release()
+        assert self.tickets.acquire(timeout=30)
+        self.batches.append(list(prompts))
+        if "bad" in prompts:
+            raise ValueError("this prompt cannot be read")
+        return [float(prompt) for prompt in prompts]
+
+
+@pytest.fixture
+def gated():
+    reward = Gated()
+    return reward, Batcher(reward, max_batch_size=4, batch_wait_s=0.0)
+
+
+def ask(batcher, *prompts):
+    return [asyncio.create_task(batcher.score(flat(0), str(prompt), None)) for prompt in prompts]
+
+
+def test_what_comes_while_the_model_is_busy_fills_the_next_batches(gated):
+    """However slowly it comes: the wait for a batch to fill is 0 s here."""
+    reward, batcher = gated
+
+    async def run():
+        first = ask(batcher, 0)
+        await asyncio.to_thread(reward.entered.acquire)
+        later = []
+        for number in range(1, 7):
+            later += ask(batcher, number)
+            await asyncio.sleep(0)
+        reward.tickets.release(3)
+        return await asyncio.gather(*first, *later)
+
+    assert asyncio.run(run()) == list(range(7))
+    assert reward.batches == [["0"], ["1", "2", "3", "4"], ["5", "6"]]
+
+
+def test_a_caller_that_went_away_costs_no_forward(gated):
+    reward, batcher = gated
+
+    async def run():
+        first = ask(batcher, 0)
+        await asyncio.to_thread(reward.entered.acquire)
+        gone, *stayed = ask(batcher, 1, 2, 3)
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        await asyncio.sleep(0)  # the news reaches the queue
+        reward.tickets.release(2)
+        return await asyncio.gather(*first, *stayed)
+
+    assert asyncio.run(run()) == [0, 2, 3]
+    assert reward.batches == [["0"], ["2", "3"]]
+
+
+def test_a_request_that_cannot_be_read_spoils_no_other(gated):
+    reward, batcher = gated
+
+    async def run():
+        first = ask(batcher, 0)
+        await asyncio.to_thread(reward.entered.acquire)
+        rest = ask(batcher, 1, "bad", 2)
+        await asyncio.sleep(0)
+        reward.tickets.release(5)
+        return await asyncio.gather(*first, *rest, return_exceptions=True)
+
+    zero, one, bad, two = asyncio.run(run())
+    assert (zero, one, two) == (0, 1, 2) and isinstance(bad, ValueError)
+
+
+def judge(**settings):
+    return PythonJudgeConfig(function="m:f", **settings)
+
+
+def test_replicas_scale_only_where_a_range_is_given():
+    fixed = options("x", judge(replicas=3))
+    assert fixed["num_replicas"] == 3 and "autoscaling_config" not in fixed
+    scaled = options("x", judge(replicas=2, max_replicas=5, max_batch_size=8))
+    assert "num_replicas" not in scaled
+    assert scaled["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 16.0}
+    target = options("x", judge(max_replicas=2, target_ongoing_requests=3.5))["autoscaling_config"]
+    assert target == {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 3.5}
+
+
+def test_the_recipe_sizes_the_deployment():
+    given = options("x", judge(num_cpus=0.5, num_gpus=0.25, max_ongoing_requests=40, max_queued_requests=7))
+    made = serve.deployment(**given)(RednessApp)
+    assert made.ray_actor_options["num_cpus"] == 0.5 and made.ray_actor_options["num_gpus"] == 0.25
+    assert made.max_ongoing_requests == 40 and made.max_queued_requests == 7
+    refusal = made._deployment_config.backpressure_config
+    assert refusal.status_code == 503 and refusal.retry_after_s == 1

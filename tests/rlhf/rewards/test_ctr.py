@@ -63,6 +63,25 @@ def test_binomial_loss_weighs_by_impressions():
     torch.testing.assert_close(logits.grad, torch.zeros(2), atol=1e-7, rtol=0)
 
 
+def test_binomial_loss_is_the_likelihood_up_to_the_coefficient():
+    """Its difference between two models is that of torch's log-probabilities, per impression."""
+    clicks, views = torch.tensor([3.0, 0.0, 250.0]), torch.tensor([20.0, 7.0, 1000.0])
+    a, b = torch.tensor([-1.5, -2.0, -1.0]), torch.tensor([0.3, -4.0, -1.2])
+    law = [torch.distributions.Binomial(views, logits=logits).log_prob(clicks).sum() for logits in (a, b)]
+    losses = [binomial_loss(logits, clicks / views, views) for logits in (a, b)]
+    assert (losses[0] - losses[1]).item() == pytest.approx((law[1] - law[0]).item() / 1027, rel=1e-4)
+
+
+def test_binomial_loss_of_parts_adds_up():
+    logits, rate, views = (
+        torch.tensor([0.1, -2.0, 1.0]),
+        torch.tensor([0.5, 0.1, 0.9]),
+        torch.tensor([10.0, 500.0, 3.0]),
+    )
+    parts = [binomial_loss(logits[i], rate[i], views[i], 513) for i in (slice(0, 1), slice(1, 3))]
+    assert sum(parts).item() == pytest.approx(binomial_loss(logits, rate, views).item(), rel=1e-6)
+
+
 def test_transform_pads_with_white_and_keeps_the_whole_picture():
     pixels = transform(np.zeros((100, 50, 3), np.uint8), 64)
     mean, std = (torch.tensor(x)[:, None, None] for x in (ctr.IMAGENET_MEAN, ctr.IMAGENET_STD))
@@ -88,6 +107,11 @@ def test_score_depends_on_picture_and_item(folder, pictures):
     a, b = reward.score([pictures[0]] * 2, ["", ""], ITEMS)
     c, _ = reward.score([pictures[1]] * 2, ["", ""], ITEMS)
     assert a != b and a != c
+
+
+def test_it_scores_in_bf16(folder, pictures):
+    exact = CTRReward(folder).score(pictures, ["", ""], ITEMS)
+    assert CTRReward(folder, dtype=torch.bfloat16).score(pictures, ["", ""], ITEMS) == pytest.approx(exact, rel=0.05)
 
 
 def test_padded_batches_give_the_same_bits(folder, pictures):
@@ -134,6 +158,44 @@ def test_the_seeds_backbones_are_the_same_code_path():
     assert model.image_projection[0].weight.shape == (512, 2816) and model.head[-1].out_features == 1
     assert model.head[0].weight.shape == (128, 512)
     assert len(model.fusion.layers) == 4 and model.fusion.layers[0].self_attn.num_heads == 4
+
+
+def test_the_wide_part_adds_nothing_at_first_and_sees_what_norms_hide(folder):
+    model, tokenizer = ctr.load(folder)
+    fresh = CTRModel(model.config)
+    ids, mask = encode_items(tokenizer, ITEMS, 64)
+    pixels = torch.randn(2, 3, 64, 64)
+    added, _ = fresh.wide(pixels, ids, mask)
+    assert torch.equal(added, torch.zeros(2))
+    with torch.no_grad():
+        for parameter in fresh.wide.parameters():
+            torch.nn.init.normal_(parameter)
+        logit, statistics = fresh.wide(pixels, ids, mask)
+        brighter, changed = fresh.wide(pixels + 1, ids, mask)
+        doubled, spread = fresh.wide(2 * pixels, ids, mask)
+        padded, _ = fresh.wide(pixels, torch.where(mask > 0, ids, 7), mask)
+        other, _ = fresh.wide(pixels, ids.flip(0), mask.flip(0))
+        deep = fresh.eval()(pixels, ids, mask)
+        fresh.wide.words.weight += 1.0
+        more = fresh(pixels, ids, mask)
+    filters = model.config.filters
+    torch.testing.assert_close(changed[:, filters:], statistics[:, filters:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(spread[:, filters:], 2 * statistics[:, filters:], atol=1e-2, rtol=1e-2)
+    assert (changed - statistics)[:, :filters].abs().min() > 1e-3 and not torch.equal(brighter, doubled)
+    assert torch.equal(padded, logit) and (other - logit).abs().min() > 1e-3
+    torch.testing.assert_close(more, deep + mask.sum(1), atol=1e-4, rtol=1e-5)
+
+
+def test_small_tokens_are_whole_words_with_their_field():
+    items = [*ITEMS, Item(food_name="Red Delicious", food_type="Apple", city_name="上海", shop_name="老王饭店")]
+    tokenizer = ctr_small.small_tokenizer(map(describe, items))
+    assert "[UNK]" not in tokenizer.tokenize(describe(items[2]))
+    assert tokenizer.tokenize("类型:Apple 店铺:老王饭店 Delicious") == ["类型:apple", "店铺:老王饭店", "delicious"]
+    assert tokenizer.tokenize("类型:Pear") == ["类", "##型", "##:", "##p", "##e", "##a", "##r"], "seen once: spelled"
+    again = ctr_small.small_tokenizer(map(describe, reversed(items)))
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again("类型:鱼")["input_ids"][1] == again.unk_token_id, "a character never seen"
+    assert (again.cls_token_id, again.sep_token_id) == (again("x")["input_ids"][0], again("x")["input_ids"][-1])
 
 
 def test_a_small_convnext_runs_in_the_same_model():

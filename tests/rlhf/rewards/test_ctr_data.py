@@ -80,7 +80,17 @@ def test_the_file_as_a_whole(write, tmp_path):
 def test_split_holds_out_whole_products(write):
     rows = [f"a.png,food{i % 40},t,c,s,0.1" for i in range(200)]
     clicks, _ = read_clicks(write(*rows))
-    train, held_out = split(clicks, 0.25, seed=1)
-    assert len(train) + len(held_out) == 200 and 10 <= len(held_out) <= 100
+    train, held_out = split(clicks, 0.25, 1, "data.eval_fraction")
+    assert len(train) == 150 and len(held_out) == 50, "a quarter of the products, five rows each"
     assert not {click.item for click in train} & {click.item for click in held_out}
-    assert split(clicks, 0.25, seed=1)[1] == held_out != split(clicks, 0.25, seed=2)[1]
+    assert split(clicks, 0.25, 1, "x")[1] == held_out != split(clicks, 0.25, 2, "x")[1]
+    assert split(clicks[::-1], 0.25, 1, "x")[1] == held_out[::-1], "the order of the rows decides nothing"
+
+
+def test_split_leaves_both_sides_a_product(write):
+    clicks, _ = read_clicks(write("a.png,food0,t,c,s,0.1", "a.png,food1,t,c,s,0.1", "a.png,food1,t,c,s,0.2"))
+    for fraction in (0.001, 0.5, 0.999):
+        train, held_out = split(clicks, fraction, 0, "x")
+        assert len({click.item for click in train}) == len({click.item for click in held_out}) == 1
+    with pytest.raises(ValueError, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
+        split(clicks[:1], 0.1, 0, "data.validation_fraction")

@@ -1,12 +1,12 @@
 """Decoding: what is accepted comes out exact, what is refused says why and with which status."""
 
 import base64
-import io
-import struct
+import contextlib
 import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from PIL import Image
 
 from rlhf.rewards import images
@@ -15,22 +15,18 @@ from rlhf.rewards.images import (
     ImageTooLarge,
     UnreadableImage,
     UnsupportedImage,
+    check_array,
     decode_base64_image,
     decode_image,
     encode_base64,
     encode_png,
 )
+from tests.rlhf.rewards.pictures import chunk, damaged_files, exif, file_of, png, sixteen_bits
 
 
 @pytest.fixture
 def picture():
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-
-
-def file_of(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=format, **options)
-    return buffer.getvalue()
 
 
 def test_png_round_trip_is_exact_and_writable(picture):
@@ -70,11 +66,31 @@ def test_palette_transparency_is_laid_on_white():
     assert decode_image(file_of(image, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-def test_exif_orientation_is_applied(picture):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: display needs a quarter turn clockwise
-    decoded = decode_image(file_of(Image.fromarray(picture), "PNG", exif=exif))
-    np.testing.assert_array_equal(decoded, np.rot90(picture, k=-1))
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_applied(picture, orientation):
+    decoded = decode_image(file_of(Image.fromarray(picture), "PNG", exif=exif(orientation)))
+    upright = {
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, k=-1),
+        7: picture[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(picture),
+    }
+    np.testing.assert_array_equal(decoded, upright.get(orientation, picture))  # 0 and 9 say nothing
+
+
+def test_cmyk_is_converted():
+    ink = {(255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0), (0, 0, 0, 0): (255, 255, 255)}
+    for cmyk, rgb in ink.items():
+        decoded = decode_image(file_of(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=95))
+        assert np.abs(decoded.astype(int) - rgb).max() <= 3
+
+
+def test_the_content_decides_what_it_is(picture):
+    text = encode_base64(picture)
+    np.testing.assert_array_equal(decode_base64_image(f"data:image/gif;base64,{text}"), picture)
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
@@ -91,9 +107,16 @@ def test_animation_is_refused(picture, format):
         decode_image(file_of(frames[0], format, save_all=True, append_images=frames[1:], duration=100))
 
 
-def test_sixteen_bit_is_refused():
+def test_several_pictures_in_one_jpeg_are_refused(picture):
+    frames = [Image.fromarray(picture), Image.fromarray(255 - picture)]
+    with pytest.raises(UnsupportedImage, match="2 frames"):
+        decode_image(file_of(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+
+
+@pytest.mark.parametrize("data", sixteen_bits(), ids=["gray", "RGB", "gray and alpha", "RGB and alpha"])
+def test_sixteen_bit_is_refused(data):
     with pytest.raises(UnsupportedImage, match="8 bits"):
-        decode_image(file_of(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG"))
+        decode_image(data)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
@@ -127,25 +150,22 @@ def test_too_many_bytes():
         decode_base64_image("A" * (images.MAX_BYTES // 3 * 4 + 10_000))
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels: only the header can give the verdict."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(8000, 5001), (200_000, 200_000)])
 def test_too_many_pixels_are_refused_on_the_header(size):
     with pytest.raises(ImageTooLarge):
-        decode_image(png_header(*size))
+        decode_image(png(*size))
 
 
 def test_forty_megapixels_pass_the_header_check():
     with pytest.raises(UnreadableImage):  # no pixels behind the header, but the size itself is fine
-        decode_image(png_header(8000, 5000))
+        decode_image(png(8000, 5000))
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@given(data=damaged_files())
+def test_a_damaged_file_is_a_picture_or_an_image_error(data):
+    with contextlib.suppress(ImageError):
+        check_array(decode_image(data))
 
 
 def test_every_prefix_of_a_file_is_an_image_error():
