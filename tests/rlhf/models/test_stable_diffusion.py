@@ -93,7 +93,12 @@ def test_pictures_that_are_not_square(folders, xl, height, width):
 
 @XL
 def test_guidance_of_1_is_the_conditional_branch_alone(folders, xl):
+    _, denoiser, _ = loaded(folders[xl, "epsilon"])
+    rows = []
+    hook = denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     ours, theirs = ours_and_theirs(folders[xl, "epsilon"], guidance_scale=1.0)
+    hook.remove()
+    assert set(rows) == {2}, "the other branch is paid for and thrown away"
     assert (ours - theirs).abs().max() <= 1e-4
     guided, _ = ours_and_theirs(folders[xl, "epsilon"])
     assert (guided - ours).abs().max() > 1e-2, "guidance does nothing: the test would pass without it"
