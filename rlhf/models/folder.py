@@ -31,7 +31,7 @@ def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device:
     model = cls.from_pretrained(folder, dtype=dtype)
     if lora is not None:
         file = lora / LORA_WEIGHT_NAME_SAFE if lora.is_dir() else lora
-        # Without a weight_name diffusers looks for a pickle, and asks the hub for its name.
+        # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
         model.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
     return model.to(device).eval().requires_grad_(False)
 
