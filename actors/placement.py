@@ -72,7 +72,7 @@ def roles(config: OnlineDPOConfig) -> list[Role]:
         shard = (dtype_bytes * count + (4 + 8 + 4 + 4 + ema) * adapter) / trainer.ranks
     else:
         shard = (4 + 8 + 4 + dtype_bytes + ema) * count / trainer.ranks
-    vae = sum(_folder_bytes(Path(config.model.path) / folder) for folder in family.source_folders)
+    vae = _folder_bytes(Path(config.model.path) / "vae")
     encoders = sum(_folder_bytes(Path(config.model.path) / folder) for folder in family.text_folders)
     samplers, preprocess = config.samplers, config.preprocess
     found = [

@@ -29,13 +29,13 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["flux_kontext"] = "flux_kontext"
+    family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
     path: LocalPath
     """Folder in the diffusers layout."""
     height: int = Field(1312, ge=16, multiple_of=16)
     width: int = Field(784, ge=16, multiple_of=16)
     size: Literal["fixed", "auto"] = "fixed"
-    """`auto`: the nearest of Kontext's own sizes per image."""
+    """`auto`: the nearest of the family's own sizes per image."""
 
 
 class DataConfig(Section):

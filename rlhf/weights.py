@@ -92,11 +92,12 @@ def write_sharded(
 class SafetensorsFolder:
     """Rows of named tensors in one or many safetensors files (a file, or a folder of them).
 
+    In a folder, variants of the weights (model.fp16.safetensors, model.non_ema.safetensors) are passed over.
     Rows are read with plain file reads: a memory map would keep every page that was touched in the reader's memory.
     """
 
     def __init__(self, path: Path):
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = [f for f in sorted(path.glob("*.safetensors")) if "." not in f.stem] if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise ValueError(f"no *.safetensors under {path}")
         self.path = path

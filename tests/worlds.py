@@ -1,26 +1,44 @@
-"""Small real things that many tests share: a trainer on a tiny Kontext folder and random pairs for it."""
+"""Small real things that many tests share: tiny folders of every family, a trainer on one, and random pairs for Kontext."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rlhf.algorithms.objectives import DPO
 from rlhf.config import LoRAConfig, TrainerConfig
-from rlhf.models import FAMILIES
+from rlhf.models import FAMILIES, tiny
 from rlhf.trainer import Trainer
 from rlhf.types import PairBatch
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
 
-def family(path: Path, dtype: torch.dtype = torch.bfloat16):
-    return FAMILIES["flux_kontext"](path=path, dtype=dtype)
+WRITERS = {
+    "flux_kontext": tiny.write_flux_kontext,
+    "stable_diffusion": tiny.write_stable_diffusion,
+    "stable_diffusion xl": partial(tiny.write_stable_diffusion, xl=True, prediction_type="v_prediction"),
+}
+"""A tiny checkpoint of every kind that a family must serve, by the family's name and a word for the kind."""
 
 
-def trainer(mesh, path: Path, *, lora: bool = False, beta: float = 5000.0, dtype=torch.bfloat16, **changes) -> Trainer:
+def family(path: Path, dtype: torch.dtype = torch.bfloat16, kind: str = "flux_kontext"):
+    return FAMILIES[kind.split()[0]](path=path, dtype=dtype)
+
+
+def trainer(
+    mesh,
+    path: Path,
+    *,
+    kind: str = "flux_kontext",
+    lora: bool = False,
+    beta: float = 5000.0,
+    dtype=torch.bfloat16,
+    **changes,
+) -> Trainer:
     settings = dict(learning_rate=1e-3, ema_decay=0.9, mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     config = TrainerConfig(**{**settings, "lora": LORA if lora else None, **changes})
-    return Trainer(family=family(path, dtype), config=config, objective=DPO(beta=beta), mesh=mesh, seed=7)
+    return Trainer(family=family(path, dtype, kind), config=config, objective=DPO(beta=beta), mesh=mesh, seed=7)
 
 
 def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels: int = 4) -> PairBatch:

@@ -1,7 +1,7 @@
 """Forward processes: how a clean latent is noised and what a network regresses.
 
 An objective sees only `noisy`, `target` and `draw_t`, so one DPO loss serves every family. Left out: anything a network
-needs to be called (timestep scaling, guidance, packing); that belongs to the family.
+needs to be called (timestep scaling, guidance, packing); that belongs to the family. `ddpm.py` has the other process.
 
 Shapes: B batch, … any latent dimensions.
 """
@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from rlhf.algorithms.solvers import Euler, Solver
 
 
 class Process(Protocol):
@@ -26,8 +28,8 @@ class Process(Protocol):
     def draw_t(self, seed: int) -> float:
         """One training time, from the process's training distribution; equal seeds give equal times."""
 
-    def sigmas(self, steps: int, tokens: int) -> Tensor:
-        """(steps + 1,) decreasing process times of a sampler, 1 … 0, for a picture of `tokens` target tokens."""
+    def solver(self, steps: int, tokens: int, device: torch.device) -> Solver:
+        """What a sampler follows from 1 to 0 in `steps` steps, for a picture of `tokens` target tokens."""
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
@@ -59,7 +61,11 @@ class RectifiedFlow:
     def draw_t(self, seed: int) -> float:
         return torch.sigmoid(torch.randn((), generator=torch.Generator().manual_seed(seed))).item()
 
+    def solver(self, steps: int, tokens: int, device: torch.device) -> Solver:
+        return Euler(self.sigmas(steps, tokens).to(device))
+
     def sigmas(self, steps: int, tokens: int) -> Tensor:
+        """(steps + 1,) decreasing process times, 1 … 0."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         mu = self.base_shift + slope * (tokens - self.base_tokens)
         sigma = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)

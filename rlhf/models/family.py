@@ -24,7 +24,7 @@ class Codec(Protocol):
         """The part of a condition that depends on the instruction alone, leading dimension B."""
 
     def encode_source(self, images: Tensor) -> Condition:
-        """The part that depends on the source image alone, from uint8 (B, H, W, 3)."""
+        """The part that depends on the source image alone, from uint8 (B, H, W, 3); {} where the model sees none."""
 
     def encode_target(self, images: Tensor) -> Tensor:
         """x0 (B, C, h, w) of uint8 pictures (B, H, W, 3)."""
@@ -46,9 +46,12 @@ class Family(Protocol):
     lora_prefix: ClassVar[str]
     """What the family's diffusers pipeline puts before the keys of a LoRA file."""
     denoiser_folder: ClassVar[str]
-    text_folders: ClassVar[tuple[str, ...]]
-    """Subfolders whose content decides `encode_text`: the cache's fingerprint of it."""
     source_folders: ClassVar[tuple[str, ...]]
+    """Subfolders whose content decides `encode_source`: the cache's fingerprint of it. Empty where that is {}."""
+
+    @property
+    def text_folders(self) -> tuple[str, ...]:
+        """The same for `encode_text`. A property, as checkpoints of one family differ in their encoders."""
 
     @property
     def path(self) -> Path: ...

@@ -8,7 +8,6 @@ Text ids are zeros of a shape that the embeddings give, so they are made in `pre
 Shapes: B batch, C latent channels (16), h w latents (H/8, W/8), L text tokens (512), S image tokens (h·w/4).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from rlhf.algorithms.process import RectifiedFlow
 from rlhf.data.images import kontext_size
+from rlhf.models.folder import latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels
 from rlhf.types import Condition
 
 
@@ -65,12 +65,7 @@ class FluxKontext:
     lora_prefix: ClassVar[str] = "transformer"
 
     def _json(self, folder: str, name: str) -> dict:
-        file = Path(self.path) / folder / name
-        if not file.is_file():
-            raise ValueError(
-                f"model.path = {str(self.path)!r} is no Flux Kontext folder in the diffusers layout: {file} is missing"
-            )
-        return json.loads(file.read_text())
+        return read_json(self.path, "Flux Kontext", f"{folder}/{name}")
 
     @cached_property
     def process(self) -> RectifiedFlow:
@@ -95,10 +90,7 @@ class FluxKontext:
         if folder is None:
             self._json(self.denoiser_folder, "config.json")
             folder = Path(self.path) / self.denoiser_folder
-        model = FluxTransformer2DModel.from_pretrained(folder, dtype=self.dtype)
-        if lora is not None:
-            model.load_lora_adapter(lora, prefix=self.lora_prefix)
-        return model.to(device).eval().requires_grad_(False)
+        return load_trained(FluxTransformer2DModel, folder, lora, self.lora_prefix, device, self.dtype)
 
     def load_codec(self, device: str) -> "KontextCodec":
         self._json("vae", "config.json")
@@ -108,9 +100,7 @@ class FluxKontext:
         return kontext_size(height, width)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        vae = self._json("vae", "config.json")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["latent_channels"], height // factor, width // factor
+        return latent_shape(self._json("vae", "config.json"), height, width)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // 4
@@ -142,25 +132,17 @@ class KontextCodec:
     """T5, CLIP and the VAE of a Kontext folder, frozen."""
 
     def __init__(self, path: Path, device: str, dtype: torch.dtype):
-        def load(cls, folder):
-            return cls.from_pretrained(path, subfolder=folder, dtype=dtype).to(device).eval().requires_grad_(False)
-
         self.device, self.dtype, self.path = device, dtype, path
-        self.vae = load(AutoencoderKL, "vae")
+        self.vae = load_frozen(AutoencoderKL, path, "vae", device, dtype)
 
     @cached_property
     def _text(self):
         """Tokenizers and encoders, loaded at first use: samplers decode pictures and never need them."""
-
-        def load(cls, folder):
-            model = cls.from_pretrained(self.path, subfolder=folder, dtype=self.dtype)
-            return model.to(self.device).eval().requires_grad_(False)
-
         return (
             AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer"),
-            load(CLIPTextModel, "text_encoder"),
+            load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype),
             self._t5_tokenizer,
-            load(T5EncoderModel, "text_encoder_2"),
+            load_frozen(T5EncoderModel, self.path, "text_encoder_2", self.device, self.dtype),
         )
 
     @cached_property
@@ -194,15 +176,13 @@ class KontextCodec:
     @torch.no_grad()
     def encode_target(self, images: Tensor) -> Tensor:
         """The posterior's mode, not a sample, shifted and scaled by the VAE's own constants."""
-        pixels = images.to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(self.dtype)
-        mode = self.vae.encode(pixels).latent_dist.mode()
+        mode = self.vae.encode(to_pixels(images, self.vae)).latent_dist.mode()
         return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        pixels = self.vae.decode(z, return_dict=False)[0].float()
-        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return to_images(self.vae.decode(z, return_dict=False)[0])
 
     def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
         """T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it."""

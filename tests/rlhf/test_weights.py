@@ -44,6 +44,12 @@ def test_rows_are_read_from_one_of_many_files(tmp_path):
     assert torch.equal(folder.rows("b.bias", 2, 7, (7,)), WHOLE["b.bias"][2:7].float())
 
 
+def test_variants_of_the_weights_are_passed_over(tmp_path):
+    for name in ("m-00001-of-00001", "m.fp16", "m.fp16-00001-of-00001", "m.non_ema"):
+        save_file({"a.weight": torch.full((2, 2), float("." in name))}, tmp_path / f"{name}.safetensors")
+    assert not SafetensorsFolder(tmp_path).rows("a.weight", 0, 2, (2, 2)).any()
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     save_file(WHOLE, tmp_path / "w.safetensors")
     folder = SafetensorsFolder(tmp_path)

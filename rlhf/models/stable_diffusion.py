@@ -1,0 +1,236 @@
+"""Stable Diffusion 1.x, 2.x and XL: text to picture by a UNet that predicts epsilon or v at one of N timesteps.
+
+Any folder in the diffusers layout works; its unet/config.json says which kind it is (`addition_embed_type`: XL also takes
+pooled text and picture sizes). Conventions follow diffusers' `StableDiffusionPipeline` and `StableDiffusionXLPipeline`
+(see their documentation) and are tested against them.
+
+Time ids are the size of the picture itself, uncropped, so they are made in `predict` and not stored. The text of the
+unguided branch is encoded with every prompt, so that samplers need no text encoder.
+Left out: guidance_rescale, XL's refiner, inpainting and distilled UNets, VAEs with latents_mean, negative prompts.
+
+Shapes: B batch, C latent channels (4), h w latents (H/8, W/8), L text tokens (77), D text width (768; XL 768 + 1280).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from rlhf.algorithms.ddpm import DDPM
+from rlhf.models.folder import latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels, vae_factor
+from rlhf.types import Condition
+
+UNET_LIMITS = {
+    "addition_embed_type": (None, "text_time"),
+    "class_embed_type": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+}
+XL_SIDES = (
+    *((16, 16), (16, 15), (17, 15), (17, 14), (18, 14), (18, 13), (19, 13), (20, 12), (21, 12), (21, 11), (22, 11)),
+    *((23, 11), (24, 10), (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8)),
+)
+"""Long and short side, in sixteenths of the base size (1024), that XL was trained on (arXiv 2307.01952, appendix I)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDiffusion:
+    """The family of a folder. Training sees the conditional branch alone; a sampler is guided by both (CFG)."""
+
+    path: Path
+    guidance_scale: float = 7.5
+    """As in the pipelines: 1 or less runs the conditional branch only."""
+    dtype: torch.dtype = torch.bfloat16
+
+    # What diffusers recomputes one by one. Its down and up blocks hold up to thirty of these: a billion parameters in XL.
+    blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (ResnetBlock2D, BasicTransformerBlock)
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    denoiser_folder: ClassVar[str] = "unet"
+    source_folders: ClassVar[tuple[str, ...]] = ()
+    lora_prefix: ClassVar[str] = "unet"
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return read_json(self.path, "Stable Diffusion", name)
+
+    @cached_property
+    def _unet(self) -> dict[str, Any]:
+        config = self._json("unet/config.json")
+        for key, known in UNET_LIMITS.items():
+            if config.get(key) not in known:
+                raise ValueError(
+                    f"{self.path}/unet/config.json: {key} = {config[key]!r}, but this family knows {known}"
+                )
+        if not config["in_channels"] == config["out_channels"] == self._vae["latent_channels"]:
+            raise ValueError(
+                f"{self.path}/unet/config.json: in_channels, out_channels and the VAE's latents must be equal"
+            )
+        return config
+
+    @cached_property
+    def _vae(self) -> dict[str, Any]:
+        config = self._json("vae/config.json")
+        if config.get("latents_mean") is not None or config.get("shift_factor"):
+            raise ValueError(f"{self.path}/vae/config.json: latents_mean and shift_factor are not supported")
+        return config
+
+    @property
+    def xl(self) -> bool:
+        return self._unet.get("addition_embed_type") == "text_time"
+
+    @property
+    def text_folders(self) -> tuple[str, ...]:
+        return ("tokenizer", "text_encoder", *(("tokenizer_2", "text_encoder_2") if self.xl else ()))
+
+    @cached_property
+    def process(self) -> DDPM:
+        name = "scheduler/scheduler_config.json"
+        return DDPM(config=self._json(name), file=str(Path(self.path) / name))
+
+    @cached_property
+    def _zeros_for_empty(self) -> bool:
+        """Whether the unguided branch sees zeros in place of the encoded empty text."""
+        return self.xl and self._json("model_index.json").get("force_zeros_for_empty_prompt", True)
+
+    def empty_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        with torch.device("meta"):
+            denoiser = UNet2DConditionModel.from_config(self._unet)
+        return torch.nn.Module.to(denoiser, dtype)
+
+    def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
+        assert self._unet  # says what is wrong with the folder before diffusers does
+        folder = folder or Path(self.path) / self.denoiser_folder
+        return load_trained(UNet2DConditionModel, folder, lora, self.lora_prefix, device, self.dtype)
+
+    def load_codec(self, device: str) -> "StableDiffusionCodec":
+        # force_upcast: XL's VAE overflows fp16 and bands in bf16. It is small beside the UNet, so its word is law.
+        vae = load_frozen(
+            AutoencoderKL, self.path, "vae", device, torch.float32 if self._vae.get("force_upcast") else self.dtype
+        )
+        return StableDiffusionCodec(self.path, device, self.dtype, vae, self.xl)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Square, the UNet's sample_size; XL: one of the sizes of its paper."""
+        side = self._unet["sample_size"] * vae_factor(self._vae)
+        if not self.xl:
+            return side, side
+        sizes = [(a * side // 16, b * side // 16) for pair in XL_SIDES for a, b in (pair, pair[::-1])]
+        return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return latent_shape(self._vae, height, width)
+
+    def tokens(self, latents: Tensor) -> int:
+        return latents.shape[-2] * latents.shape[-1]
+
+    def predict(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Epsilon or v (B, C, h, w) fp32 of the conditional branch."""
+        added = None
+        if self.xl:
+            H, W = (side * vae_factor(self._vae) for side in x_t.shape[-2:])
+            added = {  # (original height and width, top and left of the crop, target height and width)
+                "time_ids": torch.tensor([[H, W, 0, 0, H, W]], dtype=torch.float32, device=x_t.device).repeat(
+                    len(x_t), 1
+                ),
+                "text_embeds": condition["pooled_prompt_embeds"].to(x_t.device, self.dtype),
+            }
+        prediction = denoiser(
+            x_t.to(self.dtype),
+            self.process.timestep(t),
+            encoder_hidden_states=condition["prompt_embeds"].to(x_t.device, self.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    def guided(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """u + s·(c − u) with u for empty text and c for the prompt (Ho and Salimans, arXiv 2207.12598; s = 1 + their w)."""
+        if self.guidance_scale <= 1:
+            return self.predict(denoiser, x_t, t, condition)
+        names = [name for name in condition if not name.startswith("negative_")]
+        empty = {name: condition[f"negative_{name}"] for name in names}
+        if self._zeros_for_empty:
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        both = {name: torch.cat([empty[name], condition[name]]) for name in names}
+        u, c = self.predict(denoiser, torch.cat([x_t] * 2), torch.cat([t] * 2), both).chunk(2)
+        return u + self.guidance_scale * (c - u)
+
+
+class StableDiffusionCodec:
+    """The CLIP text encoders (one, XL two) and the VAE of a Stable Diffusion folder, frozen."""
+
+    def __init__(self, path: Path, device: str, dtype: torch.dtype, vae: AutoencoderKL, xl: bool):
+        self.path, self.device, self.dtype, self.vae, self.xl = path, device, dtype, vae, xl
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer")
+
+    @cached_property
+    def _text(self) -> list[tuple[Any, Any]]:
+        """Tokenizers with their encoders, loaded at first use: samplers decode pictures and never need them."""
+        first = load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype)
+        if not self.xl:
+            return [(self._tokenizer, first)]
+        second = load_frozen(CLIPTextModelWithProjection, self.path, "text_encoder_2", self.device, self.dtype)
+        return [
+            (self._tokenizer, first),
+            (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second),
+        ]
+
+    def _encode(self, texts: Sequence[str]) -> Condition:
+        outputs = []
+        for tokenizer, encoder in self._text:
+            batch = tokenizer(
+                list(texts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            outputs.append(encoder(batch.input_ids.to(self.device), output_hidden_states=self.xl))
+        if not self.xl:
+            return {"prompt_embeds": outputs[0].last_hidden_state}
+        return {
+            "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "pooled_prompt_embeds": outputs[1].text_embeds,
+        }
+
+    @cached_property
+    def _empty(self) -> Condition:
+        return {f"negative_{name}": tensor for name, tensor in self._encode([""]).items()}
+
+    @torch.no_grad()
+    def encode_text(self, instructions: Sequence[str]) -> Condition:
+        """`prompt_embeds` (B, L, D), XL's `pooled_prompt_embeds` (B, 1280), and `negative_…` of both for the empty text."""
+        empty = {name: tensor.expand(len(instructions), *tensor.shape[1:]) for name, tensor in self._empty.items()}
+        return self._encode(instructions) | empty
+
+    def encode_source(self, images: Tensor) -> Condition:
+        """Nothing: a text-to-picture model never sees its prompt's source picture."""
+        return {}
+
+    @torch.no_grad()
+    def encode_target(self, images: Tensor) -> Tensor:
+        """The posterior's mode, not a sample, times the VAE's scaling_factor."""
+        return self.vae.encode(to_pixels(images, self.vae)).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return to_images(self.vae.decode(z, return_dict=False)[0])
+
+    def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
+        """0 for real checkpoints: CLIP's vocabulary has every byte. That does not mean that it understands Chinese."""
+        shares = []
+        for instruction in instructions:
+            ids = self._tokenizer(instruction, add_special_tokens=False).input_ids
+            shares.append(sum(i == self._tokenizer.unk_token_id for i in ids) / max(len(ids), 1))
+        return shares

@@ -1,0 +1,194 @@
+"""Stable Diffusion 1.5 and XL against diffusers' own pipelines on the same tiny weights."""
+
+import json
+import shutil
+from functools import cache
+
+import diffusers
+import pytest
+import torch
+
+from rlhf.models.stable_diffusion import StableDiffusion
+from rlhf.models.tiny import write_stable_diffusion
+from rlhf.sampling import sample
+from rlhf.types import noise_from
+
+TEXTS = ["a red bowl of noodles", "soup"]
+XL = pytest.mark.parametrize("xl", [False, True], ids=["1.5", "xl"])
+SCHEDULERS = [
+    ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    ("DDIMScheduler", {}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    ("HeunDiscreteScheduler", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stable_diffusion")
+    return {
+        (xl, kind): write_stable_diffusion(root / f"{xl}_{kind}", xl=xl, prediction_type=kind)
+        for xl in (False, True)
+        for kind in ("epsilon", "v_prediction")
+    }
+
+
+def copy(folder, to, file, **changes):
+    """A copy of a model folder with some keys of one of its JSON files changed."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(config | changes))
+    return to
+
+
+@cache
+def loaded(folder):
+    """(the pipeline, our denoiser, our condition for TEXTS) of a folder with any scheduler."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    family = StableDiffusion(path=folder, dtype=torch.float32)
+    return pipeline, family.load_denoiser("cpu"), family.load_codec("cpu").encode_text(TEXTS)
+
+
+def ours_and_theirs(folder, scheduler=None, height=64, width=64, guidance_scale=7.5, **options):
+    """x0 of our sampler and of the pipeline, from the same texts and noise; `scheduler`: a copy with another one."""
+    pipeline, denoiser, condition = loaded(folder)
+    family = StableDiffusion(path=scheduler or folder, guidance_scale=guidance_scale, dtype=torch.float32)
+    config = family.process.config
+    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    noise = noise_from(1, (2, *family.latent_shape(height, width)))
+    ours = sample(family, denoiser, condition, noise, 6)
+    theirs = pipeline(
+        prompt=TEXTS,
+        latents=noise,
+        height=height,
+        width=width,
+        num_inference_steps=6,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+        **options,
+    ).images
+    return ours, theirs
+
+
+@XL
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("scheduler", "settings"), SCHEDULERS, ids=[f"{n}{i}" for i, (n, _) in enumerate(SCHEDULERS)])
+def test_sampling_equals_the_pipelines(folders, tmp_path, xl, kind, scheduler, settings):
+    changes = {"_class_name": scheduler, "timestep_spacing": "leading", **settings}
+    swapped = copy(folders[xl, kind], tmp_path / "model", "scheduler/scheduler_config.json", **changes)
+    ours, theirs = ours_and_theirs(folders[xl, kind], swapped)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert ours.std() > 0.1
+
+
+@XL
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (64, 112)])
+def test_pictures_that_are_not_square(folders, xl, height, width):
+    ours, theirs = ours_and_theirs(folders[xl, "epsilon"], height=height, width=width)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@XL
+def test_guidance_of_1_is_the_conditional_branch_alone(folders, xl):
+    _, denoiser, _ = loaded(folders[xl, "epsilon"])
+    rows = []
+    hook = denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    ours, theirs = ours_and_theirs(folders[xl, "epsilon"], guidance_scale=1.0)
+    hook.remove()
+    assert set(rows) == {2}, "the other branch is paid for and thrown away"
+    assert (ours - theirs).abs().max() <= 1e-4
+    guided, _ = ours_and_theirs(folders[xl, "epsilon"])
+    assert (guided - ours).abs().max() > 1e-2, "guidance does nothing: the test would pass without it"
+
+
+def test_an_ancestral_schedulers_noise_is_the_pipelines_when_given_our_generators(folders, tmp_path):
+    changes = {"_class_name": "EulerAncestralDiscreteScheduler"}
+    swapped = copy(folders[False, "epsilon"], tmp_path / "model", "scheduler/scheduler_config.json", **changes)
+    family = StableDiffusion(path=swapped)
+    solver = family.process.solver(6, 64, torch.device("cpu"))
+    solver.begin(noise_from(1, (2, *family.latent_shape(64, 64))))
+    ours, theirs = ours_and_theirs(folders[False, "epsilon"], swapped, generator=solver._options["generator"])
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_xl_with_empty_text_encoded_instead_of_zeros(folders, tmp_path):
+    zeros, _ = ours_and_theirs(folders[True, "epsilon"])
+    folder = copy(folders[True, "epsilon"], tmp_path / "model", "model_index.json", force_zeros_for_empty_prompt=False)
+    ours, theirs = ours_and_theirs(folder)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert (ours - zeros).abs().max() > 1e-3
+
+
+@XL
+def test_text_embeddings_equal_the_pipelines(folders, xl):
+    pipeline, _, condition = loaded(folders[xl, "epsilon"])
+    theirs = pipeline.encode_prompt(
+        TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=["", ""]
+    )
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    assert list(condition) == sorted(names[: len(theirs)], key=lambda name: name.startswith("negative_"))
+    for name, expected in zip(names, theirs, strict=False):
+        torch.testing.assert_close(condition[name], expected, rtol=0, atol=1e-6)
+
+
+def test_xls_time_ids_are_the_pictures_own_size(folders):
+    family = StableDiffusion(path=folders[True, "epsilon"], dtype=torch.float32)
+    _, denoiser, condition = loaded(family.path)
+    seen = []
+    hook = denoiser.register_forward_pre_hook(
+        lambda *call: seen.append(call[-1]["added_cond_kwargs"]), with_kwargs=True
+    )
+    family.predict(denoiser, torch.zeros(2, *family.latent_shape(96, 64)), torch.ones(2), condition)
+    hook.remove()
+    assert seen[0]["time_ids"].tolist() == [[96, 64, 0, 0, 96, 64]] * 2
+    assert torch.equal(seen[0]["text_embeds"], condition["pooled_prompt_embeds"])
+
+
+@XL
+def test_decoding_equals_the_pipelines(folders, xl):
+    codec = StableDiffusion(path=folders[xl, "epsilon"], dtype=torch.float32).load_codec("cpu")
+    pipeline, latents = loaded(folders[xl, "epsilon"])[0], noise_from(2, (2, 4, 12, 8))
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    picture = pipeline.image_processor.postprocess(decoded, output_type="np")
+    assert abs(codec.decode(latents).numpy() - (picture * 255).round()).max() == 0
+
+
+@XL
+def test_a_vae_that_must_be_upcast_is_and_others_are_not(folders, xl):
+    codec = StableDiffusion(path=folders[xl, "epsilon"], dtype=torch.bfloat16).load_codec("cpu")
+    assert codec.vae.dtype == (torch.float32 if xl else torch.bfloat16)
+    assert codec.encode_text(TEXTS)["prompt_embeds"].dtype == torch.bfloat16
+
+
+def test_sizes(folders, tmp_path):
+    assert StableDiffusion(path=folders[False, "epsilon"]).nearest_size(900, 1600) == (128, 128)
+    folder = copy(folders[True, "epsilon"], tmp_path / "xl", "unet/config.json", sample_size=128)
+    xl = StableDiffusion(path=folder)
+    assert xl.nearest_size(1000, 1000) == (1024, 1024)
+    assert xl.nearest_size(1080, 1920) == (768, 1344)
+    assert xl.nearest_size(1920, 1080) == (1344, 768)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"class_embed_type": "timestep"}, r"unet/config.json: class_embed_type = 'timestep'"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, r"unet/config.json: time_cond_proj_dim = 256"),
+        ("unet/config.json", {"in_channels": 9}, r"unet/config.json: in_channels, out_channels"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, r"vae/config.json: latents_mean"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, r"scheduler_config.json: prediction_type"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_with_its_file_and_key(folders, tmp_path, file, changes, message):
+    family = StableDiffusion(path=copy(folders[False, "epsilon"], tmp_path / "model", file, **changes))
+    with pytest.raises(ValueError, match=message):
+        family.empty_denoiser(torch.float32), family.process
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"model.path = .*no Stable Diffusion folder.*unet/config.json is missing"):
+        StableDiffusion(path=tmp_path).load_denoiser("cpu")
