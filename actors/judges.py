@@ -23,8 +23,8 @@ from rlhf.rewards.config import JudgeConfig, ModelJudgeConfig
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.types import Item, Prompt, Score, Verdict
 
-Reward = Callable[[ray.ObjectRef, str, Item | None], Awaitable[float]]
-Filter = Callable[[ray.ObjectRef, np.ndarray | None, str], Awaitable[Verdict]]
+AskReward = Callable[[ray.ObjectRef, str, Item | None], Awaitable[float]]
+AskFilter = Callable[[ray.ObjectRef, np.ndarray | None, str], Awaitable[Verdict]]
 """(picture, source photo or none, instruction) → verdict."""
 
 FIRST_BACKOFF_S = 0.5
@@ -63,7 +63,7 @@ def reward_text(prompt: Prompt, template: str) -> str:
     return template.format(**vars(prompt.item)) if prompt.item else template
 
 
-def _remote_reward(judge: JudgeConfig, timeout_s: float) -> Reward:
+def _remote_reward(judge: JudgeConfig, timeout_s: float) -> AskReward:
     assert isinstance(judge, ModelJudgeConfig)  # the only kind that is asked elsewhere
     remote = RemoteJudge(judge, timeout_s=timeout_s)
 
@@ -73,7 +73,7 @@ def _remote_reward(judge: JudgeConfig, timeout_s: float) -> Reward:
     return call
 
 
-def _remote_filter(judge: ModelJudgeConfig, timeout_s: float) -> Filter:
+def _remote_filter(judge: ModelJudgeConfig, timeout_s: float) -> AskFilter:
     remote = RemoteJudge(judge, timeout_s=timeout_s)
 
     async def call(reference: ray.ObjectRef, source: np.ndarray | None, text: str) -> Verdict:
@@ -82,7 +82,7 @@ def _remote_filter(judge: ModelJudgeConfig, timeout_s: float) -> Filter:
     return call
 
 
-def _reward_handle(app: str) -> Reward:
+def _reward_handle(app: str) -> AskReward:
     handle = serve.get_app_handle(app)
 
     async def call(reference: ray.ObjectRef, text: str, item: Item | None) -> float:
@@ -91,7 +91,7 @@ def _reward_handle(app: str) -> Reward:
     return call
 
 
-def _filter_handle(app: str) -> Filter:
+def _filter_handle(app: str) -> AskFilter:
     handle = serve.get_app_handle(app)
 
     async def call(reference: ray.ObjectRef, source: np.ndarray | None, text: str) -> Verdict:

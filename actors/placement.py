@@ -115,7 +115,7 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
             num_gpus=judge.num_gpus,
             nbytes=sum(_judge_bytes(path) for _, path in local_paths(judge)),
         )
-        for name, judge in judges.deployed(names).items()
+        for name, judge in judges.to_deploy(names).items()
     ]
 
 

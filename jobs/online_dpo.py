@@ -148,7 +148,7 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
 
 def check_placement(config: OnlineDPOConfig, name: str) -> None:
     """Refuse, with a table, a run that does not fit; judges that an earlier start left running are not counted twice."""
-    ours = config.judges.deployed(config.judge_names)
+    ours = config.judges.to_deploy(config.judge_names)
     running = serve.status().applications if ours else {}
     orphans = {f"judge {judge}" for judge in ours if deploy.app_name(name, judge) in running}
     needed = [role for role in placement.roles(config) if role.name not in orphans]

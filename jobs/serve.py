@@ -31,25 +31,32 @@ def main() -> None:
         return
     try:
         with cluster(config.cluster, config.name):
+            deploy.check_free(config.judge_names, config.name)
             placement.check(needed, free_resources(config.cluster))
             serve_until_stopped(config)
     except (KeyboardInterrupt, Stopped):
-        print("stopped; the judges are gone", file=sys.stderr)
+        print("stopped; the judges are deleted", file=sys.stderr)
         sys.exit(130)
 
 
 def serve_until_stopped(config: ServeJobConfig) -> None:
-    """Deploy, and stay as long as the apps do. Raises: DeployError, also where someone deleted one."""
+    """Deploy, and stay as long as the apps do, telling when one falls ill. Raises: DeployError, also for a deleted one."""
+    print(f"starting {', '.join(config.judge_names)}", flush=True)
     try:
         deployed = deploy.deploy(config.judges, config.serve, config.judge_names, config.name)
         for name, url in deploy.addresses(config.judges, config.judge_names, deployed).items():
             print(f"{name:<12} {url}   (API: {url}/docs)", flush=True)
         print("ready; Ctrl-C ends them", flush=True)
+        states = dict.fromkeys(deployed.apps.values(), "RUNNING")
         while True:
             time.sleep(POLL_S)
-            gone = set(deployed.apps.values()) - serve.status().applications.keys()
-            if gone:
-                raise deploy.DeployError(f"deleted from outside: {', '.join(sorted(gone))}")
+            running = serve.status().applications
+            for app, known in states.items():
+                if app not in running:
+                    raise deploy.DeployError(f"deleted from outside: {app}")
+                if running[app].status.value != known:
+                    states[app] = running[app].status.value
+                    print(f"{app} is {states[app]}: {running[app].message or 'see `serve status`'}", flush=True)
     finally:
         deploy.undeploy(config.name, config.judge_names)
 

@@ -29,7 +29,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
+    family: Literal["flux_kontext"] = "flux_kontext"
     path: LocalPath
     """Folder in the diffusers layout."""
     height: int = Field(1312, ge=16, multiple_of=16)
@@ -233,7 +233,7 @@ class ServeJobConfig(Section):
     @property
     def judge_names(self) -> list[str]:
         names = [*self.judges.rewards, *(["filter"] if self.judges.filter.enabled else [])]
-        return list(self.judges.deployed(names))
+        return list(self.judges.to_deploy(names))
 
     @model_validator(mode="after")
     def _check(self) -> Self:

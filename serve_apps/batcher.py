@@ -17,7 +17,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import JudgeError, Reward
+from rlhf.rewards.reward import JudgeError, JudgeUnreachable, Reward
 from rlhf.types import Item
 from serve_apps.metrics import JudgeMetrics
 
@@ -89,7 +89,8 @@ class Batcher:
             scores = self.reward.score(images, prompts, items)
         except Exception as error:
             self._worked_at = float("-inf")
-            if len(batch) > 1 and isinstance(error, JudgeError | ValueError):
+            unreachable = isinstance(error, JudgeUnreachable)
+            if len(batch) > 1 and isinstance(error, JudgeError | ValueError) and not unreachable:
                 for alone in batch:
                     self._score([alone])  # only the guilty one fails
             else:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def start(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_
     Raises: what `check_sources` does; DeployError where Serve already listens elsewhere, another run holds a route, or
     an orphan of this run cannot be removed.
     """
-    ours = judges.deployed(names)
+    ours = judges.to_deploy(names)
     if not ours:
         return Deployed(url="", apps={})  # every judge is elsewhere: no Serve is needed
     check_sources(judges, names)
@@ -105,7 +106,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     """
     judges = JudgesConfig.model_validate(args)
     named = {*args, *args.get("python", {}), *args.get("http", {})}  # not what the environment alone would add
-    ours = judges.deployed(name for name in (*judges.rewards, "filter") if name in named)
+    ours = judges.to_deploy(name for name in (*judges.rewards, "filter") if name in named)
     if len(ours) != 1:
         raise ValueError(f"args name {len(ours)} judges {list(ours)}; give each application exactly one")
     ((name, judge),) = ours.items()
@@ -187,7 +188,7 @@ def serve_token(section: ServeConfig) -> str | None:
 
 def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
     """Raise FileNotFoundError for a checkpoint that is not there, ValueError for a function that cannot be imported."""
-    for name, judge in judges.deployed(names).items():
+    for name, judge in judges.to_deploy(names).items():
         if isinstance(judge, PythonJudgeConfig):
             python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))
             continue
@@ -197,8 +198,10 @@ def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
 
 
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:
-    """What an app is adopted by: the judge's config, the secrets and the weights behind its paths."""
+    """What an app is adopted by: the judge's config, the secrets, and the weights or the code behind it."""
     weights = [fingerprint(Path(path)) for _, path in local_paths(judge)]
+    if isinstance(judge, PythonJudgeConfig):
+        weights.append(python.version(python.resolve(name, str(judge.function)), str(judge.function)))
     tokens = [secrets.token, secrets.api_key, getattr(judge, "token", None)]  # which no dump of a config holds
     parts = [name, judge.model_dump(mode="json"), *tokens, route_prefix, weights]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -207,6 +210,7 @@ def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) 
 def _start_serve(section: ServeConfig, timeout_s: float) -> str:
     """Start Serve, or find it running, with the configured address; returns the proxy's URL."""
     host, port = section.host, section.port
+    _check_port(section)
     options = HTTPOptions(host=host, port=port, request_timeout_s=timeout_s)
     serve.start(proxy_location="HeadOnly", http_options=options)
     actual = _get_global_client().http_config
@@ -216,6 +220,32 @@ def _start_serve(section: ServeConfig, timeout_s: float) -> str:
             f"serve.port = {port}; set these to the running ones, or end that Serve with `serve shutdown`"
         )
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def _check_port(section: ServeConfig) -> None:
+    """Raise DeployError where another program listens already, a Serve of another cluster for one.
+
+    Two proxies can share a port, and requests then go to either. Only the head node, where the proxy runs, can tell.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    head = any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes())
+    if not head or _get_global_client(raise_if_no_controller_running=False) is not None:
+        return
+    host = "127.0.0.1" if section.host == "0.0.0.0" else section.host
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        if probe.connect_ex((host, section.port)) == 0:
+            raise DeployError(f"something listens on {host}:{section.port} already; choose another serve.port")
+
+
+def check_free(names: Iterable[str], run_name: str) -> None:
+    """Raise DeployError where apps of this name are up: a service has no folder whose lock would keep a second one out."""
+    up = [app_name(run_name, name) for name in names if app_name(run_name, name) in serve.status().applications]
+    if up:
+        raise DeployError(
+            f"{', '.join(up)} already up on this cluster; give this service another name, or end the other one "
+            f"(after a crash: serve.delete({up[0]!r}))"
+        )
 
 
 def _check_routes(ours: dict[str, str]) -> None:

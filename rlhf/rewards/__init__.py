@@ -1,4 +1,4 @@
-"""The rewards. A new one is a file with a `Reward` class and an entry here."""
+"""The rewards. A new one is a file with a `Reward` class, an entry here, and a table in `JudgesConfig`."""
 
 import pkgutil
 

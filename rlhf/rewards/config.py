@@ -84,7 +84,7 @@ class JudgeConfig(Section):
         return None
 
     @property
-    def deployed(self) -> bool:
+    def deployable(self) -> bool:
         """Whether there is something to deploy."""
         return getattr(self, self.source) is not None
 
@@ -127,8 +127,8 @@ class ModelJudgeConfig(JudgeConfig):
         return self.url
 
     @property
-    def deployed(self) -> bool:
-        return self.url is None and super().deployed
+    def deployable(self) -> bool:
+        return self.url is None and super().deployable
 
 
 class HPSJudgeConfig(ModelJudgeConfig):
@@ -207,7 +207,7 @@ class FilterJudgeConfig(ModelJudgeConfig):
     max_reason_tokens: int = Field(64, ge=0)
 
     @property
-    def deployed(self) -> bool:
+    def deployable(self) -> bool:
         return self.url is None and bool(self.path or self.api_base)
 
     def from_environment(self) -> Self:
@@ -251,10 +251,10 @@ class JudgesConfig(Section):
         """Every reward judge by the name that reward.weights uses."""
         return {**self._built_in, **self.python, **self.http}
 
-    def deployed(self, names: Iterable[str]) -> dict[str, JudgeConfig]:
+    def to_deploy(self, names: Iterable[str]) -> dict[str, JudgeConfig]:
         """Those of `names` that are ours to deploy, the filter first: its engine loads longest."""
         judges = {name: self[name] for name in sorted(names, key=lambda name: name != "filter")}
-        return {name: judge for name, judge in judges.items() if isinstance(judge, JudgeConfig) and judge.deployed}
+        return {name: judge for name, judge in judges.items() if judge.deployable}
 
     def __getitem__(self, name: str) -> JudgeConfig:
         return self.filter.from_environment() if name == "filter" else self.rewards[name]
@@ -289,10 +289,10 @@ class JudgesConfig(Section):
                 near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
                 found.append(f"reward.weights names {name!r}, which is no judge; {hint}")
-            elif not self[name].external and not self[name].deployed:
+            elif not self[name].external and not self[name].deployable:
                 key, judge = self.key(name), self[name]
                 found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
-        if self.filter.enabled and not (self.filter.url or self["filter"].deployed):
+        if self.filter.enabled and not (self.filter.url or self["filter"].deployable):
             found.append(
                 "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
             )

@@ -4,7 +4,8 @@
     url = "https://host/score_batch"
 
 Pictures go as PNG in base64, one score per item comes back in order. /score_batch of every reward app here is such a
-service. Left out: retries (the judges' actor has them).
+service. It gets small grey pictures with the text "probe" at the start and when idle. Left out: retries (the judges' actor
+has them).
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import xxhash
 from rlhf.rewards.answers import number, read_json
 from rlhf.rewards.config import HTTPJudgeConfig
 from rlhf.rewards.images import encode_base64
-from rlhf.rewards.reward import JudgeError, check_batch, checked_scores
+from rlhf.rewards.reward import JudgeError, JudgeUnreachable, check_batch, checked_scores
 from rlhf.types import Item
 
 
@@ -54,7 +55,7 @@ class HTTPReward:
         try:
             response = self._client.post(self.url, json={"items": rows})
         except httpx.HTTPError as error:
-            raise JudgeError(f"{self.url}: {type(error).__name__}: {error}") from error
+            raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
         answer = read_json(self.url, response)
         scores = answer.get("scores")
         if not isinstance(scores, list):

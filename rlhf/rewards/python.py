@@ -38,7 +38,7 @@ class PythonReward:
         self.device = device
         self.key = f"judges.python.{name}.function = {function!r}"
         self._function = resolve(self.key, function)
-        self.version = f"{function}@{_source_fingerprint(self._function, function.partition(':')[0])}"
+        self.version = version(self._function, function)
 
     @classmethod
     def from_config(cls, name: str, judge: PythonJudgeConfig, device: str) -> Self:
@@ -56,7 +56,7 @@ class PythonReward:
             return []
         try:
             answer = self._function(list(images), list(prompts), list(items))
-        except Exception as error:  # it is not our code: it may raise anything
+        except (Exception, SystemExit) as error:  # it is not our code: it may raise anything
             raise JudgeError(f"{self.key} raised {type(error).__name__}: {error}") from error
         return checked_scores(self.name, self._numbers(answer), len(images))
 
@@ -87,10 +87,12 @@ def resolve(key: str, function: str) -> Callable[..., Any]:
     return found
 
 
-def _source_fingerprint(function: Callable[..., Any], module: str) -> str:
-    """Of the file that the function is written in; of its module's, where it has no source (a callable object)."""
+def version(found: Callable[..., Any], function: str) -> str:
+    """The import path and a fingerprint of the file that the function is written in; of its module's, where it has no
+
+    source (a callable object)."""
     try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
+        file = inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:
-        file = getattr(sys.modules[module], "__file__", None)
-    return fingerprint(Path(file)) if file else "built-in"
+        file = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
+    return f"{function}@{fingerprint(Path(file)) if file else 'built-in'}"

@@ -1,6 +1,6 @@
 """Judges behind an external HTTP service (`judges.NAME.url`), with the methods of the in-cluster handles.
 
-They speak contracts.md section 3, so they also reach another cluster's apps: `url` is the app's address, for example
+They speak the HTTP contract of `serve_apps`, so they also reach another cluster's apps: `url` is the app's address, for example
 http://host:8000/hpsv2. An answer that is not the promised JSON, or a number that is not finite, is a JudgeError.
 
 Left out: retries, which belong to whoever calls, and batches, which the service makes of concurrent requests (one that

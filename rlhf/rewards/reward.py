@@ -19,6 +19,10 @@ class JudgeError(RuntimeError):
     """A judge gave no usable answer (not finite, wrong count, not a verdict). Its candidate is never scored."""
 
 
+class JudgeUnreachable(JudgeError):
+    """A judge elsewhere gave no answer at all: asking again picture by picture would only wait longer."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Scores pictures in one batch. Implementations: `rlhf.rewards.REWARDS`, made by their `from_config`."""

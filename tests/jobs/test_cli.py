@@ -231,7 +231,7 @@ def test_judges_that_the_user_names(tmp_path):
     assert config.reward.mix == {"warm": 2.0, "fresh": 0.5}
     assert config.judges["warm"].function == "my.module:warm"
     assert config.judges.key("fresh") == "judges.http.fresh"
-    assert list(config.judges.deployed(config.judge_names)) == ["warm", "fresh"]
+    assert list(config.judges.to_deploy(config.judge_names)) == ["warm", "fresh"]
     (tmp_path / "again.toml").write_text(resolved_toml(config))
     assert parse(OnlineDPOConfig, ["--config", str(tmp_path / "again.toml")]).config == config
 

@@ -12,7 +12,7 @@ from tests.serve_apps.conftest import config, down, up
 def test_only_needed_judges_are_deployed_the_filter_first(models):
     def deployed(**changes):
         run = config(models, **changes)
-        return list(run.judges.deployed(run.judge_names))
+        return list(run.judges.to_deploy(run.judge_names))
 
     assert deployed(filter={"path": "x"}) == ["filter", "hps", "ctr"]
     assert deployed(reward="hps") == ["hps"]

@@ -33,7 +33,7 @@ def test_the_file_is_a_serve_config_of_three_valid_judges(document):
     for application in schema.applications:
         assert application.import_path == "serve_apps.deploy:app"
         config = JudgesConfig.model_validate(application.args)
-        ((name, judge),) = config.deployed([*config.rewards, "filter"]).items()
+        ((name, judge),) = config.to_deploy([*config.rewards, "filter"]).items()
         assert application.route_prefix == deploy.route(name)
         judges[name] = judge
     assert set(judges) == {"hps", "ctr", "filter"}
