@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from actors.ctr_group import CTRGroup
 from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster
+from jobs.cluster import cluster, free_resources
 from rlhf.data.schema import BadInput, Problem
 from rlhf.rewards.ctr_config import CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.ctr_data import Click, Rows, read_clicks, split
@@ -86,15 +86,19 @@ def load_rows(config: TrainCTRConfig) -> Rows:
     return rows
 
 
-def reserve(train: CTRTrainConfig) -> PlacementGroup:
-    """One bundle per rank. Raises NoRoom where the cluster is too small, or busy for `train.timeout_s`."""
-    have = ray.cluster_resources()
+def check_room(train: CTRTrainConfig, have: dict[str, float]) -> None:
+    """Raise NoRoom where a cluster of these resources can never hold all ranks."""
     for name, each in (("CPU", train.num_cpus), ("GPU", train.num_gpus)):
         if train.ranks * each > have.get(name, 0.0) + 1e-6:
             raise NoRoom(
                 f"train.ranks = {train.ranks} × train.num_{name.lower()}s = {each:g} is more than the cluster's "
                 f"{have.get(name, 0.0):g} {name}; lower them or add nodes"
             )
+
+
+def reserve(train: CTRTrainConfig) -> PlacementGroup:
+    """One bundle per rank. Raises NoRoom where the cluster is too small, or busy for `train.timeout_s`."""
+    check_room(train, ray.cluster_resources())
     bundle = {name: amount for name, amount in (("CPU", train.num_cpus), ("GPU", train.num_gpus)) if amount}
     placement = placement_group([bundle or {"CPU": 0.001}] * train.ranks, strategy="PACK")
     if not placement.wait(train.timeout_s):
@@ -120,6 +124,7 @@ def main() -> None:
     )
     print(f"loss: {'binomial' if uses_binomial(rows, config.train) else 'compound'}")
     print(f"ranks: {config.train.ranks} × {config.train.num_cpus:g} CPU, {config.train.num_gpus:g} GPU")
+    check_room(config.train, free_resources(config.cluster))
 
 
 if __name__ == "__main__":

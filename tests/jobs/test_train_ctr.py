@@ -127,6 +127,11 @@ def test_the_command_line(data, tmp_path):
     assert dry.returncode == 0 and "24 training rows, 8 validation rows, 8 held-out rows" in dry.stdout
     assert "[train]" in dry.stdout and "ranks: 1 × 0.5 CPU, 0 GPU" in dry.stdout
     assert not (tmp_path / "ctr").exists()
+    small = run(*common, "--dry-run", "--cluster.num_cpus", "1", "--train.ranks", "4")
+    assert (
+        small.returncode == 2
+        and "train.ranks = 4 × train.num_cpus = 0.5 is more than the cluster's 1 CPU" in small.stderr
+    )
 
     done = run(*common)
     assert done.returncode == 0, done.stderr

@@ -53,9 +53,9 @@ def pairs_of(family, count: int) -> PairBatch:
     )
 
 
-def test_every_family_has_a_tiny_checkpoint_here_and_a_place_in_the_recipe():
+def test_every_family_has_a_tiny_checkpoint_here_and_recipes_name_none_but_these():
     assert {kind.split()[0] for kind in worlds.WRITERS} == set(FAMILIES)
-    assert set(get_args(ModelConfig.model_fields["family"].annotation)) == set(FAMILIES)
+    assert set(get_args(ModelConfig.model_fields["family"].annotation)) <= set(FAMILIES)
 
 
 @KINDS

@@ -75,6 +75,13 @@ def test_pairs_are_of_one_product_and_differ_by_three_points():
     assert pair_accuracy(predicted, rate, products, difference=0.01) == (pytest.approx(2 / 4), 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_three_points_are_enough_whatever_floats_make_of_them(dtype):
+    for hundredths in range(0, 90):
+        rate = torch.tensor([hundredths / 100, (hundredths + 3) / 100, (hundredths + 5.99) / 100], dtype=dtype)
+        assert pair_accuracy(rate.double(), rate.double(), [A, A, A]) == (1.0, 2)
+
+
 def test_an_equal_prediction_counts_one_half():
     rate = torch.tensor([0.1, 0.5]).double()
     assert pair_accuracy(torch.tensor([0.2, 0.2]), rate, [A, A]) == (0.5, 1)
