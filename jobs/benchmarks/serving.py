@@ -2,7 +2,7 @@
 
     python -m jobs.benchmarks.serving --seconds 10 --repeats 3 --out serving.json
 
-The model is a random HPSv2 checkpoint whose full batch takes about a tenth of a second on a CPU. `direct` calls it in an
+The model is a random HPSv2 checkpoint whose full batch takes about a second on one CPU core. `direct` calls it in an
 actor that has the CPUs, and so the torch threads, of the judge's replica: full batches from memory, nothing else. The
 callers each ask again as soon as they have an answer; the handle's pass references to pictures in the object store, as a
 run does, HTTP's send PNG in base64. Direct, handle and HTTP take turns, and a ratio is taken between neighbours in time:
@@ -43,7 +43,7 @@ from serve_apps import deploy
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 224, "layers": 4, "width": 192, "head_width": 64, "patch_size": 32},
+    "vision_cfg": {"image_size": 224, "layers": 6, "width": 320, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 PICTURES, SIDE, PROMPTS = 32, 512, 8

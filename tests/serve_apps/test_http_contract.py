@@ -3,19 +3,25 @@
 import asyncio
 import base64
 import io
+import threading
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import Request
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from rlhf.rewards import load_reward
-from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig
+from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig, PythonJudgeConfig
 from rlhf.rewards.ctr import CTRReward
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.rewards.images import encode_base64, encode_png
 from rlhf.rewards.remote import RemoteJudge
 from rlhf.rewards.reward import JudgeError
+from serve_apps import rewards
+from serve_apps.http import Secrets, create_api, decode_field
+from serve_apps.rewards import RewardApp
 from tests.serve_apps.conftest import ITEM, TOKEN
 
 
@@ -215,3 +221,61 @@ def test_score_batch_is_a_judge_by_http(judges, models, picture):
     stranger = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch"), "cpu")
     with pytest.raises(JudgeError, match="status 401"):
         stranger.score([picture], [""], [ITEM])
+
+
+def test_a_defect_is_a_500_that_tells_no_secrets():
+    api = create_api("a judge", None, token=None, max_body=100)
+
+    @api.get("/broken")
+    async def broken():
+        raise KeyError("the password is 1234")
+
+    response = TestClient(api, raise_server_exceptions=False).get("/broken")
+    assert response.status_code == 500 and response.json() == {"detail": "KeyError; the replica's log says more"}
+
+
+def test_a_long_body_is_refused_by_its_header_and_as_it_streams_in():
+    api = create_api("a judge", None, token=None, max_body=100)
+
+    @api.post("/")
+    async def length(request: Request) -> int:
+        return len(await request.body())
+
+    client = TestClient(api)
+    assert client.post("/", content=bytes(100)).json() == 100
+    for body in (bytes(101), iter([bytes(60), bytes(60)])):
+        assert client.post("/", content=body).status_code == 413
+
+
+GATE = threading.Event()
+
+
+def wait_for_the_gate(images, prompts, items):
+    assert GATE.wait(timeout=30)
+    return [0.0] * len(images)
+
+
+def test_a_large_batch_is_decoded_two_forwards_at_a_time(monkeypatch, picture):
+    """64 small files may be 64 pictures of 40 megapixels: most of them wait as the bytes they came in."""
+    GATE.set()  # for the warm-up
+    judge = PythonJudgeConfig(function=f"{__name__}:wait_for_the_gate", max_batch_size=2, batch_wait_s=0.0)
+    app = RewardApp("slow", judge, secrets=Secrets(), settings="")
+    GATE.clear()
+    decoded = []
+
+    async def counting(field, text):
+        decoded.append(field)
+        if len(decoded) == 4:  # two in the forward, two that wait for it
+            opening.start()
+        return await decode_field(field, text)
+
+    def then_open():
+        early.extend(decoded)
+        GATE.set()
+
+    early, opening = [], threading.Timer(0.5, then_open)
+    monkeypatch.setattr(rewards, "decode_field", counting)
+    items = [{"image_base64": encode_base64(picture), "prompt": ""}] * 64
+    response = TestClient(app.__serve_build_asgi_app__()).post("/score_batch", json={"items": items})
+    assert response.json() == {"scores": [0.0] * 64}
+    assert len(early) == 4 and len(decoded) == 64
