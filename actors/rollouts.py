@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import health
-from actors.judges import Failure, JudgeCalls, PixelsLost
+from actors.asking import Failure
+from actors.judges import JudgeCalls, PixelsLost
 from actors.samplers import Sampler, SampleRequest
 from actors.weights import Publication
 from rlhf.algorithms import buffer, rollout

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.judges import Failure, Judges, PixelsLost, reward_text
+from actors.asking import Failure
+from actors.judges import Judges, PixelsLost, reward_text
 from rlhf.types import Item, Prompt
 from tests.jobs.light import light_config, write_photos
 from tests.judge_server import warmth
