@@ -9,13 +9,9 @@ whose CPUs are taken. One deadline holds for the whole thing. Left out: retrying
 """
 
 import json
-import logging
 import math
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -24,44 +20,35 @@ import ray
 import ray.data
 import torch
 
-from actors import stopping
-from actors.loading import Source, Text, load
-from rlhf.config import OnlineDPOConfig
+from actors import streaming
+from actors.loading import Picture, Text, load
 from rlhf.data.cache import Part, Place, commit, write_part
-from rlhf.models import FAMILIES
+from rlhf.models import load_family
+from rlhf.models.family import Codec
+from rlhf.offline_config import TrainingConfig
 
 LOADER_CPUS = 0.1
 LOADERS_PER_ENCODER = 2
 T = TypeVar("T")
 
-STOP_TIMEOUT_S = 30.0
 COMMIT_EVERY_S = 20.0
 PROGRESS_EVERY_S = 2.0
 BATCHES_PER_FILE = 4
 
 
-class EncodingFailed(RuntimeError):
-    """Preprocessing stopped; what was encoded before is in the cache."""
-
-
-def compute_dtype(config: OnlineDPOConfig) -> torch.dtype:
-    """The dtype in which the frozen encoders run and in which the cache keeps their output."""
-    return torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
-
-
 def encode(
-    config: OnlineDPOConfig,
+    config: TrainingConfig,
     texts: Sequence[Text],
-    sources: Sequence[Source],
+    pictures: Sequence[Picture],
     log: Callable[[str], None] = print,
 ) -> None:
     """Encode everything given and commit it to `config.data.cache`. Ray must be initialised.
 
-    Raises: EncodingFailed with the cause, or at the deadline `preprocess.timeout_s`.
+    Raises: PreprocessFailed with the cause, or at the deadline `preprocess.timeout_s`.
     """
     settings = config.preprocess
-    items = plan(texts, sources, settings.batch_size, settings.encoders)
-    _prepare_ray_data()
+    items = plan(texts, pictures, settings.batch_size, settings.encoders)
+    streaming.prepare()
     dataset: ray.data.Dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
     loaders = ray.data.TaskPoolStrategy(size=min(LOADERS_PER_ENCODER * settings.encoders, len(items)))
     dataset = dataset.map(load, compute=loaders, num_cpus=LOADER_CPUS).map(
@@ -71,12 +58,12 @@ def encode(
         num_cpus=settings.num_cpus,
         num_gpus=settings.num_gpus,
     )
-    total, done, parts = len(texts) + len(sources), 0, []
+    total, done, parts = len(texts) + len(pictures), 0, []
     shown = committed = monotonic()
     first: tuple[float, int] | None = None  # start-up does not count for the rate
-    log(f"preprocess: encoding {len(texts)} instructions and {len(sources)} pictures")
+    log(f"preprocess: encoding {len(texts)} instructions and {len(pictures)} pictures")
     try:
-        for row in _stream(dataset, settings.timeout_s):
+        for row in streaming.stream(dataset, settings.timeout_s):
             parts.append(_part_from_json(row["part"]))
             done += len(parts[-1].places)
             now = monotonic()
@@ -93,14 +80,14 @@ def encode(
             commit(config.data.cache, parts)
 
 
-def plan(texts: Sequence[Text], sources: Sequence[Source], batch_size: int, encoders: int) -> list[str]:
-    """Work items as JSON, {"texts": […]} or {"sources": […] of one size}; enough of them to keep every encoder busy."""
-    batches = math.ceil((len(texts) + len(sources)) / batch_size)
+def plan(texts: Sequence[Text], pictures: Sequence[Picture], batch_size: int, encoders: int) -> list[str]:
+    """Work items as JSON, {"texts": […]} or {"pictures": […] of one role and size}; enough to keep every encoder busy."""
+    batches = math.ceil((len(texts) + len(pictures)) / batch_size)
     count = batch_size * min(BATCHES_PER_FILE, max(1, batches // (2 * encoders)))
-    sizes: dict[tuple[int, int], list[Source]] = {}
-    for source in sources:
-        sizes.setdefault((source.height, source.width), []).append(source)
-    groups: list[tuple[str, Sequence[Text | Source]]] = [("texts", texts), *(("sources", s) for s in sizes.values())]
+    kinds: dict[tuple[str, int, int], list[Picture]] = {}
+    for picture in pictures:
+        kinds.setdefault((picture.role, picture.height, picture.width), []).append(picture)
+    groups: list[tuple[str, Sequence[Text | Picture]]] = [("texts", texts), *(("pictures", p) for p in kinds.values())]
     return [
         json.dumps({kind: [asdict(row) for row in rows[start : start + count]]})
         for kind, rows in groups
@@ -108,11 +95,16 @@ def plan(texts: Sequence[Text], sources: Sequence[Source], batch_size: int, enco
     ]
 
 
+def encode_pictures(codec: Codec, role: str, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the cache keeps of uint8 pictures (B, H, W, 3), leading dimension B."""
+    return codec.encode_source(pixels) if role == "source" else {"latents": codec.encode_target(pixels)}
+
+
 class Encoder:
     """A frozen codec that turns work items into cache files."""
 
-    def __init__(self, config: OnlineDPOConfig):
-        family = FAMILIES[config.model.family](path=Path(config.model.path), dtype=compute_dtype(config))
+    def __init__(self, config: TrainingConfig):
+        family = load_family(config.model, config.trainer.mixed_precision)
         self.codec = family.load_codec("cuda" if config.preprocess.num_gpus > 0 else "cpu")
         self.folder, self.batch_size = config.data.cache, config.preprocess.batch_size
 
@@ -132,13 +124,13 @@ class Encoder:
                     for i, text in enumerate(batch)
                 ]
         else:
-            sources = [Source(**source) for source in item["sources"]]
-            shape = (len(sources), sources[0].height, sources[0].width, 3)
+            pictures = [Picture.from_json(values) for values in item["pictures"]]
+            shape = (len(pictures), pictures[0].height, pictures[0].width, 3)
             pixels = torch.from_numpy(np.frombuffer(bytearray(row["pixels"]), dtype=np.uint8).reshape(shape))
-            for chosen, padded in self._batches(range(len(sources))):
-                condition = self.codec.encode_source(pixels[list(padded)])
+            for chosen, padded in self._batches(range(len(pictures))):
+                tensors = encode_pictures(self.codec, pictures[0].role, pixels[list(padded)])
                 rows += [
-                    (sources[index].key, {name: tensor[i] for name, tensor in condition.items()}, None)
+                    (pictures[index].key, {name: tensor[i] for name, tensor in tensors.items()}, None)
                     for i, index in enumerate(chosen)
                 ]
         return {"part": json.dumps(asdict(write_part(self.folder, rows))), "error": ""}
@@ -150,52 +142,7 @@ class Encoder:
             yield batch, [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
 
 
-def _stream(dataset: ray.data.Dataset, timeout_s: float) -> Iterator[dict[str, Any]]:
-    """The dataset's rows as they come. Ray Data waits without a limit: it runs in a thread and the deadline is here."""
-    results: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
-
-    def consume() -> None:
-        try:
-            for row in dataset.iter_rows():
-                results.put(row)
-            results.put(None)
-        except BaseException as error:
-            results.put(error)
-
-    stopping.requested.clear()
-    thread = threading.Thread(target=consume, name="preprocess", daemon=True)
-    thread.start()
-    deadline = monotonic() + timeout_s
-    try:
-        while (result := results.get(timeout=max(0.0, deadline - monotonic()))) is not None:
-            if isinstance(result, BaseException):
-                raise EncodingFailed(f"encoding failed: {result}") from result
-            if result["error"]:
-                raise EncodingFailed(f"encoding failed: {result['error']}")
-            yield result
-    except queue.Empty:
-        raise EncodingFailed(
-            f"not finished after preprocess.timeout_s = {timeout_s:g} s; what is encoded is kept. The cluster has "
-            f"{ray.available_resources().get('CPU', 0):g} CPUs free; start it again, or raise the limit"
-        ) from None
-    finally:
-        stopping.requested.set()
-        thread.join(timeout=STOP_TIMEOUT_S)
-
-
 def _part_from_json(text: str) -> Part:
     document = json.loads(text)
     places = {key: Place(**{**place, "names": tuple(place["names"])}) for key, place in document["places"].items()}
     return Part(file=document["file"], size=document["size"], places=places)
-
-
-def _prepare_ray_data() -> None:
-    """One progress line of ours in place of Ray Data's bars and execution plans; and it stops when asked to."""
-    context = ray.data.DataContext.get_current()
-    if stopping.StopOnRequest not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(stopping.StopOnRequest)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.issue_detectors_config.detectors = []  # advises memory reservations for loaders that live for seconds
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

@@ -7,7 +7,7 @@ read without loading anything.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -15,8 +15,9 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhf.config import OnlineDPOConfig
-from rlhf.models import FAMILIES
+from rlhf.config import LoRAConfig, OnlineDPOConfig
+from rlhf.models import load_family
+from rlhf.offline_config import OfflineDPOConfig, TrainingConfig
 from rlhf.rewards.config import JudgesConfig
 from rlhf.section import local_paths
 
@@ -34,9 +35,8 @@ class Role:
     num_cpus: float
     num_gpus: float
     nbytes: float
-
-
-ENCODER = "encoder (preprocess, before the rest)"
+    before: bool = False
+    """Over before the others start."""
 
 
 class NotEnoughResources(RuntimeError):
@@ -54,52 +54,84 @@ def _judge_bytes(path: str) -> float:
 
 
 def roles(config: OnlineDPOConfig) -> list[Role]:
-    """What a run needs beside its driver.
-
-    Trainer state per rank, N = parameters, R = ranks: full fine-tuning 4N (master) + 8N (Adam) + 4N (gradient) + 2N
-    (reference) [+ 4N EMA] over R, and one gathered block; LoRA: the bf16 base over R. Activations are not counted: they
-    depend on the picture size and on gradient checkpointing.
-    """
-    trainer = config.trainer
-    dtype_bytes = 2 if trainer.mixed_precision == "bf16" else 4
-    family = FAMILIES[config.model.family](path=Path(config.model.path), dtype=torch.bfloat16)
-    denoiser = family.empty_denoiser(torch.bfloat16)
-    count = sum(p.numel() for p in denoiser.parameters())
-    block = max(sum(p.numel() for p in m.parameters()) for m in denoiser.modules() if isinstance(m, family.blocks))
-    ema = 4 if trainer.ema_decay is not None else 0
-    if trainer.lora:
-        adapter = adapter_parameters(denoiser, trainer.lora.rank, trainer.lora.targets or family.lora_targets)
-        shard = (dtype_bytes * count + (4 + 8 + 4 + 4 + ema) * adapter) / trainer.ranks
-    else:
-        shard = (4 + 8 + 4 + dtype_bytes + ema) * count / trainer.ranks
-    vae = _folder_bytes(Path(config.model.path) / "vae")
-    encoders = sum(_folder_bytes(Path(config.model.path) / folder) for folder in family.text_folders)
-    samplers, preprocess = config.samplers, config.preprocess
+    """What an online run needs beside its driver."""
+    samplers, model = config.samplers, _Model(config)
     found = [
-        Role(
-            name="trainer rank",
-            count=trainer.ranks,
-            num_cpus=trainer.num_cpus,
-            num_gpus=trainer.num_gpus,
-            nbytes=shard + 2 * dtype_bytes * block,
-        ),
+        trainer_role(config),
         Role(
             name="sampler",
             count=samplers.count,
             num_cpus=samplers.num_cpus,
             num_gpus=samplers.num_gpus,
-            nbytes=dtype_bytes * count + vae,
+            nbytes=model.compute_bytes * model.parameters + model.vae,
         ),
-        Role(
-            name=ENCODER,
-            count=preprocess.encoders,
-            num_cpus=preprocess.num_cpus,
-            num_gpus=preprocess.num_gpus,
-            nbytes=encoders + vae,
-        ),
+        encoder_role(config, before=True),
         Role(name="judges", count=1, num_cpus=JUDGES_CPUS, num_gpus=0, nbytes=0),
     ]
     return found + judge_roles(config.judges, config.judge_names)
+
+
+def offline_roles(config: OfflineDPOConfig) -> list[Role]:
+    """What an offline run needs beside its driver. A judge that relabels is gone when training starts."""
+    judges = [replace(role, before=True) for role in judge_roles(config.judges, config.judge_names)]
+    return [trainer_role(config), encoder_role(config, before=config.data.latents == "cached"), *judges]
+
+
+class _Model:
+    """Sizes of a recipe's model, from its folder, without loading anything."""
+
+    def __init__(self, config: TrainingConfig):
+        family = load_family(config.model, config.trainer.mixed_precision)
+        self.lora_targets, self.denoiser = family.lora_targets, family.empty_denoiser(torch.bfloat16)
+        self.parameters = sum(p.numel() for p in self.denoiser.parameters())
+        blocks = (module for module in self.denoiser.modules() if isinstance(module, family.blocks))
+        self.block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
+        self.compute_bytes = family.dtype.itemsize
+        folder = Path(config.model.path)
+        self.vae = _folder_bytes(folder / "vae")
+        self.encoders = sum(_folder_bytes(folder / name) for name in family.text_folders)
+
+    def adapter(self, lora: LoRAConfig) -> int:
+        """Parameters of one LoRA adapter."""
+        return adapter_parameters(self.denoiser, lora.rank, lora.targets or self.lora_targets)
+
+
+def trainer_role(config: TrainingConfig) -> Role:
+    """State per rank, N = parameters, R = ranks: full fine-tuning 4N (master) + optimizer + 4N (gradient) + 2N (reference)
+    [+ 4N EMA] over R, and one gathered block; LoRA: the bf16 base over R. Activations are not counted: they depend on the
+    picture size and on gradient checkpointing.
+    """
+    trainer, model = config.trainer, _Model(config)
+    ema = 4 if trainer.ema_decay is not None else 0
+    each = 4 + OPTIMIZER_BYTES[trainer.optimizer] + 4 + ema
+    if trainer.lora:
+        shard = model.compute_bytes * model.parameters + (each + 4) * model.adapter(trainer.lora)
+    else:
+        shard = (each + model.compute_bytes) * model.parameters
+    return Role(
+        name="trainer rank",
+        count=trainer.ranks,
+        num_cpus=trainer.num_cpus,
+        num_gpus=trainer.num_gpus,
+        nbytes=shard / trainer.ranks + 2 * model.compute_bytes * model.block,
+    )
+
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
+"""Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
+
+
+def encoder_role(config: TrainingConfig, before: bool) -> Role:
+    """The encoders of `preprocess`, at work before the trainer or beside it."""
+    preprocess, model = config.preprocess, _Model(config)
+    return Role(
+        name="encoder (preprocess, before the rest)" if before else "encoder",
+        before=before,
+        count=preprocess.encoders,
+        num_cpus=preprocess.num_cpus,
+        num_gpus=preprocess.num_gpus,
+        nbytes=model.encoders + model.vae,
+    )
 
 
 JUDGES_CPUS = 0.05
@@ -119,19 +151,13 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
     ]
 
 
-def checkpoint_bytes(config: OnlineDPOConfig) -> float:
-    """Bytes of one committed checkpoint with its export: masters, two moments, reference, EMA, and loadable weights."""
-    family = FAMILIES[config.model.family](path=Path(config.model.path), dtype=torch.bfloat16)
-    denoiser = family.empty_denoiser(torch.bfloat16)
-    trainer = config.trainer
-    if trainer.lora:
-        count = adapter_parameters(denoiser, trainer.lora.rank, trainer.lora.targets or family.lora_targets)
-    else:
-        count = sum(p.numel() for p in denoiser.parameters())
+def checkpoint_bytes(config: TrainingConfig) -> float:
+    """Bytes of one committed checkpoint with its export: masters, optimizer, reference, EMA, and loadable weights."""
+    trainer, model = config.trainer, _Model(config)
+    count = model.adapter(trainer.lora) if trainer.lora else model.parameters
     ema = 4 + 2 if trainer.ema_decay is not None else 0  # its masters and its export
-    compute = 2 if trainer.mixed_precision == "bf16" else 4
-    reference = 4 if trainer.lora else compute
-    return float(count * (4 + 8 + reference + compute + ema))
+    reference = 4 if trainer.lora else model.compute_bytes
+    return float(count * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + model.compute_bytes + ema))
 
 
 def check_shared(folder: Path, timeout_s: float = 60.0) -> None:
@@ -166,8 +192,8 @@ def adapter_parameters(denoiser: torch.nn.Module, rank: int, targets: Sequence[s
 
 
 def at_once(needed: Sequence[Role]) -> list[Role]:
-    """The roles that run at the same time: preprocessing is over before the rest starts."""
-    return [role for role in needed if role.name != ENCODER]
+    """The roles that run at the same time."""
+    return [role for role in needed if not role.before]
 
 
 def table(needed: Sequence[Role], available: dict[str, float] | None) -> str:
@@ -197,8 +223,8 @@ def totals(needed: Sequence[Role]) -> tuple[float, float]:
 def check(needed: Sequence[Role], available: dict[str, float]) -> None:
     """Raise NotEnoughResources, with the table, unless everything fits now."""
     together = at_once(needed)
-    before = totals([role for role in needed if role.name == ENCODER])
-    cpus, gpus = (max(pair) for pair in zip(totals(together), before, strict=True))
+    stages = [totals(together), *(totals([role]) for role in needed if role.before)]
+    cpus, gpus = (max(stage) for stage in zip(*stages, strict=True))
     short = []
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         have = available.get(name, 0.0)
@@ -214,17 +240,15 @@ def check(needed: Sequence[Role], available: dict[str, float]) -> None:
         )
 
 
-def reserve(config: OnlineDPOConfig, timeout_s: float = 120.0) -> PlacementGroup:
-    """A placement group with one bundle per trainer rank, then one per sampler. Raises when it is not granted in time."""
-    trainer, samplers = config.trainer, config.samplers
-    bundles = [{"CPU": trainer.num_cpus, "GPU": trainer.num_gpus}] * trainer.ranks
-    bundles += [{"CPU": samplers.num_cpus, "GPU": samplers.num_gpus}] * samplers.count
-    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+def reserve(roles: Sequence[Role], timeout_s: float = 120.0) -> PlacementGroup:
+    """A placement group with one bundle for each process of `roles`, in their order. Raises when it is not granted in time."""
+    each = [{"CPU": role.num_cpus, "GPU": role.num_gpus} for role in roles for _ in range(role.count)]
+    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in each]
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(timeout_s):
         ray.util.remove_placement_group(group)
         raise NotEnoughResources(
-            f"no room for trainer and samplers within {timeout_s:.0f} s, though the totals fit: bundles {bundles}; "
-            "another job may hold the rest"
+            f"no room for {' and '.join(role.name for role in roles)} within {timeout_s:.0f} s, though the totals fit: "
+            f"bundles {bundles}; another job may hold the rest"
         )
     return group

@@ -5,7 +5,6 @@ Sheets are drawn in a task beside the data, so that the driver never holds a pic
 
 from collections.abc import Sequence
 from datetime import datetime
-from math import nan
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,21 +13,29 @@ import numpy as np
 import ray
 from ray.util.metrics import Gauge
 
-from rlhf.config import OnlineDPOConfig
 from rlhf.data.images import Fit, load_image
 from rlhf.sheets import Cell, contact_sheet
 from rlhf.tracking import FileTracker
 from rlhf.types import Pair, Prompt, Score
 
 SHEET_ROWS = 8
+SHOWN = {
+    "reward/mean": ("reward", ".4f"),
+    "train/loss": ("loss", ".4f"),
+    "train/implicit_acc": ("acc", ".2f"),
+    "filter/pass_rate": ("pass", ".2f"),
+    "rollout/staleness": ("staleness", ".1f"),
+}
+"""What the progress line shows of an update, where there is such a scalar: its word and format."""
 
 
 class Reporter:
     """The run's tracker. `resumed_at` is the committed step that it goes on from."""
 
-    def __init__(self, folder: Path, config: OnlineDPOConfig, resumed_at: int | None):
+    def __init__(self, folder: Path, total_steps: int, resumed_at: int | None, fit: Fit = "crop"):
+        """`fit`: how sources on sheets are brought to size."""
         self._files = FileTracker(folder, resumed_at=resumed_at)
-        self._folder, self._config = folder, config
+        self._folder, self._total, self._fit = folder, total_steps, fit
         self._gauges: dict[str, Gauge] = {}
         self._started, self._first = monotonic(), resumed_at or 0
         self._last = self._started
@@ -57,13 +64,10 @@ class Reporter:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def _line(self, step: int, scalars: dict[str, float], now: float) -> str:
-        total = self._config.trainer.max_train_steps
-        left = (now - self._started) / max(step - self._first, 1) * (total - step)
+        left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+        shown = [f"{word} {scalars[name]:{form}}" for name, (word, form) in SHOWN.items() if name in scalars]
         return (
-            f"step {step}/{total}  reward {scalars.get('reward/mean', nan):.4f}  "
-            f"loss {scalars.get('train/loss', nan):.4f}  acc {scalars.get('train/implicit_acc', nan):.2f}  "
-            f"pass {scalars.get('filter/pass_rate', nan):.2f}  "
-            f"staleness {scalars.get('rollout/staleness', 0.0):.1f}  {scalars['time/step']:.1f} s  "
+            f"step {step}/{self._total}  {'  '.join(shown)}  {scalars['time/step']:.1f} s  "
             f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         )
 
@@ -89,8 +93,7 @@ class Reporter:
         )
         self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
-        fit = self._config.data.fit
-        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, fit))
+        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, self._fit))
 
     def _collect(self, drawn: list[ray.ObjectRef], timeout_s: float = 60.0) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""

@@ -18,7 +18,7 @@ from rlhf import weights
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import ConditionCache
 from rlhf.data.collate import latents_from_array, latents_to_array
-from rlhf.models import FAMILIES, lora
+from rlhf.models import load_family, lora
 from rlhf.sampling import sample
 from rlhf.types import Prompt, noise_from
 from rlhf.weights import BufferManifest
@@ -34,13 +34,10 @@ class SampleRequest:
 
 def load_sampler_model(config: OnlineDPOConfig, device: str):
     """(family, denoiser, codec) as a sampler has them: LoRA runs get the policy's adapter, in the compute dtype."""
-    dtype = torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
-    family = FAMILIES[config.model.family](
-        path=Path(config.model.path), guidance_scale=config.rollout.guidance_scale, dtype=dtype
-    )
+    family = load_family(config.model, config.trainer.mixed_precision, config.rollout.guidance_scale)
     denoiser = family.load_denoiser(device)
     if config.trainer.lora:
-        lora.add_adapters(denoiser, config.trainer.lora, family.lora_targets, (lora.POLICY,), dtype)
+        lora.add_adapters(denoiser, config.trainer.lora, family.lora_targets, (lora.POLICY,), family.dtype)
         denoiser.to(device).requires_grad_(False)
     return family, denoiser, family.load_codec(device)
 

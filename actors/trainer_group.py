@@ -1,33 +1,27 @@
 """The trainer actor group: N ranks of one `rlhf.trainer.Trainer`, driven together by a `RankGroup`.
 
-The driver hands every rank its pairs as references; ranks fetch latents from the object store and conditions from the
-cache. When one rank fails, all are killed and `TrainerLost` is raised: the caller builds a new group, which restores the
-last committed checkpoint.
+What a rank trains on is its worker's business: `online_trainer.py` has pairs handed to it as references, `offline_trainer.py`
+finds its own. When one rank fails, all are killed and `TrainerLost` is raised: the caller builds a new group, which restores
+the last committed checkpoint.
 """
 
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
-import ray
-import torch
 from ray.util.placement_group import PlacementGroup
 
 from actors import weights
-from actors.rank_group import FETCH_TIMEOUT_S, Rank, RankGroup, RankLost
+from actors.rank_group import Rank, RankGroup, RankLost
 from actors.weights import Publication, PublishedBuffer
 from rlhf import distributed
-from rlhf.algorithms.objectives import DPO
-from rlhf.config import OnlineDPOConfig
+from rlhf.algorithms.objectives import Objective
 from rlhf.data.cache import ConditionCache
-from rlhf.data.collate import collate
-from rlhf.data.pairs import write_pairs
-from rlhf.models import FAMILIES
+from rlhf.models.family import Family
+from rlhf.offline_config import TrainingConfig
 from rlhf.run_folder import Fence
 from rlhf.trainer import Trainer
-from rlhf.types import Pair
 
 
 class TrainerLost(RankLost):
@@ -35,69 +29,31 @@ class TrainerLost(RankLost):
 
 
 class TrainerWorker(Rank):
-    """One rank. Each public method is called on every rank at once."""
+    """One rank. Each public method is called on every rank at once; `step` and `objective` are a kind's own."""
 
-    def __init__(self, rank: int, config: OnlineDPOConfig, fence: Fence):
+    def __init__(self, rank: int, config: TrainingConfig, fence: Fence):
         self.rank, self.config, self.fence = rank, config, fence
+
+    def objective(self) -> Objective:
+        raise NotImplementedError
+
+    def family(self) -> Family:
+        raise NotImplementedError
 
     def join(self, host: str, port: int) -> str:
         """Join the process group and load this rank's shard. Returns the host's name."""
         trainer = self.config.trainer
-        device = "cuda" if trainer.num_gpus else "cpu"
         mesh = distributed.start(
             rank=self.rank,
             world=trainer.ranks,
             store=self.rendezvous(host, port),
-            device=device,
+            device="cuda" if trainer.num_gpus else "cpu",
             timeout_s=trainer.timeout_s,
         )
-        family = FAMILIES[self.config.model.family](
-            path=Path(self.config.model.path),
-            guidance_scale=self.config.rollout.guidance_scale,
-            dtype=torch.bfloat16 if trainer.mixed_precision == "bf16" else torch.float32,
-        )
-        objective = DPO(beta=self.config.dpo.beta)
-        self.trainer = Trainer(family=family, config=trainer, objective=objective, mesh=mesh, seed=self.config.run.seed)
+        family, seed = self.family(), self.config.run.seed
+        self.trainer = Trainer(family=family, config=trainer, objective=self.objective(), mesh=mesh, seed=seed)
         self.cache = ConditionCache(Path(self.config.data.cache))
         return socket.gethostname()
-
-    def step(self, step: int, pairs: Sequence[Pair], pairs_folder: Path) -> dict[str, float]:
-        """Fetch, write the audit, train. `pairs` are this rank's own."""
-        references = [side.latents for pair in pairs for side in (pair.winner, pair.loser)]
-        latents = iter(ray.get(references, timeout=FETCH_TIMEOUT_S))
-        pairs = [
-            replace(
-                pair,
-                winner=replace(pair.winner, image=None, latents=next(latents)),
-                loser=replace(pair.loser, image=None, latents=next(latents)),
-            )
-            for pair in pairs
-        ]
-        config, process = self.config, self.trainer.family.process
-        first = self.rank * config.trainer.pairs_per_rank
-        self.fence.check()
-        write_pairs(
-            pairs_folder / f"step_{step:06d}.rank_{self.rank}.parquet",
-            pairs,
-            process,
-            seed=config.run.seed,
-            step=step,
-            first_index=first,
-            save_latents=config.run.save_latents,
-        )
-        size = config.trainer.train_batch_size
-        micro_batches = [
-            collate(
-                pairs[i : i + size],
-                self.cache.condition,
-                process,
-                seed=config.run.seed,
-                step=step,
-                first_index=first + i,
-            )
-            for i in range(0, len(pairs), size)
-        ]
-        return self.trainer.step(micro_batches)
 
     def publish(self, which: str) -> list[PublishedBuffer]:
         self.fence.check()
@@ -126,17 +82,18 @@ class TrainerGroup:
 
     def __init__(
         self,
-        config: OnlineDPOConfig,
-        fence: Fence,
+        worker: type[TrainerWorker],
+        arguments: Callable[[int], tuple],
+        config: TrainingConfig,
         placement: PlacementGroup,
         meanwhile: Callable[[], None] = lambda: None,
     ):
-        """`meanwhile` is called again and again while ranks work, so that rollouts go on."""
+        """`worker(*arguments(rank))` is started for every rank; `meanwhile` is called again and again while ranks work."""
         trainer = config.trainer
         self.config, self._publish_s = config, 0.0
         self.group = RankGroup(
-            TrainerWorker,
-            lambda rank: (rank, config, fence),
+            worker,
+            arguments,
             ranks=trainer.ranks,
             num_cpus=trainer.num_cpus,
             num_gpus=trainer.num_gpus,
@@ -147,18 +104,11 @@ class TrainerGroup:
             lost=TrainerLost,
         )
 
-    def step(self, step: int, pairs: Sequence[Pair], pairs_folder: Path) -> dict[str, float]:
-        """One optimizer update; rank r trains pairs [r·n, (r+1)·n), n = pairs per rank.
-
-        Returns `train/…` scalars over all ranks, and the seconds of this step and of the last publish.
-        """
-        n = self.config.trainer.pairs_per_rank
-        assert len(pairs) == n * self.config.trainer.ranks, "a step needs the same count of pairs on every rank"
-        parts = [list(pairs[i : i + n]) for i in range(0, len(pairs), n)]
+    def train(self, arguments: Callable[[int], tuple]) -> dict[str, float]:
+        """One optimizer update, each rank with its own arguments: `train/…` scalars over all ranks, and its seconds."""
         started = monotonic()
-        scalars = self.group.all("step", lambda rank: (step, parts[rank], pairs_folder))[0]
-        times = {"time/train": monotonic() - started, "time/publish": self._publish_s}
-        return {f"train/{name}": value for name, value in scalars.items()} | times
+        scalars = self.group.all("step", arguments)[0]
+        return {f"train/{name}": value for name, value in scalars.items()} | {"time/train": monotonic() - started}
 
     def publish(self, version: int, which: str = "policy") -> Publication:
         """`policy` or `ema` weights of all ranks in the object store."""

@@ -6,26 +6,24 @@ Checks configuration and data, encodes what the cache lacks, deploys the judges,
 runs the loop of `rlhf.algorithms.online_dpo`. The same command goes on where a stopped run left off.
 """
 
-import shutil
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import ray
-import xxhash
 from ray import serve
 
 from actors import placement
-from actors.encoders import EncodingFailed
 from actors.health import SamplerLost, StaleWeights, Stalled
 from actors.judges import Judges, JudgesLost, reward_text
+from actors.online_trainer import OnlineTrainer
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
-from actors.trainer_group import TrainerGroup, TrainerLost
+from actors.streaming import PreprocessFailed
+from actors.trainer_group import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import Stopped, cluster, dashboard, free_resources
+from jobs.cluster import cluster, dashboard, free_resources
 from jobs.preprocess import Data, preprocess, prompts_of, read_data
+from jobs.running import check_disk, guarded, train_until_done, unique_name
 from rlhf.algorithms.online_dpo import online_dpo
 from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
 from rlhf.config import OnlineDPOConfig
@@ -37,13 +35,10 @@ from rlhf.trainer import NonFiniteLoss
 from rlhf.types import Prompt
 from serve_apps import deploy
 
-TRAINER_REBUILDS = 3
-"""Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
-
 STOPS = (
     BadInput,
     CacheError,
-    EncodingFailed,
+    PreprocessFailed,
     Fenced,
     FileNotFoundError,
     JudgesLost,
@@ -81,19 +76,8 @@ def dry_run(config: OnlineDPOConfig, data: Data) -> None:
     deploy.check_sources(config.judges, config.judge_names)
     needed, free = placement.roles(config), free_resources(config.cluster)
     print(placement.table(needed, free))
-    state = placement.checkpoint_bytes(config)
-    folder = next(p for p in (Path(config.run.dir), *Path(config.run.dir).parents) if p.exists())
-    disk = shutil.disk_usage(folder).free
-    need = state * (config.run.keep_checkpoints + 1)
-    print(
-        f"disk: {need / 2**30:.2f} GiB for {config.run.keep_checkpoints} + 1 checkpoints in {config.run.dir}, "
-        f"{disk / 2**30:.2f} GiB free"
-    )
+    check_disk(config)
     placement.check(needed, free)
-    if need > disk:
-        raise placement.NotEnoughResources(
-            f"run.dir = {config.run.dir!r} has too little space; lower run.keep_checkpoints or point it elsewhere"
-        )
 
 
 def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
@@ -113,15 +97,14 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
         print(
             f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}", flush=True
         )
-        # Unique in the cluster, also beside a run of the same name in another run.dir; the same again on a resume.
-        name = f"{config.run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
+        name = unique_name(config, folder)
         if data.left_out():
             (folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
         check_placement(config, name)
         placement.check_shared(folder.path)
         prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
         train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
-        group = placement.reserve(config)
+        group = placement.reserve(placement.roles(config)[:2])  # trainer ranks, then samplers
         stack.callback(ray.util.remove_placement_group, group)
         stack.callback(deploy.undeploy, name, config.judge_names)
         judges_up = deploy.start(
@@ -139,10 +122,17 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
         stack.callback(rollouts.close)
         held_out = held_out[: config.eval.max_prompts]
 
-        def new_trainer() -> TrainerGroup:
-            return TrainerGroup(config, folder.fence, group, meanwhile=rollouts.pump)
+        def attempt() -> None:
+            with ExitStack() as inner:
+                tracker = Reporter(
+                    folder.path, config.trainer.max_train_steps, folder.last_committed(), fit=config.data.fit
+                )
+                trainer = OnlineTrainer(config, folder.fence, group, meanwhile=rollouts.pump)
+                inner.callback(trainer.kill)
+                online_dpo(config, folder, rollouts, trainer, tracker, held_out)
+                tracker.close()
 
-        train_until_done(config, folder, rollouts, held_out, new_trainer)
+        train_until_done(folder, attempt)
         return folder.path
 
 
@@ -155,46 +145,6 @@ def check_placement(config: OnlineDPOConfig, name: str) -> None:
     free = free_resources(config.cluster)
     print(placement.table(needed, free), flush=True)
     placement.check(needed, free)
-
-
-def train_until_done(
-    config: OnlineDPOConfig,
-    folder: RunFolder,
-    rollouts: Rollouts,
-    held_out: list[Prompt],
-    new_trainer: Callable[[], TrainerGroup],
-) -> None:
-    """The loop, begun again from the last commit when trainer ranks are lost."""
-    rebuilds, committed = 0, folder.last_committed()
-    while True:
-        folder.move_uncommitted_to_discarded(folder.last_committed())
-        with ExitStack() as stack:
-            tracker = Reporter(folder.path, config, folder.last_committed())
-            try:
-                trainer = new_trainer()
-                stack.callback(trainer.kill)
-                online_dpo(config, folder, rollouts, trainer, tracker, held_out)
-                tracker.close()
-                return
-            except TrainerLost as error:
-                rebuilds = rebuilds + 1 if folder.last_committed() == committed else 1
-                committed = folder.last_committed()
-                if rebuilds > TRAINER_REBUILDS:
-                    raise
-                print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
-
-
-def guarded(job: Callable[[], None]) -> Callable[[], None]:
-    """A job whose stop by signal is told in one line."""
-
-    def guarded_job() -> None:
-        try:
-            job()
-        except (KeyboardInterrupt, Stopped):
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
-
-    return guarded_job
 
 
 if __name__ == "__main__":

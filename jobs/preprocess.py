@@ -7,10 +7,10 @@ example on another machine.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from actors.encoders import EncodingFailed, compute_dtype, encode
-from actors.loading import Source, Text
+from actors.encoders import encode
+from actors.loading import Picture, Text
+from actors.streaming import PreprocessFailed
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster
 from rlhf.config import OnlineDPOConfig
@@ -18,7 +18,7 @@ from rlhf.data.cache import CacheError, Manifest, read_manifest, source_key, tex
 from rlhf.data.fingerprint import IncompleteModel, fingerprint
 from rlhf.data.prompts import Row, Rows, read_rows
 from rlhf.data.schema import BadInput, Problem
-from rlhf.models import FAMILIES
+from rlhf.models import load_family
 from rlhf.types import Prompt
 
 UNKNOWN_SHARE = 0.1
@@ -64,8 +64,8 @@ def read_data(config: OnlineDPOConfig) -> Data:
 
 def prompts_of(config: OnlineDPOConfig, rows: Sequence[Row]) -> list[Prompt]:
     """Rows with their picture size and cache keys, in order. Reads the encoders' files once to fingerprint them."""
-    family = FAMILIES[config.model.family](path=Path(config.model.path))
-    dtype = str(compute_dtype(config))
+    family = load_family(config.model, config.trainer.mixed_precision)
+    dtype = str(family.dtype)
     text_print = fingerprint(config.model.path, family.text_folders, config.model.family, dtype)
     source_print = fingerprint(config.model.path, family.source_folders, config.model.family, dtype)
     prompts = []
@@ -90,13 +90,14 @@ def prompts_of(config: OnlineDPOConfig, rows: Sequence[Row]) -> list[Prompt]:
 
 def missing(
     config: OnlineDPOConfig, rows: Sequence[Row], prompts: Sequence[Prompt], manifest: Manifest
-) -> tuple[list[Text], list[Source]]:
+) -> tuple[list[Text], list[Picture]]:
     """What the cache lacks, each key once."""
     texts = {prompt.text_key: Text(key=prompt.text_key, instruction=prompt.instruction) for prompt in prompts}
     sources = {
-        prompt.source_key: Source(
+        prompt.source_key: Picture(
             key=prompt.source_key,
-            path=prompt.image,
+            role="source",
+            place=prompt.image,
             content=row.content,
             height=prompt.height,
             width=prompt.width,
@@ -113,7 +114,7 @@ def missing(
 def preprocess(config: OnlineDPOConfig, rows: Sequence[Row], log: Callable[[str], None] = print) -> list[Prompt]:
     """The prompts of `rows`, all of them in the cache when this returns. Ray must be initialised if any are missing.
 
-    Raises: EncodingFailed, CacheError, IncompleteModel.
+    Raises: PreprocessFailed, CacheError, IncompleteModel.
     """
     prompts = prompts_of(config, rows)
     manifest = read_manifest(config.data.cache)
@@ -122,7 +123,7 @@ def preprocess(config: OnlineDPOConfig, rows: Sequence[Row], log: Callable[[str]
         encode(config, texts, sources, log)
         manifest = read_manifest(config.data.cache)
         if any(missing(config, rows, prompts, manifest)):
-            raise EncodingFailed(
+            raise PreprocessFailed(
                 f"encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
             )
     else:
@@ -173,4 +174,4 @@ def log(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, CacheError, EncodingFailed, IncompleteModel)
+    run_main(main, BadInput, CacheError, PreprocessFailed, IncompleteModel)

@@ -4,7 +4,8 @@ Each table of a TOML recipe is one class here. An unknown key is an error that n
 two keys names both values, and the defaults are the seed document's (H×W 1312×784, 16 steps, β 5000, …).
 """
 
-from typing import Literal, Self
+import math
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +14,7 @@ from rlhf.section import ClusterConfig, LocalPath, Section
 
 
 class RunConfig(Section):
-    name: str = "online_dpo"
+    name: str
     dir: LocalPath = "runs"
     """Folder that holds every run; this one writes to `dir`/`name`/vN. Shared by all nodes."""
     seed: int = 42
@@ -23,15 +24,24 @@ class RunConfig(Section):
     export_every: int = Field(0, ge=0)
     """Steps between exports of loadable weights into the checkpoint; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
+
+
+class OnlineRunConfig(RunConfig):
+    name: str = "online_dpo"
     sample_every: int = Field(10, ge=1)
     """Steps between contact sheets."""
     save_latents: bool = True
 
 
 class ModelConfig(Section):
-    family: Literal["flux_kontext"] = "flux_kontext"
+    family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
     path: LocalPath
     """Folder in the diffusers layout."""
+    height: int = Field(ge=16, multiple_of=8)
+    width: int = Field(ge=16, multiple_of=8)
+
+
+class EditModelConfig(ModelConfig):
     height: int = Field(1312, ge=16, multiple_of=16)
     width: int = Field(784, ge=16, multiple_of=16)
     size: Literal["fixed", "auto"] = "fixed"
@@ -104,16 +114,40 @@ class TrainerConfig(Section):
     train_batch_size: int = Field(2, ge=1)
     """Pairs per rank and micro-batch."""
     gradient_accumulation_steps: int = Field(4, ge=1)
+    effective_batch_size: int | None = Field(None, ge=1)
+    """Pairs of one update over all ranks; gradient_accumulation_steps then follows from it."""
     max_train_steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    scale_lr: bool = False
+    """Multiply learning_rate by pairs_per_step (Diffusion-DPO's --scale_lr)."""
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+    ] = "constant_with_warmup"
+    """diffusers.optimization.SchedulerType, over max_train_steps."""
     lr_warmup_steps: int = Field(0, ge=0)
+    """Steps of a linear rise from 0; "constant" and "piecewise_constant" know none."""
+    lr_num_cycles: int = Field(1, ge=1)
+    """Of "cosine_with_restarts"."""
+    lr_power: float = Field(1.0, gt=0)
+    """Of "polynomial", which ends at a rate of 1e-7."""
+    lr_step_rules: str | None = None
+    """Of "piecewise_constant": "1:10,0.1:20,0.01" is the rate × 1 before step 10, × 0.1 before step 20, × 0.01 from there."""
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    """`adafactor` keeps means of the second moment, `adamw_8bit` both moments in 8 bits (resumes on equal ranks only)."""
     adam_beta1: float = 0.9
+    """adam_* are read by adamw and adamw_8bit, weight_decay by every optimizer."""
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["bf16", "no"] = "bf16"
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """What the network computes in; the trained weights stay fp32. fp16 trains under a dynamic loss scale."""
     gradient_checkpointing: bool = True
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the exponential moving average of the weights; unset: none is kept."""
@@ -123,6 +157,26 @@ class TrainerConfig(Section):
     timeout_s: float = Field(1800.0, gt=0)
     """One step, save or publish on one rank."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _work_out_accumulation(cls, values: Any) -> Any:
+        whole = values.get("effective_batch_size") if isinstance(values, dict) else None
+        if not isinstance(whole, int):
+            return values
+        at_once = values.get("ranks", 1) * values.get("train_batch_size", 2)
+        if whole % at_once:
+            raise ValueError(
+                f"effective_batch_size = {whole} is no multiple of ranks × train_batch_size = {at_once}; "
+                f"{whole // at_once * at_once or at_once} and {(whole // at_once + 1) * at_once} are"
+            )
+        steps = values.setdefault("gradient_accumulation_steps", whole // at_once)
+        if steps != whole // at_once:
+            raise ValueError(
+                f"effective_batch_size = {whole} over ranks × train_batch_size = {at_once} is {whole // at_once} accumulated "
+                f"micro-batches, but gradient_accumulation_steps = {steps}; give one of the two keys"
+            )
+        return values
+
     @property
     def pairs_per_rank(self) -> int:
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -130,6 +184,37 @@ class TrainerConfig(Section):
     @property
     def pairs_per_step(self) -> int:
         return self.pairs_per_rank * self.ranks
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """What the schedule multiplies: learning_rate, by scale_lr times pairs_per_step."""
+        return self.learning_rate * (self.pairs_per_step if self.scale_lr else 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr_scheduler == "piecewise_constant" and self.lr_step_rules is None:
+            raise ValueError('lr_scheduler = "piecewise_constant" needs lr_step_rules, e.g. "1:10,0.1:20,0.01"')
+        if self.lr_step_rules is not None and not _is_step_rules(self.lr_step_rules):
+            raise ValueError(
+                f"lr_step_rules = {self.lr_step_rules!r} is not factor:step,…,factor with rising steps, "
+                'e.g. "1:10,0.1:20,0.01"'
+            )
+        if self.lr_scheduler == "polynomial" and self.scaled_learning_rate <= 1e-7:
+            raise ValueError(
+                f'lr_scheduler = "polynomial" ends at a rate of 1e-7, but learning_rate = {self.scaled_learning_rate:g} '
+                "is not above it: raise it, set scale_lr, or take another schedule"
+            )
+        return self
+
+
+def _is_step_rules(text: str) -> bool:
+    *rules, last = (part.split(":") for part in text.split(","))
+    try:
+        steps = [int(step) for _, step in rules]
+        factors = [float(factor) for factor, _ in rules] + [float(factor) for (factor,) in [last]]
+    except ValueError:
+        return False
+    return steps == sorted({step for step in steps if step > 0}) and all(0 <= factor < math.inf for factor in factors)
 
 
 class SamplersConfig(Section):
@@ -172,7 +257,7 @@ class EditRequestConfig(Section):
 
 
 class EditConfig(Section):
-    model: ModelConfig
+    model: EditModelConfig
     edit: EditRequestConfig
     rollout: RolloutConfig = RolloutConfig()
 
@@ -186,8 +271,8 @@ class PreprocessConfig(Section):
 
 
 class OnlineDPOConfig(Section):
-    run: RunConfig = RunConfig()
-    model: ModelConfig
+    run: OnlineRunConfig = OnlineRunConfig()
+    model: EditModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

@@ -1,28 +1,31 @@
 """The only trainer: one FSDP2 rank of it. Knows no data source, no reward and no model by name.
 
-Masters are fp32 and computed in the family's dtype (bf16), because at lr 1e-5 a bf16 AdamW step rounds away. No rank ever
-holds more than its shard plus one block: weights are read by rows, refreshed shard to shard, and written by rows.
-Left out: CPU offload, tensor parallelism, fp16 loss scaling.
+Masters are fp32 and computed in the family's dtype (bf16, or fp16 under a loss scale), because at lr 1e-5 a bf16 AdamW
+step rounds away. No rank ever holds more than its shard plus one block: weights are read by rows, refreshed shard to shard,
+and written by rows. Left out: CPU offload, tensor parallelism.
 
 Shapes: B pairs, C latent channels, h w latents.
 """
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rlhf import distributed
+from rlhf import distributed, optimizers
 from rlhf.algorithms.objectives import Objective
 from rlhf.algorithms.reference import FrozenCopy, SecondAdapter
 from rlhf.config import TrainerConfig
+from rlhf.loss_scale import LossScale
 from rlhf.models import lora
 from rlhf.models.family import Family
 from rlhf.types import Condition, PairBatch
@@ -37,7 +40,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Trainer:
-    """`step / refresh_reference / shards / save / restore / export` over one rank's shard of a denoiser."""
+    """`step / evaluate / refresh_reference / shards / save / restore / export` over one rank's shard of a denoiser."""
 
     def __init__(self, *, family: Family, config: TrainerConfig, objective: Objective, mesh: DeviceMesh, seed: int):
         self.family, self.config, self.objective, self.mesh, self.seed = family, config, objective, mesh, seed
@@ -52,20 +55,18 @@ class Trainer:
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay is not None:
             self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = optimizers.OPTIMIZERS[config.optimizer](self.trained.values(), config)
         schedule = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
+            step_rules=config.lr_step_rules,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
         )
         self._lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
+        self.loss_scale = LossScale() if family.dtype == torch.float16 else None
         self.steps = 0
         self.skipped_in_a_row = 0
         self.skipped = 0
@@ -110,31 +111,60 @@ class Trainer:
 
         Scalars that are not finite are left out of the answer.
 
-        A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`.
+        A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`. In fp16 a
+        non-finite gradient under a finite loss is the loss scale finding its level: it is none of the three while the scale
+        is at least 1.
         """
-        sums: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            batch = batch.to(self.device)
-            loss, scalars = self.objective(self.predict, self.predict_reference, self.family.process, batch)
-            (loss / len(micro_batches)).backward()
-            for name, value in {"loss": loss, **scalars}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        sums = self._mean(micro_batches, backward=lambda loss: (loss * scale).backward())
+        if self.loss_scale:
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         metrics = distributed.mean_over_ranks(sums | {"grad_norm": norm}, self.device)
-        lr = self.config.learning_rate * self._lr_factor(self.steps)
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        finite_loss, finite_gradient = math.isfinite(metrics["loss"]), math.isfinite(metrics["grad_norm"])
+        if self.loss_scale:
+            self.loss_scale.update(good=finite_gradient)
+        lr = self.config.scaled_learning_rate * self._lr_factor(self.steps)
+        if finite_loss and finite_gradient:
             self._update(lr)
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
-            self.skipped_in_a_row += 1
+            if not (finite_loss and self.loss_scale and self.loss_scale.value >= 1):
+                self.skipped_in_a_row += 1
             if self.skipped_in_a_row == 3:
                 raise NonFiniteLoss(f"three steps in a row up to step {self.steps} were not finite; last: {metrics}")
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        return finite | {"lr": lr, "skipped": float(self.skipped)}
+        return (
+            _finite(metrics)
+            | {"lr": lr, "skipped": float(self.skipped)}
+            | ({"loss_scale": scale} if self.loss_scale else {})
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+        """The objective's loss and scalars, as `step` gives them, without a gradient and without changing any state.
+
+        The same number of micro-batches on every rank. A collective.
+        """
+        return _finite(distributed.mean_over_ranks(self._mean(micro_batches), self.device))
+
+    def _mean(
+        self, micro_batches: Sequence[PairBatch], backward: Callable[[Tensor], None] = lambda loss: None
+    ) -> dict[str, Tensor]:
+        """Loss and scalars averaged over this rank's micro-batches; `backward` is given each one's share of the loss."""
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            loss, scalars = self.objective(self.predict, self.predict_reference, self.family.process, batch)
+            backward(loss / len(micro_batches))
+            for name, value in {"loss": loss, **scalars}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
+        return sums
 
     @torch.no_grad()
     def _update(self, lr: float) -> None:
@@ -194,45 +224,85 @@ class Trainer:
             files["reference"] = [(name, p, p.to_local().detach()) for name, p in self.reference.parameters()]
         if self.ema:
             files["ema"] = [(name, self.trained[name], rows) for name, rows in self.ema.items()]
-        if self.optimizer.state:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                moments = {name: self.optimizer.state[p][moment] for name, p in self.trained.items()}
-                files[moment] = [(name, value, value.to_local()) for name, value in moments.items()]
+        for file, values in optimizers.state_by_rows(self.optimizer, self.trained).items():
+            files[file] = [(name, value, value.to_local()) for name, value in values]
         return files
 
     def save(self, folder: Path) -> None:
-        """Write the exact training state into `folder`, whole tensors by rows, for any number of ranks. A collective."""
+        """Write the exact training state into `folder`. A collective.
+
+        Whole tensors by rows, for any number of ranks. What an optimizer keeps per rank (adamw_8bit, whose scales belong to
+        blocks of a rank's values) goes into a file per rank and fits this number of ranks only.
+        """
         self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
         for file, entries in self._state().items():
             self._write(folder / f"{file}.safetensors", lambda: (self._shard(*entry) for entry in entries))  # noqa: B023
+        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+        if per_rank:
+            save_file(per_rank, self._rank_file(folder))
+            with open(self._rank_file(folder), "rb") as written:
+                os.fsync(written.fileno())
         if self.rank == 0:
-            updates = next(iter(self.optimizer.state.values()))["step"].item() if self.optimizer.state else 0
             counters = {
                 "steps": self.steps,
-                "updates": updates,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "loss_scale": self.loss_scale.state() if self.loss_scale else None,
+                "optimizer": self.config.optimizer,
+                "without_state": [name for name, p in self.trained.items() if p not in self.optimizer.state],
+                "optimizer_ranks": self.mesh.size() if per_rank else None,
             }
             (folder / "trainer.json").write_text(json.dumps(counters))
         distributed.barrier()
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Read what `save` wrote, on this or any other number of ranks. Raises ValueError on a missing or odd tensor."""
+        """Read what `save` wrote, on any number of ranks, or on the same number where the optimizer's state is per rank.
+
+        Raises ValueError on a missing or odd tensor, another optimizer, or the wrong number of ranks.
+        """
         counters = json.loads((folder / "trainer.json").read_text())
+        self._refuse_foreign(counters, folder)
         self.steps, self.skipped = counters["steps"], counters["skipped"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
-        if counters["updates"]:
-            for parameter in self.trained.values():
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(counters["updates"])),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        if self.loss_scale and counters.get("loss_scale"):
+            self.loss_scale = LossScale(**counters["loss_scale"])
+        if self.steps > self.skipped:
+            never_had = set(counters.get("without_state", ()))  # parameters that no gradient reaches
+            having = [p for name, p in self.trained.items() if name not in never_had]
+            optimizers.make_state(self.optimizer, having, updates=self.steps - self.skipped)
         for file, entries in self._state().items():
             saved = SafetensorsFolder(folder / f"{file}.safetensors")
             for name, tensor, rows in entries:
                 if len(rows):
                     start = distributed.first_row(tensor)
                     rows.copy_(saved.rows(name, start, start + len(rows), tensor.shape))
+        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+        if per_rank:
+            found = load_file(self._rank_file(folder))
+            for name, value in per_rank.items():
+                if name not in found or found[name].shape != value.shape:
+                    raise ValueError(f"{self._rank_file(folder)} has no tensor {name!r} of shape {tuple(value.shape)}")
+                value.copy_(found[name])
+
+    def _rank_file(self, folder: Path) -> Path:
+        return folder / f"optimizer_of_rank{self.rank}.safetensors"
+
+    def _refuse_foreign(self, counters: dict, folder: Path) -> None:
+        mine, saved = self.config.optimizer, counters.get("optimizer", "adamw")
+        if mine != saved:
+            raise ValueError(
+                f'{folder} holds the state of trainer.optimizer = "{saved}", not of "{mine}": set it back to "{saved}"'
+            )
+        ranks = counters.get("optimizer_ranks") or self.mesh.size()
+        if ranks != self.mesh.size():
+            raise ValueError(
+                f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {self.mesh.size()}: resume with "
+                f'trainer.ranks = {ranks}, or start a new run from an export (the states of "adamw" and "adafactor" fit any '
+                "number of ranks)"
+            )
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

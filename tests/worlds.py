@@ -1,8 +1,10 @@
 """Small real things that many tests share: tiny folders of every family, a trainer on one, and random pairs for Kontext."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
 from rlhf.algorithms.objectives import DPO
@@ -11,6 +13,15 @@ from rlhf.models import FAMILIES, tiny
 from rlhf.trainer import Trainer
 from rlhf.types import PairBatch
 
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None,
+    reason="bitsandbytes comes with EXTRA=gpu: once it is there diffusers imports it in every process",
+)
+OPTIMIZER_NAMES = [
+    "adamw",
+    "adafactor",
+    pytest.param("adamw_8bit", marks=needs_bitsandbytes),
+]
 LORA = LoRAConfig(rank=4, alpha=8.0)
 
 

@@ -82,9 +82,15 @@ def text_key(instruction: str, fingerprint: str) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(["text", instruction, fingerprint]).encode())
 
 
-def source_key(content: str, height: int, width: int, fit: str, fingerprint: str) -> str:
+def source_key(content: str, height: int, width: int, fit: str, fingerprint: str, mirrored: bool = False) -> str:
     """Key of an encoded source picture; `content` is the hash of its file's bytes."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(["source", content, height, width, fit, fingerprint]).encode())
+    parts = ["source", content, height, width, fit, fingerprint, *(["mirrored"] if mirrored else [])]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def target_key(content: str, height: int, width: int, mirrored: bool, fingerprint: str) -> str:
+    """Key of an encoded target picture, cropped from its centre."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(["target", content, height, width, mirrored, fingerprint]).encode())
 
 
 def write_part(folder: str | Path, rows: Sequence[tuple[str, Mapping[str, Tensor], float | None]]) -> Part:
@@ -202,9 +208,13 @@ class ConditionCache:
 
         Raises: CacheError for a prompt that was not preprocessed or whose file is damaged.
         """
-        if not prompts:
-            raise ValueError("condition() needs at least one prompt")
-        rows = [self._views(prompt.text_key) | self._views(prompt.source_key) for prompt in prompts]
+        return self.stacked([(prompt.text_key, prompt.source_key) for prompt in prompts])
+
+    def stacked(self, keys: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """The tensors of several rows each, stacked: B lists of keys give tensors (B, …). Raises as `condition` does."""
+        if not keys:
+            raise ValueError("a batch needs at least one row")
+        rows = [{name: view for key in several for name, view in self._views(key).items()} for several in keys]
         return {name: self._stack(name, [row[name] for row in rows]) for name in rows[0]}
 
     def _stack(self, name: str, views: Sequence["_View"]) -> Tensor:

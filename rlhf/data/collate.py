@@ -34,6 +34,12 @@ def noise_seed(seed: int, step: int, index: int) -> int:
     return seed_from(seed, "noise", step, index)
 
 
+def draws(process: Process, *, seed: int, step: int, indices: range, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(t (B,), noise (B, C, h, w)) of the pairs with these indices within the step; `shape` is (C, h, w)."""
+    t = torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices])
+    return t, torch.stack([noise_from(noise_seed(seed, step, index), shape) for index in indices])
+
+
 def collate(
     pairs: Sequence[Pair],
     conditions: Callable[[Sequence[Prompt]], Condition],
@@ -47,10 +53,6 @@ def collate(
     winner = torch.stack([latents_from_array(pair.winner.latents) for pair in pairs])
     loser = torch.stack([latents_from_array(pair.loser.latents) for pair in pairs])
     indices = range(first_index, first_index + len(pairs))
-    return PairBatch(
-        winner=winner,
-        loser=loser,
-        condition=conditions([pair.prompt for pair in pairs]),
-        t=torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices]),
-        noise=torch.stack([noise_from(noise_seed(seed, step, index), winner.shape[1:]) for index in indices]),
-    )
+    t, noise = draws(process, seed=seed, step=step, indices=indices, shape=winner.shape[1:])
+    condition = conditions([pair.prompt for pair in pairs])
+    return PairBatch(winner=winner, loser=loser, condition=condition, t=t, noise=noise)

@@ -50,8 +50,14 @@ def load_image(path: str | Path, height: int, width: int, fit: Fit) -> np.ndarra
     return fit_image(decode_image(Path(path).read_bytes()), height, width, fit)
 
 
-def fit_image(image: np.ndarray, height: int, width: int, fit: Fit) -> np.ndarray:
-    """uint8 (H, W, 3) of a uint8 picture of any size; one that has the size already is returned unchanged."""
+CENTRE = (0.5, 0.5)
+
+
+def fit_image(image: np.ndarray, height: int, width: int, fit: Fit, crop: tuple[float, float] = CENTRE) -> np.ndarray:
+    """uint8 (H, W, 3) of a uint8 picture of any size; one that has the size already is returned unchanged.
+
+    `crop`: where a "crop" lies in what it may cut off, (down, across), each 0 … 1.
+    """
     check_array(image)
     if image.shape[:2] == (height, width):
         return image
@@ -61,7 +67,7 @@ def fit_image(image: np.ndarray, height: int, width: int, fit: Fit) -> np.ndarra
     scale = (max if fit == "crop" else min)(width / picture.width, height / picture.height)
     if fit == "crop":
         w, h = width / scale, height / scale
-        left, top = (picture.width - w) / 2, (picture.height - h) / 2
+        top, left = (picture.height - h) * crop[0], (picture.width - w) * crop[1]
         box = (max(left, 0.0), max(top, 0.0), min(left + w, picture.width), min(top + h, picture.height))
         return _resize(picture, width, height, box)
     if fit == "pad":

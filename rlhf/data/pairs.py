@@ -98,12 +98,15 @@ def write_pairs(
     partial.rename(file)
 
 
+def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """One file of a `pairs/` folder. Raises ValueError on another schema."""
+    schema = pq.read_schema(file)
+    if schema != SCHEMA:
+        raise ValueError(f"{file} is not a pair file of this version: its columns are {schema.names}")
+    return pq.read_table(file, columns=columns)
+
+
 def read_pairs(folder: Path) -> list[dict[str, object]]:
     """Rows of every file of a `pairs/` folder, in the order trained. Raises ValueError on another schema."""
-    rows = []
-    for file in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(file)
-        if table.schema != SCHEMA:
-            raise ValueError(f"{file} is not a pair file of this version: its columns are {table.schema.names}")
-        rows += table.to_pylist()
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in read_file(file).to_pylist()]
     return sorted(rows, key=lambda row: (row["step"], row["index"]))

@@ -78,7 +78,7 @@ def read_rows(
     root = path.parent.resolve()
     rows: list[Row] = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        pictures = pool.map(lambda line: _picture(path, root, line), lines)
+        pictures = pool.map(lambda line: check_picture(path, root, line.number, "image", line.image), lines)
         for done, (line, found) in enumerate(zip(lines, pictures, strict=True), start=1):
             if isinstance(found, Problem):
                 problems.append(found)
@@ -125,16 +125,19 @@ def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda i: (seed_from(seed, "prompt order", epoch, i), i)))
 
 
-def _picture(path: Path, root: Path, line: Line) -> tuple[str, str, int, int] | Problem:
-    """(absolute path, content hash, H, W) of a line's picture."""
+def check_picture(path: Path, root: Path, number: int, field: str, name: str) -> tuple[str, str, int, int] | Problem:
+    """(absolute path, content hash, H, W) of the picture that `field` of line `number` of the file `path` names.
+
+    It must lie, links followed, inside `root` and is really decoded.
+    """
 
     def problem(what: str, remedy: str) -> Problem:
-        return Problem(file=str(path), line=line.number, field="image", what=f"{line.image!r} {what}", remedy=remedy)
+        return Problem(file=str(path), line=number, field=field, what=f"{name!r} {what}", remedy=remedy)
 
-    if "://" in line.image:
+    if "://" in name:
         return problem("is a URL", "pictures are never fetched: save it beside the JSONL and give its relative path")
     try:
-        image = (root / line.image).resolve()
+        image = (root / name).resolve()
         inside = image.is_relative_to(root)
         data = image.read_bytes() if inside and image.is_file() else None
     except (OSError, ValueError, RuntimeError) as error:
@@ -144,15 +147,21 @@ def _picture(path: Path, root: Path, line: Line) -> tuple[str, str, int, int] | 
         return problem(f"lies outside the data root {root}", remedy)
     if data is None:
         return problem("does not exist", f"put the picture at {image} or mend the path")
+    checked = check_bytes(data)
+    return problem(*checked) if isinstance(checked[0], str) else (str(image), xxhash.xxh3_128_hexdigest(data), *checked)
+
+
+def check_bytes(data: bytes) -> tuple[int, int] | tuple[str, str]:
+    """(H, W) of a picture file, which is really decoded; or what is wrong with it and the remedy."""
     try:
         height, width = decode_image(data).shape[:2]
     except ImageTooLarge as error:
-        return problem(f"is too large: {error}", "scale it down")
+        return f"is too large: {error}", "scale it down"
     except UnsupportedImage as error:
-        return problem(f"is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP")
+        return f"is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP"
     except ImageError as error:
-        return problem(f"is unreadable: {error}", "replace the file")
-    return str(image), xxhash.xxh3_128_hexdigest(data), height, width
+        return f"is unreadable: {error}", "replace the file"
+    return height, width
 
 
 def _without_item(path: Path, line: Line, items: Path) -> Problem:

@@ -25,13 +25,14 @@ class Problem:
 
     file: str
     line: int | None
-    """1-based; None where the file as a whole is meant."""
+    """Or row of a table, from 1; None where the file as a whole is meant."""
     field: str | None
     what: str
     remedy: str
 
     def __str__(self) -> str:
-        where = self.file if self.line is None else f"{self.file}:{self.line}"
+        table = self.file.endswith((".parquet", ".arrow"))
+        where = self.file if self.line is None else f"{self.file}{' row ' if table else ':'}{self.line}"
         return f"{where}: {f'{self.field}: ' if self.field else ''}{self.what}; {self.remedy}"
 
 

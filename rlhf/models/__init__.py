@@ -1,9 +1,17 @@
 """`FAMILIES` names every model family once: `FAMILIES[name](path=folder, guidance_scale=3.5, dtype=torch.bfloat16)`."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from rlhf.models.family import Family
+from rlhf.config import ModelConfig
+from rlhf.models.family import Family, compute_dtype
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.stable_diffusion import StableDiffusion
 
 FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stable_diffusion": StableDiffusion}
+
+
+def load_family(model: ModelConfig, mixed_precision: str, guidance_scale: float | None = None) -> Family:
+    """The family of a recipe. `guidance_scale` None: the family's own default."""
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return FAMILIES[model.family](path=Path(model.path), dtype=compute_dtype(mixed_precision), **guidance)

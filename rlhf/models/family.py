@@ -17,6 +17,11 @@ from rlhf.algorithms.process import Process
 from rlhf.types import Condition
 
 
+def compute_dtype(mixed_precision: str) -> torch.dtype:
+    """What a network computes in, from `trainer.mixed_precision`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[mixed_precision]
+
+
 class Codec(Protocol):
     """The frozen part of a checkpoint: text encoders and VAE. The trainer never loads one."""
 
@@ -48,6 +53,8 @@ class Family(Protocol):
     denoiser_folder: ClassVar[str]
     source_folders: ClassVar[tuple[str, ...]]
     """Subfolders whose content decides `encode_source`: the cache's fingerprint of it. Empty where that is {}."""
+    target_folders: ClassVar[tuple[str, ...]]
+    """The same for `encode_target`."""
 
     @property
     def text_folders(self) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class FluxKontext:
     denoiser_folder: ClassVar[str] = "transformer"
     text_folders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     source_folders: ClassVar[tuple[str, ...]] = ("vae",)
+    target_folders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_prefix: ClassVar[str] = "transformer"
 
     def _json(self, folder: str, name: str) -> dict:

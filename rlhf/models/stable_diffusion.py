@@ -55,6 +55,7 @@ class StableDiffusion:
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     denoiser_folder: ClassVar[str] = "unet"
     source_folders: ClassVar[tuple[str, ...]] = ()
+    target_folders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_prefix: ClassVar[str] = "unet"
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -269,6 +269,19 @@ class JudgesConfig(Section):
         values = {name: getattr(self, name) for name in type(self).model_fields if name != "filter"}
         return {name: value for name, value in values.items() if isinstance(value, JudgeConfig)}
 
+    def unusable(self, names: Iterable[str], asked_by: str) -> list[str]:
+        """Those reward judges of `names`, which the key `asked_by` asks for, that cannot answer; a line each."""
+        found = []
+        for name in names:
+            if name not in self.rewards:
+                near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
+                found.append(f"{asked_by} names {name!r}, which is no judge; {hint}")
+            elif not self[name].external and not self[name].deployable:
+                key, judge = self.key(name), self[name]
+                found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
+        return found
+
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         taken = {*self._built_in, "filter", "hpsv2"}
@@ -283,15 +296,7 @@ class JudgesConfig(Section):
 
     def problems(self, reward: RewardConfig) -> list[str]:
         """What keeps these judges from giving `reward` its scores, a line each."""
-        found = []
-        for name in reward.names:
-            if name not in self.rewards:
-                near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
-                found.append(f"reward.weights names {name!r}, which is no judge; {hint}")
-            elif not self[name].external and not self[name].deployable:
-                key, judge = self.key(name), self[name]
-                found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
+        found = self.unusable(reward.names, "reward.weights")
         if self.filter.enabled and not (self.filter.url or self["filter"].deployable):
             found.append(
                 "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"

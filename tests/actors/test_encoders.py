@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.encoders import Encoder, EncodingFailed, encode, plan
-from actors.loading import Source, Text, load
+from actors.encoders import Encoder, PreprocessFailed, encode, plan
+from actors.loading import Picture, Text, load
 from jobs.preprocess import missing, preprocess, prompts_of
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import ConditionCache, read_manifest
@@ -107,7 +107,9 @@ def test_a_picture_that_changes_under_way_stops_it_with_its_name(cluster, config
     prompts = prompts_of(config, rows)
     texts, sources = missing(config, rows, prompts, read_manifest(config.data.cache))
     Image.fromarray(photos.picture(78)).save(rows[4].image)
-    with pytest.raises(EncodingFailed, match=r"encoding failed: .*4\.png changed while preprocess ran; start it again"):
+    with pytest.raises(
+        PreprocessFailed, match=r"preprocess failed: .*4\.png changed since it was checked; start the job again"
+    ):
         encode(config, texts, sources, lambda line: None)
     kept = read_manifest(config.data.cache).places
     assert prompts[4].source_key not in kept
@@ -115,7 +117,7 @@ def test_a_picture_that_changes_under_way_stops_it_with_its_name(cluster, config
 
 def test_the_deadline_holds_when_the_cluster_has_nothing_free(cluster, config):
     greedy = change(config, "preprocess", num_cpus=50.0, timeout_s=8.0)
-    with pytest.raises(EncodingFailed, match=r"not finished after preprocess.timeout_s = 8 s.* CPUs free"):
+    with pytest.raises(PreprocessFailed, match=r"not finished after preprocess.timeout_s = 8 s.* CPUs free"):
         preprocess(greedy, rows_of(config), lambda line: None)
     assert not [thread for thread in threading.enumerate() if thread.name == "preprocess"]  # Ray Data was stopped too
 
@@ -123,13 +125,14 @@ def test_the_deadline_holds_when_the_cluster_has_nothing_free(cluster, config):
 def test_a_picture_of_each_size_goes_into_items_of_its_own():
     texts = [Text(key=f"t{i}", instruction=str(i)) for i in range(5)]
     sources = [
-        Source(key=f"s{i}", path="", content="", height=16 * (1 + i % 2), width=16, fit="crop") for i in range(9)
+        Picture(key=f"s{i}", role="source", place="", content="", height=16 * (1 + i % 2), width=16, fit="crop")
+        for i in range(9)
     ]
     items = [json.loads(item) for item in plan(texts, sources, batch_size=2, encoders=1)]
     assert [row["key"] for item in items for row in item.get("texts", [])] == [t.key for t in texts]
-    assert sorted(row["key"] for item in items for row in item.get("sources", [])) == sorted(s.key for s in sources)
+    assert sorted(row["key"] for item in items for row in item.get("pictures", [])) == sorted(s.key for s in sources)
     for item in items:
-        assert len({(row["height"], row["width"]) for row in item.get("sources", [])}) <= 1
+        assert len({(row["height"], row["width"]) for row in item.get("pictures", [])}) <= 1
 
 
 def test_loading_gives_the_fitted_pixels(config):

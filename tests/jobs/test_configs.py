@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 
 import jobs
-from jobs.cli import parse, resolved_toml
+from jobs.cli import ConfigError, parse, resolved_toml
 from rlhf.config import OnlineDPOConfig, ServeJobConfig
+from rlhf.offline_config import OfflineDPOConfig
 from rlhf.rewards.ctr_config import TrainCTRConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))
-SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig}
+SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig} | {
+    name: OfflineDPOConfig for name in RECIPES if name.startswith("offline_dpo")
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -37,3 +40,25 @@ def test_one_gpu_shares_one_gpu():
     total = config.trainer.num_gpus + config.samplers.num_gpus + sum(judge.num_gpus for judge in judges)
     assert config.trainer.lora is not None
     assert total <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulated", "warmup", "optimizer"), [("sd15", 32, 500, "adamw"), ("sdxl", 128, 200, "adafactor")]
+)
+def test_the_papers_two_runs(name, accumulated, warmup, optimizer):
+    """Diffusion-DPO, arXiv 2311.12908, and its launchers: 2048 pairs a step, β 5000, 1e-8 × 2048, 2000 steps."""
+    config = parse(OfflineDPOConfig, ["--config", str(FOLDER / f"offline_dpo_{name}.toml")]).config
+    trainer = config.trainer
+    assert (trainer.pairs_per_step, trainer.gradient_accumulation_steps, config.dpo.beta) == (2048, accumulated, 5000)
+    assert trainer.scaled_learning_rate == pytest.approx(2.048e-5)
+    assert (trainer.max_train_steps, trainer.lr_warmup_steps, trainer.optimizer) == (2000, warmup, optimizer)
+    assert config.data.caption_dropout == 0.2 and config.data.hflip and config.dpo.reference_refresh_every == 0
+
+
+def test_the_effective_batch_gives_the_accumulation_or_says_what_would():
+    recipe = ["--config", str(FOLDER / "offline_dpo_sd15.toml"), "--trainer.ranks"]
+    assert parse(OfflineDPOConfig, [*recipe, "8"]).config.trainer.gradient_accumulation_steps == 64
+    with pytest.raises(ConfigError, match=r"effective_batch_size = 2048 is no multiple of .* = 12; 2040 and 2052 are"):
+        parse(OfflineDPOConfig, [*recipe, "3"])
+    with pytest.raises(ConfigError, match=r"is 64 accumulated micro-batches, but gradient_accumulation_steps = 7"):
+        parse(OfflineDPOConfig, [*recipe, "8", "--trainer.gradient_accumulation_steps", "7"])

@@ -206,7 +206,7 @@ def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_
     killed = []
 
     def kill_when_reached() -> None:
-        for step, name in ((3, "Sampler"), (5, "TrainerWorker")):
+        for step, name in ((3, "Sampler"), (5, "OnlineWorker")):
             while not (pairs / f"step_{step:06d}.rank_0.parquet").exists():
                 time.sleep(0.05)
             victim = ray_processes(name)[0]

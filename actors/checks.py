@@ -1,0 +1,143 @@
+"""Checking files of preference pairs: every picture decoded, in tasks of Ray Data, or in threads where Ray must not start.
+
+The answer is an index in the cache folder, named after the files' sizes and times, so that a data set is decoded for its
+check once. A JSONL is checked every time: its pictures are files of their own, and may be mended without it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import xxhash
+
+from actors import streaming
+from rlhf.config import PreprocessConfig
+from rlhf.data.pair_files import Block, blocks_of, find_files
+from rlhf.data.preferences import (
+    FORMAT,
+    Checked,
+    PairIndex,
+    Preference,
+    check_block,
+    gather,
+    read_index,
+    write_index,
+)
+from rlhf.data.schema import BadInput, Problem
+from rlhf.types import Item
+
+CHECKER_CPUS = 0.1
+Check = Callable[[int, Block], Checked]
+CheckAll = Callable[[Sequence[Block], Check], list[Checked]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedPairs:
+    """A data set that was checked."""
+
+    file: Path
+    """Its index."""
+    index: PairIndex
+    problems: tuple[Problem, ...]
+
+    def report(self) -> str:
+        """What is in it and what was left out, a line per problem."""
+        index = self.index
+        lines = [
+            f"{len(index)} pairs in {len(index.blocks)} blocks; without a preference: {index.ties} ties, "
+            f"{index.unlabelled} unlabelled"
+        ]
+        if self.problems:
+            lines.append(f"left out: {len(self.problems)} problems; going on with {len(index)} pairs")
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+
+
+def check_pairs(
+    path: Path,
+    split: str,
+    *,
+    key: str,
+    cache: Path,
+    on_bad_row: str,
+    needs_source: bool,
+    items: Mapping[str, Item] | None,
+    check_all: CheckAll,
+) -> CheckedPairs:
+    """The index of a data set. `key` is the configuration key of `path`, for messages; `check_all` does the work.
+
+    Raises: BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
+    """
+    files = find_files(path, split, key)
+    blocks: list[Block] = []
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            blocks += blocks_of(file)
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    folder = cache / "pairs" / _digest(files, needs_source, items)
+    index_file, problems_file = folder / "index.arrow", folder / "problems.json"
+    if not index_file.exists() or any(file.suffix == ".jsonl" for file in files):
+        check = partial(check_block, needs_source=needs_source, items=items)
+        index, problems = gather(blocks, check_all(blocks, check))
+        folder.mkdir(parents=True, exist_ok=True)
+        problems_file.write_text(json.dumps([asdict(problem) for problem in problems]))
+        write_index(index_file, index)
+    problems = [Problem(**values) for values in json.loads(problems_file.read_text())]
+    index = read_index(index_file)
+    if problems and (on_bad_row == "stop" or not len(index)):
+        raise BadInput(problems)
+    if not len(index):
+        what = f"holds no pair: {index.ties} ties, {index.unlabelled} unlabelled rows"
+        raise BadInput(
+            [Problem(file=str(path), line=None, field=None, what=what, remedy=f"set {key} to labelled pairs")]
+        )
+    return CheckedPairs(file=index_file, index=index, problems=tuple(problems))
+
+
+def _digest(files: Sequence[Path], needs_source: bool, items: Mapping[str, Item] | None) -> str:
+    places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, places, needs_source, sorted(items or ())]).encode())
+
+
+def in_threads(blocks: Sequence[Block], check: Check) -> list[Checked]:
+    """In this process, for a dry run."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(check, range(len(blocks)), blocks))
+
+
+def on_cluster(
+    settings: PreprocessConfig, log: Callable[[str], None], blocks: Sequence[Block], check: Check
+) -> list[Checked]:
+    """By tasks of Ray Data, on every node that sees the files. Raises: PreprocessFailed."""
+    streaming.prepare()
+    rows = [{"number": number, "block": json.dumps(asdict(block))} for number, block in enumerate(blocks)]
+    log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
+
+    def task(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            found = check(row["number"], Block(**json.loads(row["block"])))
+            return {"number": row["number"], "found": json.dumps(asdict(found)), "error": ""}
+        except OSError as error:
+            return {"number": row["number"], "found": "", "error": str(error)}
+
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(task, num_cpus=CHECKER_CPUS)
+    answers = {row["number"]: row["found"] for row in streaming.stream(dataset, settings.timeout_s)}
+    return [_checked(json.loads(answers[number])) for number in range(len(blocks))]
+
+
+def _checked(values: dict[str, Any]) -> Checked:
+    return Checked(
+        pairs=tuple(Preference(**pair) for pair in values["pairs"]),
+        problems=tuple(Problem(**problem) for problem in values["problems"]),
+        ties=values["ties"],
+        unlabelled=values["unlabelled"],
+    )

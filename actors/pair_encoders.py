@@ -1,0 +1,124 @@
+"""Encoding pairs beside the trainer: for data sets too large to encode ahead, and for random crops.
+
+Encoders are stateless, so Ray restarts one that dies and repeats its calls. The driver hands out places of the stream and
+hands on references: some steps ahead of the trainer, never more.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from actors.streaming import PreprocessFailed
+from rlhf.data.images import fit_image
+from rlhf.data.pair_files import read_block
+from rlhf.data.pair_stream import PairStream, Visit
+from rlhf.data.preferences import pictures_of, read_index
+from rlhf.models import load_family
+from rlhf.offline_config import OfflineDPOConfig
+from rlhf.rewards.images import decode_image
+
+STEPS_AHEAD = 2
+RESTARTS = 3
+
+
+class PairEncoder:
+    """A frozen codec on one device that reads pairs where they lie and encodes their pictures."""
+
+    def __init__(self, config: OfflineDPOConfig, index_file: Path):
+        self._config, self._index = config, read_index(index_file)
+        family = load_family(config.model, config.trainer.mixed_precision)
+        self._codec = family.load_codec("cuda" if config.preprocess.num_gpus > 0 else "cpu")
+        self._needs_source = bool(family.source_folders)
+        self._block = lru_cache(maxsize=config.data.shuffle_blocks)(
+            lambda number: read_block(self._index.blocks[number])
+        )
+
+    def encode(self, visits: Sequence[Visit]) -> tuple[int, list[dict[str, np.ndarray]]]:
+        """(count, one `rlhf.data.offline_pairs.Latents` per visit): the count tells the driver that all went well.
+
+        Short batches are padded, so that no row depends on its neighbours.
+        """
+        pictures = [self._pictures(visit) for visit in visits]
+        padding = [pictures[-1]] * (self._config.preprocess.batch_size - len(visits))
+        sides = list(zip(*pictures, *padding, strict=True))  # winners, losers [, sources]
+        winner, loser = (self._codec.encode_target(_stack(side)) for side in sides[:2])
+        named = {"winner": winner, "loser": loser}
+        if self._needs_source:
+            named |= self._codec.encode_source(_stack(sides[2]))
+        arrays = {name: tensor.float().cpu().numpy() for name, tensor in named.items()}
+        return len(visits), [{name: array[i].copy() for name, array in arrays.items()} for i in range(len(visits))]
+
+    def _pictures(self, visit: Visit) -> list[np.ndarray]:
+        """uint8 (H, W, 3) of the winner, the loser and, for an edit family, the source."""
+        pair = self._index[visit.row]
+        files = pictures_of(self._index.blocks[pair.block], self._block(pair.block), pair)
+        data = [files[pair.winner], files[1 - pair.winner]]
+        if self._needs_source:
+            data.append(Path(str(pair.source)).read_bytes())
+        height, width = self._config.model.height, self._config.model.width
+        fitted = [fit_image(decode_image(file), height, width, "crop", visit.crop) for file in data]
+        return [picture[:, ::-1] if visit.mirrored else picture for picture in fitted]
+
+
+def _stack(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures))
+
+
+class PairFeed:
+    """Latents of the coming steps, as references."""
+
+    def __init__(self, config: OfflineDPOConfig, index_file: Path, stream: PairStream):
+        self._config, self._stream = config, stream
+        settings = config.preprocess
+        actor = ray.remote(PairEncoder).options(
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )
+        self._encoders = [actor.remote(config, index_file) for _ in range(settings.encoders)]
+        self._next = 0
+        self._ahead: dict[int, list[list[tuple[ray.ObjectRef, ray.ObjectRef]]]] = {}
+
+    def take(self, step: int) -> list[list[ray.ObjectRef]]:
+        """For every rank, references to its pairs of update `step` (from 1), some pairs each. Waits until they are done.
+
+        Raises: PreprocessFailed with the cause, or at the deadline `preprocess.timeout_s`.
+        """
+        for ahead in range(step, min(step + STEPS_AHEAD, self._config.trainer.max_train_steps) + 1):
+            if ahead not in self._ahead:
+                self._ahead[ahead] = self._submit(ahead)
+        parts = self._ahead.pop(step)
+        waiting = [done for part in parts for done, _ in part]
+        try:
+            ray.get(waiting, timeout=self._config.preprocess.timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise PreprocessFailed(
+                f"step {step}: not encoded in preprocess.timeout_s: are the encoders alive?"
+            ) from error
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise PreprocessFailed(f"step {step}: the pairs could not be encoded: {cause}") from error
+        return [[latents for _, latents in part] for part in parts]
+
+    def _submit(self, step: int) -> list[list[tuple[ray.ObjectRef, ray.ObjectRef]]]:
+        trainer, size = self._config.trainer, self._config.preprocess.batch_size
+        parts = []
+        for rank in range(trainer.ranks):
+            first = (step - 1) * trainer.pairs_per_step + rank * trainer.pairs_per_rank
+            visits = [self._stream[place] for place in range(first, first + trainer.pairs_per_rank)]
+            part = []
+            for start in range(0, len(visits), size):
+                encoder = self._encoders[self._next % len(self._encoders)]
+                self._next += 1
+                part.append(tuple(encoder.encode.options(num_returns=2).remote(visits[start : start + size])))
+            parts.append(part)
+        return parts
+
+    def close(self) -> None:
+        for encoder in self._encoders:
+            ray.kill(encoder)

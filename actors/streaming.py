@@ -1,0 +1,91 @@
+"""Ray Data with a deadline, without its progress bars, and with a stop that ends what it started.
+
+Ray Data waits without a limit, and has no call to end an execution: a consumer that goes away leaves its operators waiting,
+and a later `ray.shutdown` finds them still at work. Its execution loop does call back at every step, also while tasks hang,
+and an exception there ends it in order. Left out: two executions at once in one driver; the request is one flag for the
+process.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import ray
+import ray.data
+
+STOP_TIMEOUT_S = 30.0
+
+requested = threading.Event()
+
+
+class PreprocessFailed(RuntimeError):
+    """Checking or encoding stopped; what was done before is kept."""
+
+
+class Stopped(RuntimeError):
+    """Raised inside the execution that was asked to stop."""
+
+
+class StopOnRequest:
+    """A Ray Data execution callback (`DataContext.custom_execution_callback_classes`); workers unpickle it by name."""
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def on_execution_step(self, executor: Any) -> None:
+        if requested.is_set():
+            raise Stopped
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
+def stream(dataset: ray.data.Dataset, timeout_s: float) -> Iterator[dict[str, Any]]:
+    """The dataset's rows as they come; a row with an `error` ends it. Ray Data runs in a thread and the deadline is here.
+
+    Raises: PreprocessFailed.
+    """
+    results: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
+
+    def consume() -> None:
+        try:
+            for row in dataset.iter_rows():
+                results.put(row)
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    requested.clear()
+    thread = threading.Thread(target=consume, name="preprocess", daemon=True)
+    thread.start()
+    deadline = monotonic() + timeout_s
+    try:
+        while (result := results.get(timeout=max(0.0, deadline - monotonic()))) is not None:
+            if isinstance(result, BaseException):
+                raise PreprocessFailed(f"preprocess failed: {result}") from result
+            if result["error"]:
+                raise PreprocessFailed(f"preprocess failed: {result['error']}")
+            yield result
+    except queue.Empty:
+        raise PreprocessFailed(
+            f"not finished after preprocess.timeout_s = {timeout_s:g} s; what is encoded is kept. The cluster has "
+            f"{ray.available_resources().get('CPU', 0):g} CPUs free; start it again, or raise the limit"
+        ) from None
+    finally:
+        requested.set()
+        thread.join(timeout=STOP_TIMEOUT_S)
+
+
+def prepare() -> None:
+    """One progress line of ours in place of Ray Data's bars and execution plans; and it stops when asked to."""
+    context = ray.data.DataContext.get_current()
+    if StopOnRequest not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(StopOnRequest)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # advises memory reservations for loaders that live for seconds
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

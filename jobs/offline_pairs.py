@@ -1,0 +1,270 @@
+"""The pairs of an offline recipe, from files to what ranks open: checked, relabelled if a judge decides, and encoded."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ray
+import xxhash
+
+from actors import feedback
+from actors.asking import Scorer
+from actors.checks import CheckAll, CheckedPairs, check_pairs
+from actors.encoders import encode
+from actors.loading import Cell, Picture, Text
+from actors.placement import JUDGES_CPUS
+from actors.streaming import PreprocessFailed
+from rlhf.data.cache import read_manifest
+from rlhf.data.fingerprint import fingerprint
+from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record
+from rlhf.data.pair_stream import held_out_visits
+from rlhf.data.preferences import PairIndex, Preference, write_index
+from rlhf.data.schema import BadInput, Problem, parse_items
+from rlhf.models import load_family
+from rlhf.offline_config import OfflineDPOConfig
+from rlhf.rewards import reward
+from rlhf.section import local_paths
+from rlhf.types import Item
+from serve_apps import deploy
+
+Say = Callable[[str], None]
+ROWS_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """One data set of a recipe."""
+
+    place: PairsPlace
+    checked: CheckedPairs | None
+    """None: the record of an online run."""
+    items: Mapping[str, Item]
+
+    @property
+    def index(self) -> PairIndex | None:
+        return self.checked.index if self.checked else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSets:
+    """What a recipe trains on and what it is measured on."""
+
+    training: PairSet
+    evaluation: PairSet | None
+
+    @property
+    def train(self) -> PairsPlace:
+        return self.training.place
+
+    @property
+    def held_out(self) -> PairsPlace | None:
+        return self.evaluation.place if self.evaluation else None
+
+    @property
+    def index(self) -> PairIndex | None:
+        return self.training.index
+
+    def _named(self) -> dict[str, PairSet]:
+        return {"data.path": self.training} | ({"eval.path": self.evaluation} if self.evaluation else {})
+
+    def report(self) -> str:
+        """What there is, and what was left out, a line per problem."""
+        reports = (
+            f"{key}: {found.checked.report() if found.checked else 'the record of an online run'}"
+            for key, found in self._named().items()
+        )
+        return "\n".join(reports)
+
+    def left_out(self) -> str:
+        """The bad rows that `data.on_bad_row = "skip"` went on without; empty if there are none."""
+        return "\n".join(
+            found.checked.report() for found in self._named().values() if found.checked and found.checked.problems
+        )
+
+
+def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
+    """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
+    family = load_family(config.model, config.trainer.mixed_precision)
+    kind = (config.model.family, str(family.dtype))
+    keys = PairKeys(
+        height=config.model.height,
+        width=config.model.width,
+        text=fingerprint(config.model.path, family.text_folders, *kind),
+        target=fingerprint(config.model.path, family.target_folders, *kind),
+        source=fingerprint(config.model.path, family.source_folders, *kind) if family.source_folders else None,
+    )
+    items: dict[str, Item] = {}
+    problems: list[Problem] = []
+    if config.data.item_metadata:
+        items, problems = parse_items(Path(config.data.item_metadata))
+    found: list[PairSet] = []
+    for key, path, split in (
+        ("data.path", config.data.path, config.data.split),
+        ("eval.path", config.eval.path, config.eval.split),
+    ):
+        if path is None:
+            continue
+        try:
+            if is_record(Path(path)):
+                found.append(_record(config, key, Path(path)))
+                continue
+            checked = check_pairs(
+                Path(path),
+                split,
+                key=key,
+                cache=Path(config.data.cache),
+                on_bad_row=config.data.on_bad_row,
+                needs_source=keys.source is not None,
+                items=items if config.data.item_metadata else None,
+                check_all=check_all,
+            )
+            found.append(PairSet(place=PairsPlace(file=checked.file, keys=keys), checked=checked, items=items))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    sets = PairSets(training=found[0], evaluation=found[1] if len(found) > 1 else None)
+    if sets.evaluation and sets.evaluation.index is not None:
+        count = len(sets.evaluation.index)
+        if not held_out_visits(config.eval, config.trainer, count):
+            need = config.trainer.ranks * config.trainer.train_batch_size
+            raise ValueError(f"eval.path = {config.eval.path!r} has {count} pairs, but a batch of every rank is {need}")
+    return sets
+
+
+def _record(config: OfflineDPOConfig, key: str, folder: Path) -> PairSet:
+    """The pairs/ folder of an online run. Raises: ValueError for what latents cannot do, BadInput for pairs without any."""
+    data = config.data
+    if key == "data.path" and (data.hflip or data.caption_dropout or data.choice_model):
+        raise ValueError(
+            f"data.path = {str(folder)!r} is an online run's record: its latents can be neither mirrored nor shown to a judge, "
+            "and its captions were encoded then; set data.hflip = false and data.caption_dropout = 0, without data.choice_model"
+        )
+    check_record(folder, read_manifest(data.cache), data.cache, config.model.height, config.model.width)
+    return PairSet(place=PairsPlace(file=folder), checked=None, items={})
+
+
+def say_batch(config: OfflineDPOConfig) -> None:
+    """How many pairs an update takes, and at which rate."""
+    trainer = config.trainer
+    print(
+        f"{trainer.pairs_per_step} pairs a step = {trainer.ranks} ranks × {trainer.train_batch_size} a micro-batch × "
+        f"{trainer.gradient_accumulation_steps} accumulated; learning rate {trainer.scaled_learning_rate:.3g}"
+        f"{f' = {trainer.learning_rate:g} × {trainer.pairs_per_step}' if trainer.scale_lr else ''}",
+        flush=True,
+    )
+
+
+# --- AI feedback -------------------------------------------------------------------------------------------------------
+
+
+def relabel_by_judge(
+    config: OfflineDPOConfig, pairs: PairSets, name: str, folder: Path, say: Say
+) -> tuple[PairSets, dict[str, float]]:
+    """The same pairs with the winners that `data.choice_model` prefers, and the share of swapped pairs to log.
+
+    The judge is deployed for this alone. Raises: DeployError, FeedbackFailed.
+    """
+    judge = config.data.choice_model
+    assert judge is not None
+    judges_up = deploy.deploy(config.judges, config.serve, [judge], name)
+    try:
+        actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
+        scorer = actor.remote(config.judges, [judge], judges_up.apps)
+        training, swapped = _relabel(config, pairs.training, scorer, folder / "feedback.parquet", say)
+        scalars = {"feedback/swapped": swapped}
+        evaluation = pairs.evaluation
+        if evaluation:
+            evaluation, swapped = _relabel(config, evaluation, scorer, folder / "feedback_eval.parquet", say)
+            scalars["feedback/swapped_eval"] = swapped
+        ray.kill(scorer)
+    finally:
+        deploy.undeploy(name, [judge])
+    return PairSets(training=training, evaluation=evaluation), scalars
+
+
+def _relabel(
+    config: OfflineDPOConfig, pairs: PairSet, scorer: ray.actor.ActorHandle, record: Path, say: Say
+) -> tuple[PairSet, float]:
+    judge, index = config.data.choice_model, pairs.index
+    assert judge is not None and index is not None and pairs.checked is not None
+    settings = config.judges[judge]
+    weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
+    # The contents too: a JSONL's pictures may change where its index keeps its name.
+    contents = [index.table[name].to_pylist() for name in ("content_0", "content_1", "caption")]
+    digest = xxhash.xxh3_64_hexdigest(f"{judge} {settings.model_dump_json()} {weights} {contents}".encode())
+    kept = pairs.place.file.with_name(f"scores-{digest}.npy")
+    timeout_s = config.judges.timeout_s * (config.judges.retries + 1) * feedback.PAIRS_PER_TASK
+    scores = feedback.score_pairs(index, judge, scorer, pairs.items, kept, timeout_s, say)
+    answer = feedback.relabel(index, scores)
+    say(f"feedback: {judge} swaps {answer.swapped:.1%} of {len(index)} pairs; all scores are in {record}")
+    feedback.write_record(record, index, answer)
+    file = pairs.place.file.with_name(f"index-{digest}.arrow")
+    labelled = index.relabelled(answer.winners)
+    write_index(file, labelled)
+    checked = replace(pairs.checked, file=file, index=labelled)
+    return replace(pairs, place=replace(pairs.place, file=file), checked=checked), answer.swapped
+
+
+# --- encoding ----------------------------------------------------------------------------------------------------------
+
+
+def encode_missing(config: OfflineDPOConfig, pairs: PairSets, say: Say) -> None:
+    """Encode every caption and, unless that is done on the fly, every picture that the cache lacks.
+
+    Raises: PreprocessFailed, CacheError, IncompleteModel.
+    """
+    texts, pictures = _missing(config, pairs)
+    if not texts and not pictures:
+        say(f"preprocess: all captions and pictures are in {config.data.cache}")
+        return
+    encode(config, texts, pictures, say)
+    if any(_missing(config, pairs)):
+        raise PreprocessFailed(
+            f"encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
+        )
+
+
+def _missing(config: OfflineDPOConfig, pairs: PairSets) -> tuple[list[Text], list[Picture]]:
+    places = read_manifest(config.data.cache).places
+    captions: dict[str, str] = {}
+    pictures: dict[str, Picture] = {}
+    for found, training in ((pairs.training, True), (pairs.evaluation, False)):
+        if found is None or found.index is None:
+            continue
+        index, keys = found.index, found.place.keys
+        assert keys is not None
+        blank = [BLANK] if training and config.data.caption_dropout else []
+        captions |= {keys.text_key(caption): caption for caption in (*index.captions(), *blank)}
+        if training and config.data.latents == "on_the_fly":
+            continue
+        rows = len(index) if training else len(held_out_visits(config.eval, config.trainer, len(index)))
+        mirrored = (False, True) if training and config.data.hflip else (False,)
+        for pair in _pairs(index, rows):
+            for way in mirrored:
+                for picture in _pictures(index, keys, pair, way):
+                    if picture.key not in places:
+                        pictures.setdefault(picture.key, picture)
+    texts = [Text(key=key, instruction=caption) for key, caption in captions.items() if key not in places]
+    return texts, list(pictures.values())
+
+
+def _pairs(index: PairIndex, rows: int) -> Iterable[Preference]:
+    for start in range(0, rows, ROWS_AT_ONCE):
+        for values in index.table.slice(start, min(ROWS_AT_ONCE, rows - start)).to_pylist():
+            yield Preference(**values)
+
+
+def _pictures(index: PairIndex, keys: PairKeys, pair: Preference, mirrored: bool) -> Iterable[Picture]:
+    """Both pictures of a pair and, for an edit family, its source."""
+    size = {"height": keys.height, "width": keys.width}
+    sides = ((pair.path_0, pair.content_0), (pair.path_1, pair.content_1))
+    for side, (key, (path, content)) in enumerate(zip(keys.target_keys(pair, mirrored), sides, strict=True)):
+        place = path or Cell(block=index.blocks[pair.block], row=pair.row, side=side)
+        yield Picture(key=key, role="target", place=place, content=content, fit=FIT, mirrored=mirrored, **size)
+    if keys.source is not None:
+        assert pair.source is not None and pair.source_content is not None
+        key = keys.source_key(pair, mirrored)
+        yield Picture(
+            key=key, role="source", place=pair.source, content=pair.source_content, fit=FIT, mirrored=mirrored, **size
+        )

@@ -1,0 +1,65 @@
+"""What the training jobs share: beginning again after lost ranks, room on the disk, names, and a stop in one line."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from actors import placement
+from actors.trainer_group import TrainerLost
+from jobs.cluster import Stopped
+from rlhf.offline_config import TrainingConfig
+from rlhf.run_folder import RunFolder
+
+TRAINER_REBUILDS = 3
+"""Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
+
+
+def unique_name(config: TrainingConfig, folder: RunFolder) -> str:
+    """Unique in the cluster, also beside a run of the same name in another run.dir; the same again on a resume."""
+    return f"{config.run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
+
+
+def check_disk(config: TrainingConfig) -> None:
+    """Print what checkpoints need. Raises NotEnoughResources where they would not fit."""
+    folder = next(p for p in (Path(config.run.dir), *Path(config.run.dir).parents) if p.exists())
+    disk = shutil.disk_usage(folder).free
+    need = placement.checkpoint_bytes(config) * (config.run.keep_checkpoints + 1)
+    print(
+        f"disk: {need / 2**30:.2f} GiB for {config.run.keep_checkpoints} + 1 checkpoints in {config.run.dir}, "
+        f"{disk / 2**30:.2f} GiB free"
+    )
+    if need > disk:
+        raise placement.NotEnoughResources(
+            f"run.dir = {config.run.dir!r} has too little space; lower run.keep_checkpoints or point it elsewhere"
+        )
+
+
+def train_until_done(folder: RunFolder, train: Callable[[], None]) -> None:
+    """`train()` goes on from the last commit to the end; it is called again when trainer ranks were lost."""
+    rebuilds, committed = 0, folder.last_committed()
+    while True:
+        folder.move_uncommitted_to_discarded(folder.last_committed())
+        try:
+            return train()
+        except TrainerLost as error:
+            rebuilds = rebuilds + 1 if folder.last_committed() == committed else 1
+            committed = folder.last_committed()
+            if rebuilds > TRAINER_REBUILDS:
+                raise
+            print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
+
+
+def guarded(job: Callable[[], None]) -> Callable[[], None]:
+    """A job whose stop by signal is told in one line."""
+
+    def guarded_job() -> None:
+        try:
+            job()
+        except (KeyboardInterrupt, Stopped):
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+    return guarded_job

@@ -1,0 +1,218 @@
+"""Pairs for training offline: a place in the stream becomes tensors, from the cache, from encoder actors, or from a record.
+
+Two kinds answer alike. `PicturePairs` are the rows of an index; their latents are in the cache or are handed in by whoever
+encodes on the fly. `StoredPairs` are the pairs/ folder of an online run, which holds the sampler's own latents.
+
+Shapes: B pairs, C latent channels, h w latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.process import Process
+from rlhf.data import pairs as record
+from rlhf.data.cache import ConditionCache, Manifest, source_key, target_key, text_key
+from rlhf.data.collate import draws, latents_from_array
+from rlhf.data.images import Fit
+from rlhf.data.pair_stream import Visit
+from rlhf.data.preferences import PairIndex, Preference, read_index
+from rlhf.data.schema import BadInput, Problem
+from rlhf.types import Condition, PairBatch
+
+FIT: Fit = "crop"
+BLANK = ""
+"""The caption of classifier-free guidance's other branch."""
+
+Latents = Mapping[str, np.ndarray]
+"""One pair as an encoder hands it over: `winner`, `loser` (C, h, w), and what `encode_source` gave, all fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairKeys:
+    """Cache keys of what pairs are made of, for one model and picture size."""
+
+    height: int
+    width: int
+    text: str
+    """Fingerprint of the text encoders."""
+    target: str
+    source: str | None
+    """None: the family sees no source."""
+
+    def text_key(self, caption: str) -> str:
+        return text_key(caption, self.text)
+
+    def target_keys(self, pair: Preference, mirrored: bool) -> tuple[str, str]:
+        """Of the first and of the second picture."""
+        first, second = (
+            target_key(content, self.height, self.width, mirrored, self.target)
+            for content in (pair.content_0, pair.content_1)
+        )
+        return first, second
+
+    def source_key(self, pair: Preference, mirrored: bool) -> str:
+        assert pair.source_content is not None and self.source is not None
+        return source_key(pair.source_content, self.height, self.width, FIT, self.source, mirrored)
+
+
+class OfflinePairs(Protocol):
+    """What ranks train from."""
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]: ...
+
+    def sides(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        """Latents of winners and losers, (B, C, h, w) fp32."""
+
+    def condition(self, visits: Sequence[Visit]) -> Condition:
+        """Encoded captions and sources, leading dimension B."""
+
+
+class PicturePairs:
+    """The rows of an index, encoded in a cache."""
+
+    def __init__(self, index: PairIndex, cache: ConditionCache, keys: PairKeys):
+        self._index, self._cache, self._keys = index, cache, keys
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return tuple(self._index.block_sizes().tolist())
+
+    def sides(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        winners, losers = [], []
+        for visit in visits:
+            pair = self._index[visit.row]
+            keys = self._keys.target_keys(pair, visit.mirrored)
+            winners.append(keys[pair.winner])
+            losers.append(keys[1 - pair.winner])
+        winner, loser = (self._cache.stacked([(key,) for key in keys])["latents"].float() for keys in (winners, losers))
+        return winner, loser
+
+    def captions(self, visits: Sequence[Visit]) -> Condition:
+        """Encoded captions alone."""
+        texts = [BLANK if visit.blank else self._index[visit.row].caption for visit in visits]
+        return self._cache.stacked([(self._keys.text_key(text),) for text in texts])
+
+    def condition(self, visits: Sequence[Visit]) -> Condition:
+        if self._keys.source is None:
+            return self.captions(visits)
+        keys = [self._keys.source_key(self._index[visit.row], visit.mirrored) for visit in visits]
+        return self.captions(visits) | self._cache.stacked([(key,) for key in keys])
+
+
+class HandedPairs:
+    """`PicturePairs` whose latents come with each call, from an encoder that works beside the trainer."""
+
+    def __init__(self, pairs: PicturePairs, visits: Sequence[Visit], handed: Sequence[Latents]):
+        self._pairs, self._handed = pairs, dict(zip(visits, handed, strict=True))
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return self._pairs.block_sizes
+
+    def sides(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        winner, loser = (self._stack(visits, side) for side in ("winner", "loser"))
+        return winner, loser
+
+    def condition(self, visits: Sequence[Visit]) -> Condition:
+        names = [name for name in self._handed[visits[0]] if name not in ("winner", "loser")]
+        return self._pairs.captions(visits) | {name: self._stack(visits, name) for name in names}
+
+    def _stack(self, visits: Sequence[Visit], name: str) -> Tensor:
+        return torch.stack([torch.from_numpy(np.array(self._handed[visit][name])) for visit in visits])
+
+
+class StoredPairs:
+    """The record of an online run, in the order trained."""
+
+    def __init__(self, folder: Path, cache: ConditionCache):
+        self._places: list[tuple[Path, int]] = []
+        steps: list[tuple[int, int]] = []
+        for file in sorted(folder.glob("*.parquet")):
+            table = record.read_file(file, columns=["step", "index"])
+            places = zip(table["step"].to_pylist(), table["index"].to_pylist(), strict=True)
+            for row, place in enumerate(places):
+                self._places.append((file, row))
+                steps.append(place)
+        self._places = [self._places[i] for i in sorted(range(len(steps)), key=steps.__getitem__)]
+        self._cache = cache
+        self._rows = lru_cache(maxsize=64)(lambda file: record.read_file(file).to_pylist())
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return (len(self._places),)
+
+    def _row(self, visit: Visit) -> dict:
+        file, row = self._places[visit.row]
+        return self._rows(file)[row]
+
+    def sides(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
+        rows = [self._row(visit) for visit in visits]
+        winner, loser = (torch.stack([_latents(row, side) for row in rows]) for side in ("winner", "loser"))
+        return winner, loser
+
+    def condition(self, visits: Sequence[Visit]) -> Condition:
+        rows = [self._row(visit) for visit in visits]
+        return self._cache.stacked([(row["text_key"], row["source_key"]) for row in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsPlace:
+    """Where a rank finds pairs: an index with the keys of its pictures, or the folder of a record."""
+
+    file: Path
+    keys: PairKeys | None = None
+    """None: `file` is a record."""
+
+    def open(self, cache: ConditionCache) -> OfflinePairs:
+        return PicturePairs(read_index(self.file), cache, self.keys) if self.keys else StoredPairs(self.file, cache)
+
+
+def _latents(row: Mapping, side: str) -> Tensor:
+    return latents_from_array(np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"]))
+
+
+def is_record(path: Path) -> bool:
+    """Whether a folder holds the pairs of an online run."""
+    first = next(iter(sorted(path.glob("*.parquet"))), None) if path.is_dir() else None
+    return first is not None and "winner_latents" in pq.read_schema(first).names
+
+
+def check_record(folder: Path, manifest: Manifest, cache: str, height: int, width: int) -> None:
+    """Raise BadInput with every stored pair that cannot be trained on again."""
+    problems = []
+    for file in sorted(folder.glob("*.parquet")):
+        columns = ["text_key", "source_key", "height", "width", "winner_latents", "loser_latents"]
+        for number, row in enumerate(record.read_file(file, columns=columns).to_pylist(), start=1):
+
+            def problem(field: str, what: str, remedy: str) -> None:
+                problems.append(Problem(file=str(file), line=number, field=field, what=what, remedy=remedy))  # noqa: B023
+
+            if row["winner_latents"] is None or row["loser_latents"] is None:
+                problem("latents", "are missing", "only a run with run.save_latents = true can be replayed")
+            if (row["height"], row["width"]) != (height, width):
+                what = f"{row['height']}×{row['width']}, but model.height × model.width is {height}×{width}"
+                problem("height, width", what, "give the run's own size")
+            for field in ("text_key", "source_key"):
+                if row[field] not in manifest.places:
+                    problem(field, f"is not in data.cache = {cache}", "give the cache and the model of that run")
+    if problems:
+        raise BadInput(problems)
+
+
+def batch_of(
+    pairs: OfflinePairs, visits: Sequence[Visit], process: Process, *, seed: int, step: int, first_index: int
+) -> PairBatch:
+    """Tensors of some pairs of a step. (t, noise) are drawn as online: from (run seed, step, index within the step)."""
+    winner, loser = pairs.sides(visits)
+    indices = range(first_index, first_index + len(visits))
+    t, noise = draws(process, seed=seed, step=step, indices=indices, shape=winner.shape[1:])
+    return PairBatch(winner=winner, loser=loser, condition=pairs.condition(visits), t=t, noise=noise)
