@@ -7,12 +7,13 @@ import pytest
 import jobs
 from jobs.cli import ConfigError, parse, resolved_toml
 from rlhf.config import OnlineDPOConfig, ServeJobConfig
+from rlhf.evaluation_config import EvaluateConfig
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.rewards.ctr_config import TrainCTRConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))
-SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig} | {
+SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig, "evaluate.toml": EvaluateConfig} | {
     name: OfflineDPOConfig for name in RECIPES if name.startswith("offline_dpo")
 }
 
