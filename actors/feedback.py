@@ -60,13 +60,12 @@ def score_pairs(
     kept: Path,
     timeout_s: float,
     log: Callable[[str], None],
-) -> np.ndarray:
-    """float64 (pairs, 2). `kept` is the file that an earlier, interrupted call left its scores in; NaN: not scored yet.
+) -> None:
+    """Score what the file `kept` lacks, and keep it there.
 
     `timeout_s` is for one task and its pictures. Raises: FeedbackFailed naming the row and the judge's reason.
     """
-    scores = np.load(kept) if kept.exists() else np.full((len(index), 2), np.nan)
-    todo = np.flatnonzero(np.isnan(scores).any(axis=1))
+    scores, todo = read_scores(kept, index), unscored(kept, index)
     log(f"feedback: {judge} scores {len(todo)} of {len(index)} pairs")
     work, running = _work(index, todo), {}
     saved = monotonic()
@@ -100,7 +99,16 @@ def score_pairs(
         for task in running:
             ray.cancel(task)
         _keep(kept, scores)
-    return scores
+
+
+def read_scores(kept: Path, index: PairIndex) -> np.ndarray:
+    """float64 (pairs, 2): scores of the first and the second picture, NaN where a pair has none yet."""
+    return np.load(kept) if kept.exists() else np.full((len(index), 2), np.nan)
+
+
+def unscored(kept: Path, index: PairIndex) -> np.ndarray:
+    """Rows of the index that have no scores yet."""
+    return np.flatnonzero(np.isnan(read_scores(kept, index)).any(axis=1))
 
 
 def _work(index: PairIndex, rows: np.ndarray) -> Iterator[tuple[list[int], Block, list[Preference]]]:

@@ -45,8 +45,17 @@ SEED_FLAGS = {
     "checkpointing_steps": "run.save_every",
     "output_dir": "run.dir",
     "use_ema": "trainer.ema_decay",
+    "beta_dpo": "dpo.beta",
+    "resolution": "model.height",
+    "dataset_name": "data.path",
+    "proportion_empty_prompts": "data.caption_dropout",
+    "random_crop": "data.crop",
+    "no_hflip": "data.hflip",
+    "sft": "objective",
+    "use_adafactor": "trainer.optimizer",
+    "use_8bit_adam": "trainer.optimizer",
 }
-"""Flags of the script this system replaces, for the "did you mean" of an unknown key."""
+"""Flags of the scripts this system replaces, for the "did you mean" of an unknown key."""
 
 C = TypeVar("C", bound=Section)
 

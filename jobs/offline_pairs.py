@@ -1,6 +1,6 @@
 """The pairs of an offline recipe, from files to what ranks open: checked, relabelled if a judge decides, and encoded."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from actors.placement import JUDGES_CPUS
 from actors.streaming import PreprocessFailed
 from rlhf.data.cache import read_manifest
 from rlhf.data.fingerprint import fingerprint
-from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record
+from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record, record_size
 from rlhf.data.pair_stream import held_out_visits
 from rlhf.data.preferences import PairIndex, Preference, write_index
 from rlhf.data.schema import BadInput, Problem, parse_items
@@ -124,8 +124,12 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
     if problems:
         raise BadInput(problems)
     sets = PairSets(training=found[0], evaluation=found[1] if len(found) > 1 else None)
-    if sets.evaluation and sets.evaluation.index is not None:
-        count = len(sets.evaluation.index)
+    if sets.evaluation:
+        count = (
+            len(sets.evaluation.index)
+            if sets.evaluation.index is not None
+            else record_size(Path(str(config.eval.path)))
+        )
         if not held_out_visits(config.eval, config.trainer, count):
             need = config.trainer.ranks * config.trainer.train_batch_size
             raise ValueError(f"eval.path = {config.eval.path!r} has {count} pairs, but a batch of every rank is {need}")
@@ -163,47 +167,62 @@ def relabel_by_judge(
 ) -> tuple[PairSets, dict[str, float]]:
     """The same pairs with the winners that `data.choice_model` prefers, and the share of swapped pairs to log.
 
-    The judge is deployed for this alone. Raises: DeployError, FeedbackFailed.
+    The judge is deployed for this alone, and only if some pair has no score yet. Raises: DeployError, FeedbackFailed.
     """
-    judge = config.data.choice_model
+    sets = {"swapped": pairs.training} | ({"swapped_eval": pairs.evaluation} if pairs.evaluation else {})
+    kept = {what: _scores_file(config, found) for what, found in sets.items()}
+    if any(feedback.unscored(kept[what], index_of(found)).size for what, found in sets.items()):
+        _score(config, [(found, kept[what]) for what, found in sets.items()], name, say)
+    scalars: dict[str, float] = {}
+    for what, found in sets.items():
+        index = index_of(found)
+        answer = feedback.relabel(index, feedback.read_scores(kept[what], index))
+        record = folder / f"feedback{what.removeprefix('swapped')}.parquet"
+        say(
+            f"feedback: {config.data.choice_model} swaps {answer.swapped:.1%} of {len(index)} pairs; all scores: {record}"
+        )
+        feedback.write_record(record, index, answer)
+        scalars[f"feedback/{what}"] = answer.swapped
+        file = kept[what].with_name(kept[what].name.replace("scores", "index")).with_suffix(".arrow")
+        labelled = index.relabelled(answer.winners)
+        write_index(file, labelled)
+        assert found.checked is not None
+        checked = replace(found.checked, file=file, index=labelled)
+        sets[what] = replace(found, place=replace(found.place, file=file), checked=checked)
+    return PairSets(training=sets["swapped"], evaluation=sets.get("swapped_eval")), scalars
+
+
+def index_of(pairs: PairSet) -> PairIndex:
+    if pairs.index is None:
+        raise ValueError("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
+    return pairs.index
+
+
+def _scores_file(config: OfflineDPOConfig, pairs: PairSet) -> Path:
+    """Where a judge's scores of these pairs are kept: named after the judge, its weights, and what it sees."""
+    judge, index = config.data.choice_model, index_of(pairs)
     assert judge is not None
-    judges_up = deploy.deploy(config.judges, config.serve, [judge], name)
-    try:
-        actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
-        scorer = actor.remote(config.judges, [judge], judges_up.apps)
-        training, swapped = _relabel(config, pairs.training, scorer, folder / "feedback.parquet", say)
-        scalars = {"feedback/swapped": swapped}
-        evaluation = pairs.evaluation
-        if evaluation:
-            evaluation, swapped = _relabel(config, evaluation, scorer, folder / "feedback_eval.parquet", say)
-            scalars["feedback/swapped_eval"] = swapped
-        ray.kill(scorer)
-    finally:
-        deploy.undeploy(name, [judge])
-    return PairSets(training=training, evaluation=evaluation), scalars
-
-
-def _relabel(
-    config: OfflineDPOConfig, pairs: PairSet, scorer: ray.actor.ActorHandle, record: Path, say: Say
-) -> tuple[PairSet, float]:
-    judge, index = config.data.choice_model, pairs.index
-    assert judge is not None and index is not None and pairs.checked is not None
     settings = config.judges[judge]
     weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
     # The contents too: a JSONL's pictures may change where its index keeps its name.
     contents = [index.table[name].to_pylist() for name in ("content_0", "content_1", "caption")]
     digest = xxhash.xxh3_64_hexdigest(f"{judge} {settings.model_dump_json()} {weights} {contents}".encode())
-    kept = pairs.place.file.with_name(f"scores-{digest}.npy")
+    return pairs.place.file.with_name(f"scores-{digest}.npy")
+
+
+def _score(config: OfflineDPOConfig, todo: Sequence[tuple[PairSet, Path]], name: str, say: Say) -> None:
+    judge = config.data.choice_model
+    assert judge is not None
     timeout_s = config.judges.timeout_s * (config.judges.retries + 1) * feedback.PAIRS_PER_TASK
-    scores = feedback.score_pairs(index, judge, scorer, pairs.items, kept, timeout_s, say)
-    answer = feedback.relabel(index, scores)
-    say(f"feedback: {judge} swaps {answer.swapped:.1%} of {len(index)} pairs; all scores are in {record}")
-    feedback.write_record(record, index, answer)
-    file = pairs.place.file.with_name(f"index-{digest}.arrow")
-    labelled = index.relabelled(answer.winners)
-    write_index(file, labelled)
-    checked = replace(pairs.checked, file=file, index=labelled)
-    return replace(pairs, place=replace(pairs.place, file=file), checked=checked), answer.swapped
+    judges_up = deploy.deploy(config.judges, config.serve, [judge], name)
+    actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
+    scorer = actor.remote(config.judges, [judge], judges_up.apps)
+    try:
+        for pairs, kept in todo:
+            feedback.score_pairs(index_of(pairs), judge, scorer, pairs.items, kept, timeout_s, say)
+    finally:
+        ray.kill(scorer)
+        deploy.undeploy(name, [judge])
 
 
 # --- encoding ----------------------------------------------------------------------------------------------------------

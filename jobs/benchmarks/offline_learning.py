@@ -1,15 +1,16 @@
 """Does offline DPO learn, and not only run? A small Stable Diffusion is made from photos and tuned to what people click on.
 
-    python -m jobs.benchmarks.offline_learning --seeds 3 --out offline_learning.png
+    python -m jobs.benchmarks.offline_learning --seeds 3 --out offline_learning
 
-Photos come in a well-lit and a badly lit version; the preferred one of a pair is the one with the higher simulated click
-rate. A VAE and then a UNet are fitted to all of them (SFT), which gives a base whose samples look like photos. DPO then
-trains on pairs. The measure is the implicit accuracy on held-out pairs; the null is not 0.5 ± the spread over pairs, but whole
-runs on shuffled labels. Everything is the product's own: trainer, objectives, family, sampling; without Ray, in one process.
+Photos come under a warm and a cold light, and people click on the warm one. A VAE and then a UNet are fitted to all of them
+(SFT), which gives a base whose samples look a little like photos. DPO then trains on pairs. The measure is the implicit
+accuracy on held-out pairs; the null is not 0.5 ± the spread over pairs, but whole runs on shuffled labels. Everything is
+the product's own: trainer, objectives, family, sampling; without Ray, in one process.
 """
 
+import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,11 +23,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from jobs.cli import resolved_toml
 from jobs.demo_photos import photo, relight
 from rlhf import distributed
 from rlhf.algorithms.objectives import DPO, SFT, Objective
 from rlhf.config import TrainerConfig
 from rlhf.data.collate import draws
+from rlhf.evaluation_config import EvaluateConfig
 from rlhf.models import FAMILIES
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
@@ -61,6 +64,10 @@ class Pairs:
         condition = {name: tensor[rows] for name, tensor in self.condition.items()}
         return PairBatch(winner=self.winners[rows], loser=self.losers[rows], condition=condition, t=t, noise=noise)
 
+    def part(self, rows: slice) -> "Pairs":
+        condition = {name: tensor[rows] for name, tensor in self.condition.items()}
+        return Pairs(winners=self.winners[rows], losers=self.losers[rows], condition=condition)
+
     def shuffled(self, seed: int) -> "Pairs":
         """Winner and loser exchanged in half of the pairs, at random."""
         swap = torch.from_numpy(np.random.default_rng(seed).random(len(self.winners)) < 0.5)[:, None, None, None]
@@ -68,21 +75,39 @@ class Pairs:
         return Pairs(winners=winners, losers=losers, condition=self.condition)
 
 
+SCENES = ("fruit", "soup", "boxes")
+COLOURS = {
+    "red": (0.8, 0.2, 0.2),
+    "green": (0.3, 0.7, 0.3),
+    "blue": (0.2, 0.3, 0.8),
+    "yellow": (0.85, 0.75, 0.2),
+    "purple": (0.6, 0.2, 0.7),
+    "white": (0.9, 0.9, 0.88),
+    "brown": (0.5, 0.33, 0.2),
+    "orange": (0.9, 0.5, 0.15),
+}
+CAPTIONS = tuple(f"a photo of {colour} {scene}" for colour in COLOURS for scene in SCENES)
+
+
+def warmth(images: Sequence[np.ndarray], prompts: object = None, items: object = None) -> list[float]:
+    """Mean red − mean blue of uint8 (H, W, 3) pictures, −1 … 1: what the better light has more of. Also a judge."""
+    means = [image.reshape(-1, 3).mean(axis=0) / 255 for image in images]
+    return [float(mean[0] - mean[2]) for mean in means]
+
+
 def generated_pictures(count: int, seed: int = 0) -> Pictures:
-    """Photos under two lights; the one with the better simulated click rate wins."""
+    """Photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
     random = np.random.default_rng(seed)
-    winners, losers, captions = [], [], []
+    winners: list[np.ndarray] = []
+    losers: list[np.ndarray] = []
+    captions = []
     for index in range(count):
-        scene = ("fruit", "soup", "boxes")[index % 3]
-        colour = tuple(random.uniform(0.2, 0.9, 3))
-        picture = photo(scene, colour, SIDE, SIDE, random)
-        good, bad = (
-            relight(picture / 255, sign * random.uniform(0.3, 0.6), 1.0 + sign * random.uniform(0.0, 0.2))
-            for sign in (1, -1)
-        )
-        winners.append((good * 255).astype(np.uint8))
-        losers.append((bad * 255).astype(np.uint8))
-        captions.append(f"a photo of {scene}")
+        colour, scene = list(COLOURS)[index % len(COLOURS)], SCENES[index // len(COLOURS) % len(SCENES)]
+        picture = photo(scene, COLOURS[colour], SIDE, SIDE, random) / 255
+        for light, side in ((1, winners), (-1, losers)):
+            relit = relight(picture, light * random.uniform(0.3, 0.6), 1.0 + random.uniform(-0.1, 0.1))
+            side.append((relit * 255).astype(np.uint8))
+        captions.append(f"a photo of {colour} {scene}")
     return Pictures(winners=np.stack(winners), losers=np.stack(losers), captions=tuple(captions))
 
 
@@ -192,31 +217,104 @@ def learning_curve(
     return curve, trainer
 
 
-def all_curves(
-    pictures: Pictures, steps: int, seeds: int, every: int, vae_steps: int, sft_steps: int, keep: Path
-) -> dict[str, list]:
-    """Curves of `seeds` runs with true and with shuffled labels from one base; base and tuned weights stay in `keep`."""
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long everything takes."""
+
+    pairs: int = 264
+    vae_steps: int = 300
+    sft_steps: int = 300
+    dpo_steps: int = 120
+    every: int = 20
+    seeds: int = 3
+
+
+def all_curves(size: Size, keep: Path) -> dict[Labels, list[list[tuple[int, float]]]]:
+    """Curves of runs with true and with shuffled labels from one base. `keep`/base and `keep`/tuned hold weights."""
     torch.set_num_threads(1)  # these matrices are too small to share
     mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
     try:
-        folder = make_base(keep / "base", pictures, mesh, vae_steps=vae_steps, sft_steps=sft_steps)
+        pictures = generated_pictures(size.pairs)
+        folder = make_base(keep / "base", pictures, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
         pairs = encode(FAMILIES["stable_diffusion"](path=folder), pictures)
-        train_on, held_out = (
-            Pairs(
-                winners=pairs.winners[part],
-                losers=pairs.losers[part],
-                condition={name: tensor[part] for name, tensor in pairs.condition.items()},
-            )
-            for part in (slice(None, -HELD_OUT), slice(-HELD_OUT, None))
-        )
-        curves: dict[str, list] = {"true": [], "shuffled": []}
-        for labels in ("true", "shuffled"):
-            for seed in range(seeds):
-                curve, trainer = learning_curve(folder, train_on, held_out, mesh, seed, labels, steps, every)
-                curves[labels].append(curve)
-                print(f"{labels} {seed}: {curve}", flush=True)
+        train_on, held_out = pairs.part(slice(None, -HELD_OUT)), pairs.part(slice(-HELD_OUT, None))
+        curves: dict[Labels, list[list[tuple[int, float]]]] = {"true": [], "shuffled": []}
+        for labels, runs in curves.items():
+            for seed in range(size.seeds):
+                curve, trainer = learning_curve(
+                    folder, train_on, held_out, mesh, seed, labels, size.dpo_steps, size.every
+                )
+                runs.append(curve)
                 if labels == "true" and seed == 0:
                     trainer.export(keep / "tuned")
         return curves
     finally:
         distributed.stop()
+
+
+def evaluation(keep: Path, seeds: int = 2) -> EvaluateConfig:
+    """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of its samples."""
+    (keep / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    judge = {"function": "jobs.benchmarks.offline_learning:warmth", "num_cpus": 0.1}
+    return EvaluateConfig.model_validate(
+        {
+            "out": str(keep / "evaluation"),
+            "model": {
+                "family": "stable_diffusion",
+                "path": str(keep / "base"),
+                "height": SIDE,
+                "width": SIDE,
+                "guidance_scale": 1.0,
+            },
+            "tuned": {"denoiser": str(keep / "tuned")},
+            "data": {"path": str(keep / "prompts.txt")},
+            "sampling": {"steps": 20, "seeds": seeds, "batch_size": 8},
+            "reward": {"weights": {"warmth": 1.0}},
+            "judges": {"python": {"warmth": judge}},
+            "painters": {"num_cpus": 0.3, "num_gpus": 0.0},
+            "cluster": {"num_cpus": 2.0, "object_store_memory": 200_000_000},
+        }
+    )
+
+
+def last(curves: dict[Labels, list[list[tuple[int, float]]]]) -> dict[Labels, list[float]]:
+    """Held-out implicit accuracy at the end of every run."""
+    return {labels: [curve[-1][1] for curve in runs] for labels, runs in curves.items()}
+
+
+def plot(curves: dict[Labels, list[list[tuple[int, float]]]], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for color, (labels, runs) in zip(("tab:green", "tab:gray"), curves.items(), strict=True):
+        for number, run in enumerate(runs):
+            axes.plot(*zip(*run, strict=True), color=color, label=None if number else labels)
+    axes.axhline(0.5, color="black", linewidth=0.5)
+    axes.set(xlabel="step", ylabel="implicit accuracy on held-out pairs", title="Offline DPO, small Stable Diffusion")
+    axes.legend(title="labels")
+    figure.savefig(out, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=Size.dpo_steps)
+    parser.add_argument("--seeds", type=int, default=Size.seeds)
+    parser.add_argument("--out", type=Path, default=Path("offline_learning"), help="folder for models, plot and pages")
+    arguments = parser.parse_args()
+    keep = arguments.out.resolve()
+    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), keep)
+    plot(curves, keep / "curves.png")
+    for labels, values in last(curves).items():
+        print(f"{labels:>9}: " + "  ".join(f"{value:.3f}" for value in values))
+    (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep)))
+    print(
+        f"curves: {keep / 'curves.png'}; base against tuned: python -m jobs.evaluate --config {keep / 'evaluate.toml'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -186,6 +186,11 @@ def is_record(path: Path) -> bool:
     return first is not None and "winner_latents" in pq.read_schema(first).names
 
 
+def record_size(folder: Path) -> int:
+    """Pairs in a record."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+
+
 def check_record(folder: Path, manifest: Manifest, cache: str, height: int, width: int) -> None:
     """Raise BadInput with every stored pair that cannot be trained on again."""
     problems = []

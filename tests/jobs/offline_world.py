@@ -50,13 +50,13 @@ def write_grocery(folder: Path, train: int = 200, held_out: int = 32) -> Path:
     return folder
 
 
-def offline_config(folder: Path, model: Path, data: Path, **tables: Any) -> OfflineDPOConfig:
+def offline_config(folder: Path, model_path: Path, pairs: Path, **tables: Any) -> OfflineDPOConfig:
     """A run in `folder`; `tables` are merged into the sections."""
     base: dict[str, Any] = {
         "run": {"name": "offline", "dir": str(folder / "runs"), "save_every": 2},
-        "model": {"family": "stable_diffusion", "path": str(model), "height": 64, "width": 64},
-        "data": {"path": str(data), "cache": str(folder / "cache")},
-        "eval": {"path": str(data), "every": 2, "max_pairs": 16, "draws": 2},
+        "model": {"family": "stable_diffusion", "path": str(model_path), "height": 64, "width": 64},
+        "data": {"path": str(pairs), "cache": str(folder / "cache")},
+        "eval": {"path": str(pairs), "every": 2, "max_pairs": 8, "draws": 1},
         "dpo": {"beta": 1000.0},
         "trainer": {
             "ranks": 2,

@@ -1,0 +1,31 @@
+"""Offline DPO teaches: held-out pairs are told apart by runs on true labels, and not by runs on shuffled ones."""
+
+import json
+
+import pytest
+
+from jobs import evaluate
+from jobs.benchmarks.offline_learning import Size, all_curves, evaluation, last
+from rlhf.rewards.config import ServeConfig
+from tests.conftest import SERVE_PORT
+
+MARGIN = 0.1
+"""Implicit accuracy by which every true run must exceed the best shuffled one."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_true_labels_beat_shuffled_ones_and_samples_follow_them(cluster, tmp_path):
+    size = Size(pairs=200, vae_steps=200, sft_steps=200, dpo_steps=60, every=60)
+    curves = all_curves(size, tmp_path)
+    end = last(curves)
+    assert len(end["true"]) == len(end["shuffled"]) == 3
+    assert all(curve[0] == (0, 0.0) for runs in curves.values() for curve in runs), (
+        "policy and reference differ at step 0"
+    )
+    assert min(end["true"]) > max(end["shuffled"]) + MARGIN
+    config = evaluation(tmp_path, seeds=1).model_copy(update={"serve": ServeConfig(port=SERVE_PORT)})
+    out = evaluate.evaluate(config, evaluate.checked(config))
+    result = json.loads((out / "results.json").read_text())["judges"]["warmth"]
+    assert result["win_rate"]["low"] > 0.5 and result["difference"]["low"] > 0
+    assert (out / "index.html").is_file()

@@ -1,0 +1,250 @@
+"""The whole offline job: real pairs of photos, two ranks, a judge that relabels, replay of an online run, and its stops."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import diffusers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.reporting import Reporter
+from jobs import offline_dpo, online_dpo
+from jobs.cli import resolved_toml
+from jobs.preprocess import read_data
+from rlhf.data.schema import BadInput
+from rlhf.models.tiny import write_stable_diffusion
+from rlhf.rewards.images import decode_image
+from rlhf.weights import SafetensorsFolder
+from tests.conftest import SERVE_PORT
+from tests.jobs.light import greenness, light_config, metric_rows, write_photos
+from tests.jobs.offline_world import needs_grocery, offline_config, write_grocery
+from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    return write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion_xl(tmp_path_factory):
+    return write_stable_diffusion(tmp_path_factory.mktemp("models") / "xl", xl=True)
+
+
+@pytest.fixture(scope="module")
+def grocery(tmp_path_factory):
+    return write_grocery(tmp_path_factory.mktemp("grocery"))
+
+
+class StopsAt(Reporter):
+    """A reporter that fails once, as a full disk would."""
+
+    step: int
+
+    def log(self, step, scalars):
+        if step == type(self).step and "train/lr" in scalars:
+            raise OSError("no space left on device")
+        super().log(step, scalars)
+
+
+@slow
+@needs_grocery
+def test_two_ranks_learn_from_photos_that_a_judge_relabelled_and_a_resume_changes_nothing(
+    cluster, stable_diffusion, grocery, tmp_path, monkeypatch
+):
+    judges = {"python": {"green": {"function": "tests.jobs.light:greenness", "num_cpus": 0.1}}}
+
+    def config(name, **data):
+        return offline_config(
+            tmp_path,
+            stable_diffusion,
+            grocery,
+            run={"name": name},
+            data={"choice_model": "green"} | data,
+            judges=judges,
+            serve={"port": SERVE_PORT},
+            trainer={"ema_decay": 0.9},
+        )
+
+    straight = offline_dpo.run(config("straight"))
+    feedback = pq.read_table(straight / "feedback.parquet").to_pylist()
+    assert len(feedback) == 200
+    for pair in feedback[::17]:
+        pictures = pq.read_table(pair["file"]).slice(pair["row"] - 1, 1).to_pylist()[0]
+        scores = [greenness([decode_image(pictures[side])], None, None)[0] for side in ("jpg_0", "jpg_1")]
+        assert [pair["score_0"], pair["score_1"]] == pytest.approx(scores)
+        assert pair["winner"] == int(scores[1] > scores[0]) and pair["human"] == int(pictures["label_0"] == 0)
+    swapped = np.mean([pair["winner"] != pair["human"] for pair in feedback])
+    rows = metric_rows(straight)
+    assert rows[0]["feedback/swapped"] == pytest.approx(swapped) and 0.05 < swapped < 0.95
+    steps = [row for row in rows if "train/loss" in row]
+    assert len(steps) == 4 and steps[0]["train/loss"] == pytest.approx(np.log(2)) != steps[3]["train/loss"]
+    assert [row["step"] for row in rows if "eval/implicit_acc" in row] == [0, 2, 4]
+    for folder in ("unet", "ema_unet"):
+        unet = diffusers.UNet2DConditionModel.from_pretrained(straight / "final" / folder)
+        names = SafetensorsFolder(straight / "final" / folder).names()
+        assert names == set(unet.state_dict())
+
+    monkeypatch.setattr(offline_dpo, "Reporter", StopsAt)
+    StopsAt.step = 4
+    with pytest.raises(OSError, match="no space left"):
+        offline_dpo.run(config("broken"))
+    monkeypatch.setattr(offline_dpo, "Reporter", Reporter)
+    resumed = offline_dpo.run(config("broken"))
+    assert metric_rows(resumed) == rows
+    one, other = (load_file(next((path / "final" / "unet").glob("*.safetensors"))) for path in (straight, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@slow
+@needs_grocery
+def test_xl_trains_a_lora_on_the_fly_with_random_crops_and_the_file_loads(
+    cluster, stable_diffusion_xl, grocery, tmp_path
+):
+    config = offline_config(
+        tmp_path,
+        stable_diffusion_xl,
+        grocery,
+        data={"latents": "on_the_fly", "crop": "random", "shuffle_blocks": 2},
+        eval={"max_pairs": 8, "every": 3},
+        model={"height": 32, "width": 32},
+        trainer={
+            "lora": {"rank": 4, "alpha": 8.0},
+            "optimizer": "adafactor",
+            "max_train_steps": 3,
+            "effective_batch_size": 16,
+            "gradient_accumulation_steps": 2,
+        },
+        preprocess={"batch_size": 4, "encoders": 2, "num_cpus": 0.2},
+    )
+    path = offline_dpo.run(config)
+    steps = [row for row in metric_rows(path) if "train/loss" in row]
+    assert len(steps) == 3 and steps[2]["train/loss"] != pytest.approx(np.log(2), abs=1e-6)
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(stable_diffusion_xl)
+    before = set(pipeline.unet.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.load_lora_weights(path / "final" / "lora")
+    saved = SafetensorsFolder(path / "final" / "lora").names()
+    loaded = {name for name in pipeline.unet.state_dict() if ".lora_" in name}
+    assert len(saved) == len(loaded) > 0 and not loaded & before
+    assert all(name.startswith("unet.") for name in saved)
+
+
+@slow
+def test_an_online_runs_pairs_replay_with_the_same_losses(cluster, judge_server, kontext, tmp_path):
+    """Same latents, conditions, (t, noise) and versions: then every loss is the online one, also after a refresh."""
+    write_photos(tmp_path)
+    online = light_config(
+        tmp_path,
+        kontext,
+        judge_server(reject=0.2),
+        trainer=light_config(tmp_path, kontext, "").trainer.model_dump() | {"max_train_steps": 4, "ema_decay": None},
+    )
+    recorded = online_dpo.run(online, read_data(online))
+    replay = offline_config(
+        tmp_path,
+        kontext,
+        recorded / "pairs",
+        run={"name": "replay"},
+        model={"family": "flux_kontext", "height": 48, "width": 32, "guidance_scale": online.rollout.guidance_scale},
+        data={"shuffle": False, "hflip": False, "caption_dropout": 0.0, "cache": online.data.cache},
+        eval={"path": None},
+        dpo=online.dpo.model_dump(),
+        trainer=online.trainer.model_dump(),
+    )
+    path = offline_dpo.run(replay)
+    theirs, ours = ([row for row in metric_rows(run) if "train/loss" in row] for run in (recorded, path))
+    assert len(ours) == 4 and ours[1]["train/loss"] != pytest.approx(np.log(2), abs=1e-4)
+    for mine, their in zip(ours, theirs, strict=True):
+        assert {n: v for n, v in mine.items() if n.startswith("train/")} == {
+            n: v for n, v in their.items() if n.startswith("train/")
+        }
+
+
+@slow
+def test_kontext_trains_offline_from_a_jsonl_by_sft(cluster, kontext, tmp_path):
+    config = offline_config(
+        tmp_path,
+        kontext,
+        write_jsonl(tmp_path, 12, source=True),
+        objective="sft",
+        model={"family": "flux_kontext", "height": 48, "width": 32},
+        eval={"path": None},
+        trainer={"train_batch_size": 2, "gradient_accumulation_steps": 1, "mixed_precision": "fp16"},
+    )
+    path = offline_dpo.run(config)
+    steps = [row for row in metric_rows(path) if "train/loss" in row]
+    assert len(steps) == 4 and all(row["train/loss_scale"] > 0 and "train/implicit_acc" not in row for row in steps)
+    assert not (path / "checkpoint_000004" / "state" / "reference.safetensors").exists()
+    diffusers.FluxTransformer2DModel.from_pretrained(path / "final" / "transformer")
+
+
+BROKEN = {7: {"jpg_1": b"no picture"}, 21: {"label_0": None}, 30: {"caption": ""}}
+"""Row number (from 1) → what is wrong with it: about 5 % of the file, one of each kind."""
+
+
+def broken_file(folder):
+    rows = [row(i) | BROKEN.get(i + 1, {}) for i in range(60)]
+    return write_parquet(folder / "pairs.parquet", rows, row_group_size=16)
+
+
+def dry_run(folder, config, *flags):
+    """`jobs.offline_dpo --dry-run` in a process of its own: (exit status, what it said)."""
+    (folder / "recipe.toml").write_text(resolved_toml(config))
+    command = [sys.executable, "-m", "jobs.offline_dpo", "--config", str(folder / "recipe.toml"), "--dry-run", *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_broken_rows_stop_the_job_with_their_numbers_or_are_left_out_and_listed(stable_diffusion, tmp_path):
+    file = broken_file(tmp_path)
+    config = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
+    status, said = dry_run(tmp_path, config)
+    assert status == 2 and "the input has 3 problems" in said and "Traceback" not in said
+    for number, what in ((7, "jpg_1: is unreadable"), (21, "label_0: is missing"), (30, "caption: is empty")):
+        assert f"{file} row {number}: {what}" in said
+    status, said = dry_run(tmp_path, config, "--data.on_bad_row", "skip")
+    assert status == 0 and "left out: 3 problems; going on with 57 pairs" in said and f"{file} row 21" in said
+
+
+@slow
+def test_a_run_that_skips_broken_rows_keeps_the_list(cluster, stable_diffusion, tmp_path):
+    file = broken_file(tmp_path)
+    settings = {"eval": {"path": None}, "model": {"height": 32, "width": 32}, "trainer": {"max_train_steps": 1}}
+    with pytest.raises(BadInput, match="the input has 3 problems"):
+        offline_dpo.run(offline_config(tmp_path, stable_diffusion, file, **settings))
+    config = offline_config(tmp_path, stable_diffusion, file, data={"on_bad_row": "skip"}, **settings)
+    path = offline_dpo.run(config)
+    listed = (path / "left_out.txt").read_text()
+    assert all(f"row {number}: " in listed for number in BROKEN)
+    assert [row["step"] for row in metric_rows(path)] == [1]
+
+
+def test_misuse_is_told_before_anything_starts(stable_diffusion, kontext, tmp_path):
+    file = write_parquet(tmp_path / "pairs.parquet", [row(i) for i in range(8)])
+    good = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
+    cases = {
+        ("--data.crop", "random"): 'set latents = "on_the_fly" or crop = "centre"',
+        ("--data.choice_model", "pickscor"): "which is no judge; did you mean 'pickscore'?",
+        ("--data.choice_model", "hps"): "needs judges.hps.path",
+        ("--data.path", str(tmp_path / "none")): "no such file or folder; set data.path to a .parquet",
+        ("--eval.path", str(file), "--trainer.train_batch_size", "16"): "has 8 pairs, but a batch of every rank is 32",
+    }
+    for flags, what in cases.items():
+        status, said = dry_run(tmp_path, good, *flags)
+        assert status == 2 and what in said and "Traceback" not in said, said
+    edits = offline_config(
+        tmp_path, kontext, file, model={"family": "flux_kontext", "height": 48, "width": 32}, eval={"path": None}
+    )
+    status, said = dry_run(tmp_path, edits)
+    assert status == 2 and "an edit family learns from a JSONL of winner, loser, prompt, source" in said
