@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import ray
 import ray.data
 import xxhash
 
@@ -33,6 +35,7 @@ from rlhf.data.schema import BadInput, Problem
 from rlhf.types import Item
 
 CHECKER_CPUS = 0.1
+PROGRESS_EVERY_S = 10.0
 Check = Callable[[int, Block], Checked]
 CheckAll = Callable[[Sequence[Block], Check], list[Checked]]
 
@@ -96,7 +99,7 @@ def check_pairs(
     if problems and (on_bad_row == "stop" or not len(index)):
         raise BadInput(problems)
     if not len(index):
-        what = f"holds no pair: {index.ties} ties, {index.unlabelled} unlabelled rows"
+        what = f"holds no pair: it has {index.ties} ties, {index.unlabelled} unlabelled rows"
         raise BadInput(
             [Problem(file=str(path), line=None, field=None, what=what, remedy=f"set {key} to labelled pairs")]
         )
@@ -129,8 +132,18 @@ def on_cluster(
         except OSError as error:
             return {"number": row["number"], "found": "", "error": str(error)}
 
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(task, num_cpus=CHECKER_CPUS)
-    answers = {row["number"]: row["found"] for row in streaming.stream(dataset, settings.timeout_s)}
+    if not rows:
+        return []
+    # As many at once as there are CPUs, though each asks for little: a checker does nothing but decode.
+    tasks = ray.data.TaskPoolStrategy(size=max(1, int(ray.cluster_resources().get("CPU", 1))))
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
+    answers: dict[int, str] = {}
+    shown = monotonic()
+    for row in streaming.stream(dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks), settings.timeout_s):
+        answers[row["number"]] = row["found"]
+        if monotonic() - shown > PROGRESS_EVERY_S:
+            shown = monotonic()
+            log(f"checked {len(answers)}/{len(blocks)} blocks")
     return [_checked(json.loads(answers[number])) for number in range(len(blocks))]
 
 

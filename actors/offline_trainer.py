@@ -56,8 +56,8 @@ class OfflineWorker(TrainerWorker):
         visits = [self._stream[place] for place in range(start, start + trainer.pairs_per_rank)]
         if handed is not None:
             assert isinstance(pairs, PicturePairs)
-            latents = [pair for part in ray.get(list(handed), timeout=FETCH_TIMEOUT_S) for pair in part]
-            pairs = HandedPairs(pairs, visits, latents)
+            parts = ray.get(list(handed), timeout=FETCH_TIMEOUT_S)
+            pairs = HandedPairs(pairs, {visit: latents for part in parts for visit, latents in part})
         return self.trainer.step(self._micro_batches(pairs, visits, step, first))
 
     def evaluate(self) -> dict[str, float]:

@@ -33,12 +33,10 @@ class PairEncoder:
         family = load_family(config.model, config.trainer.mixed_precision)
         self._codec = family.load_codec("cuda" if config.preprocess.num_gpus > 0 else "cpu")
         self._needs_source = bool(family.source_folders)
-        self._block = lru_cache(maxsize=config.data.shuffle_blocks)(
-            lambda number: read_block(self._index.blocks[number])
-        )
+        self._block = lru_cache(maxsize=config.data.shuffle_blocks)(read_block)
 
-    def encode(self, visits: Sequence[Visit]) -> tuple[int, list[dict[str, np.ndarray]]]:
-        """(count, one `rlhf.data.offline_pairs.Latents` per visit): the count tells the driver that all went well.
+    def encode(self, visits: Sequence[Visit]) -> tuple[int, list[tuple[Visit, dict[str, np.ndarray]]]]:
+        """(count, each visit with its `rlhf.data.offline_pairs.Latents`): the count tells the driver that all went well.
 
         Short batches are padded, so that no row depends on its neighbours.
         """
@@ -50,12 +48,13 @@ class PairEncoder:
         if self._needs_source:
             named |= self._codec.encode_source(_stack(sides[2]))
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in named.items()}
-        return len(visits), [{name: array[i].copy() for name, array in arrays.items()} for i in range(len(visits))]
+        latents = [{name: array[i].copy() for name, array in arrays.items()} for i in range(len(visits))]
+        return len(visits), list(zip(visits, latents, strict=True))
 
     def _pictures(self, visit: Visit) -> list[np.ndarray]:
         """uint8 (H, W, 3) of the winner, the loser and, for an edit family, the source."""
         pair = self._index[visit.row]
-        files = pictures_of(self._index.blocks[pair.block], self._block(pair.block), pair)
+        files = pictures_of(pair, self._index.blocks[pair.block], self._block)
         data = [files[pair.winner], files[1 - pair.winner]]
         if self._needs_source:
             data.append(Path(str(pair.source)).read_bytes())
@@ -73,6 +72,7 @@ class PairFeed:
 
     def __init__(self, config: OfflineDPOConfig, index_file: Path, stream: PairStream):
         self._config, self._stream = config, stream
+        self._blocks = read_index(index_file).table["block"].to_numpy()
         settings = config.preprocess
         actor = ray.remote(PairEncoder).options(
             num_cpus=settings.num_cpus,
@@ -81,13 +81,13 @@ class PairFeed:
             max_task_retries=RESTARTS,
         )
         self._encoders = [actor.remote(config, index_file) for _ in range(settings.encoders)]
-        self._next = 0
         self._ahead: dict[int, list[list[tuple[ray.ObjectRef, ray.ObjectRef]]]] = {}
 
     def take(self, step: int) -> list[list[ray.ObjectRef]]:
         """For every rank, references to its pairs of update `step` (from 1), some pairs each. Waits until they are done.
 
-        Raises: PreprocessFailed with the cause, or at the deadline `preprocess.timeout_s`.
+        Raises: PreprocessFailed with the cause; TrainerLost where an encoder is gone or past `preprocess.timeout_s`, so that
+        all are built anew from the last checkpoint.
         """
         for ahead in range(step, min(step + STEPS_AHEAD, self._config.trainer.max_train_steps) + 1):
             if ahead not in self._ahead:
@@ -112,10 +112,11 @@ class PairFeed:
             first = (step - 1) * trainer.pairs_per_step + rank * trainer.pairs_per_rank
             visits = [self._stream[place] for place in range(first, first + trainer.pairs_per_rank)]
             part = []
-            for start in range(0, len(visits), size):
-                encoder = self._encoders[self._next % len(self._encoders)]
-                self._next += 1
-                part.append(tuple(encoder.encode.options(num_returns=2).remote(visits[start : start + size])))
+            for number, encoder in enumerate(self._encoders):
+                # A block has one encoder, so that it is read once and not by all of them.
+                own = [visit for visit in visits if self._blocks[visit.row] % len(self._encoders) == number]
+                for start in range(0, len(own), size):
+                    part.append(tuple(encoder.encode.options(num_returns=2).remote(own[start : start + size])))
             parts.append(part)
         return parts
 

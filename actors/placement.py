@@ -236,7 +236,7 @@ def check(needed: Sequence[Role], available: dict[str, float]) -> None:
     if short:
         raise NotEnoughResources(
             f"the cluster is too small: {'; '.join(short)}. Lower num_cpus, num_gpus or the counts of "
-            f"[trainer], [samplers] or [judges], or add nodes.\n{table(needed, available)}"
+            f"the roles below, or add nodes.\n{table(needed, available)}"
         )
 
 

@@ -22,7 +22,7 @@ requested = threading.Event()
 
 
 class PreprocessFailed(RuntimeError):
-    """Checking or encoding stopped; what was done before is kept."""
+    """Checking or encoding stopped; what was encoded before is kept."""
 
 
 class Stopped(RuntimeError):

@@ -21,7 +21,7 @@ from actors.streaming import PreprocessFailed
 from actors.trainer_group import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
-from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, relabel_by_judge, say_batch
+from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, relabel_by_judge, say_batch
 from jobs.running import check_disk, guarded, train_until_done, unique_name
 from rlhf.algorithms.offline_dpo import offline_dpo
 from rlhf.data.cache import CacheError
@@ -37,8 +37,8 @@ STOPS = (
     CacheError,
     FeedbackFailed,
     Fenced,
-    FileNotFoundError,
     NonFiniteLoss,
+    OSError,
     PreprocessFailed,
     RunInUse,
     TrainerLost,
@@ -84,10 +84,12 @@ def run(config: OfflineDPOConfig) -> Path:
         say(placement.table(needed, free))
         placement.check(needed, free)
         placement.check_shared(folder.path)
+        check_disk(config)
         say_batch(config)
         scalars: dict[str, float] = {}
         if config.data.choice_model:
             pairs, scalars = relabel_by_judge(config, pairs, unique_name(config, folder), folder.path, say)
+        refuse_other_pairs(pairs, folder.path)
         encode_missing(config, pairs, say)
         train(config, folder, pairs, scalars)
         return folder.path

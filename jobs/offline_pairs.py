@@ -21,8 +21,11 @@ from rlhf.data.pair_stream import held_out_visits
 from rlhf.data.preferences import PairIndex, Preference, write_index
 from rlhf.data.schema import BadInput, Problem, parse_items
 from rlhf.models import load_family
+from rlhf.models.family import Family
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rewards import reward
+from rlhf.rewards import python, reward
+from rlhf.rewards.config import JudgeConfig, PythonJudgeConfig
+from rlhf.run_folder import write_durably
 from rlhf.section import local_paths
 from rlhf.types import Item
 from serve_apps import deploy
@@ -67,6 +70,14 @@ class PairSets:
     def _named(self) -> dict[str, PairSet]:
         return {"data.path": self.training} | ({"eval.path": self.evaluation} if self.evaluation else {})
 
+    def digest(self) -> str:
+        """Of what is trained on, in order."""
+        return (
+            self.index.digest()
+            if self.index is not None
+            else fingerprint(self.train.file.parent, [self.train.file.name])
+        )
+
     def report(self) -> str:
         """What there is, and what was left out, a line per problem."""
         reports = (
@@ -106,7 +117,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
             continue
         try:
             if is_record(Path(path)):
-                found.append(_record(config, key, Path(path)))
+                found.append(_record(config, key, Path(path), keys, family))
                 continue
             checked = check_pairs(
                 Path(path),
@@ -132,19 +143,46 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
         )
         if not held_out_visits(config.eval, config.trainer, count):
             need = config.trainer.ranks * config.trainer.train_batch_size
-            raise ValueError(f"eval.path = {config.eval.path!r} has {count} pairs, but a batch of every rank is {need}")
+            raise ValueError(
+                f"eval.path = {config.eval.path!r} has {count} pairs, of which eval.max_pairs = {config.eval.max_pairs} are "
+                f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: too few"
+            )
+    _refuse_overlap(config, sets)
     return sets
 
 
-def _record(config: OfflineDPOConfig, key: str, folder: Path) -> PairSet:
+def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
+    """Raise ValueError where pairs that are held out are also trained on."""
+    if sets.index is None or sets.evaluation is None or sets.evaluation.index is None:
+        return
+    train, held_out = (
+        {tuple(sorted(pair)) for pair in zip(*(index.table[f"content_{i}"].to_pylist() for i in (0, 1)), strict=True)}
+        for index in (sets.index, sets.evaluation.index)
+    )
+    if shared := len(train & held_out):
+        raise ValueError(
+            f"{shared} of {len(held_out)} pairs of eval.path = {config.eval.path!r} are in data.path = {config.data.path!r} "
+            "too: hold out others, or set data.split and eval.split"
+        )
+
+
+def _record(config: OfflineDPOConfig, key: str, folder: Path, keys: PairKeys, family: Family) -> PairSet:
     """The pairs/ folder of an online run. Raises: ValueError for what latents cannot do, BadInput for pairs without any."""
     data = config.data
-    if key == "data.path" and (data.hflip or data.caption_dropout or data.choice_model):
+    wanted = {
+        "data.choice_model": data.choice_model,
+        "data.hflip": data.hflip and key == "data.path",
+        "data.caption_dropout": data.caption_dropout if key == "data.path" else 0,
+        "data.crop": data.crop == "random" and data.crop,
+        "data.latents": data.latents == "on_the_fly" and data.latents,
+    }
+    if impossible := [f"{name} = {value!r}" for name, value in wanted.items() if value]:
         raise ValueError(
-            f"data.path = {str(folder)!r} is an online run's record: its latents can be neither mirrored nor shown to a judge, "
-            "and its captions were encoded then; set data.hflip = false and data.caption_dropout = 0, without data.choice_model"
+            f"{key} = {str(folder)!r} is an online run's record: it holds finished latents and encoded captions, for which "
+            f"{', '.join(impossible)} cannot be; set hflip = false, caption_dropout = 0 and leave the others out"
         )
-    check_record(folder, read_manifest(data.cache), data.cache, config.model.height, config.model.width)
+    shape = family.latent_shape(config.model.height, config.model.width)
+    check_record(folder, read_manifest(data.cache), data.cache, keys, shape)
     return PairSet(place=PairsPlace(file=folder), checked=None, items={})
 
 
@@ -162,34 +200,64 @@ def say_batch(config: OfflineDPOConfig) -> None:
 # --- AI feedback -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Relabelling:
+    """One data set and where what the judge says of it goes."""
+
+    metric: str
+    pairs: PairSet
+    scores: Path
+    """Kept beside the index, for whoever asks the same judge about the same pictures."""
+    index: Path
+    record: Path
+    """In the run's folder, for people."""
+
+
 def relabel_by_judge(
     config: OfflineDPOConfig, pairs: PairSets, name: str, folder: Path, say: Say
 ) -> tuple[PairSets, dict[str, float]]:
     """The same pairs with the winners that `data.choice_model` prefers, and the share of swapped pairs to log.
 
-    The judge is deployed for this alone, and only if some pair has no score yet. Raises: DeployError, FeedbackFailed.
+    The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, FeedbackFailed.
     """
-    sets = {"swapped": pairs.training} | ({"swapped_eval": pairs.evaluation} if pairs.evaluation else {})
-    kept = {what: _scores_file(config, found) for what, found in sets.items()}
-    if any(feedback.unscored(kept[what], index_of(found)).size for what, found in sets.items()):
-        _score(config, [(found, kept[what]) for what, found in sets.items()], name, say)
-    scalars: dict[str, float] = {}
-    for what, found in sets.items():
-        index = index_of(found)
-        answer = feedback.relabel(index, feedback.read_scores(kept[what], index))
-        record = folder / f"feedback{what.removeprefix('swapped')}.parquet"
-        say(
-            f"feedback: {config.data.choice_model} swaps {answer.swapped:.1%} of {len(index)} pairs; all scores: {record}"
+    sets = [("feedback/swapped", "feedback.parquet", pairs.training)]
+    if pairs.evaluation:
+        sets.append(("feedback/swapped_eval", "feedback_eval.parquet", pairs.evaluation))
+    todo = []
+    for metric, record, found in sets:
+        digest = _digest(config, found)
+        place = found.place.file
+        todo.append(
+            _Relabelling(
+                metric=metric,
+                pairs=found,
+                scores=place.with_name(f"scores-{digest}.npy"),
+                index=place.with_name(f"index-{digest}.arrow"),
+                record=folder / record,
+            )
         )
-        feedback.write_record(record, index, answer)
-        scalars[f"feedback/{what}"] = answer.swapped
-        file = kept[what].with_name(kept[what].name.replace("scores", "index")).with_suffix(".arrow")
-        labelled = index.relabelled(answer.winners)
-        write_index(file, labelled)
-        assert found.checked is not None
-        checked = replace(found.checked, file=file, index=labelled)
-        sets[what] = replace(found, place=replace(found.place, file=file), checked=checked)
-    return PairSets(training=sets["swapped"], evaluation=sets.get("swapped_eval")), scalars
+    if any(feedback.unscored(work.scores, index_of(work.pairs)).size for work in todo):
+        _score(config, todo, name, say)
+    done = [_relabel(config, work, say) for work in todo]
+    labelled = PairSets(training=done[0][0], evaluation=done[1][0] if len(done) > 1 else None)
+    return labelled, {work.metric: swapped for work, (_, swapped) in zip(todo, done, strict=True)}
+
+
+def _relabel(config: OfflineDPOConfig, work: _Relabelling, say: Say) -> tuple[PairSet, float]:
+    """The pairs with the judge's winners, and the share of them that it swapped."""
+    index = index_of(work.pairs)
+    answer = feedback.relabel(index, feedback.read_scores(work.scores, index))
+    left_out = int((~answer.scored).sum())
+    say(
+        f"feedback: {config.data.choice_model} swaps {answer.swapped:.1%} of {len(index)} pairs"
+        f"{f', {left_out} left out, as it failed on them' if left_out else ''}; all scores: {work.record}"
+    )
+    feedback.write_record(work.record, index, answer)
+    labelled = index.relabelled(answer.winners, answer.scored)
+    write_index(work.index, labelled)
+    assert work.pairs.checked is not None
+    checked = replace(work.pairs.checked, file=work.index, index=labelled)
+    return replace(work.pairs, place=replace(work.pairs.place, file=work.index), checked=checked), answer.swapped
 
 
 def index_of(pairs: PairSet) -> PairIndex:
@@ -198,19 +266,21 @@ def index_of(pairs: PairSet) -> PairIndex:
     return pairs.index
 
 
-def _scores_file(config: OfflineDPOConfig, pairs: PairSet) -> Path:
-    """Where a judge's scores of these pairs are kept: named after the judge, its weights, and what it sees."""
+def _digest(config: OfflineDPOConfig, pairs: PairSet) -> str:
+    """Of what decides a score: the judge, its weights or code, and what it sees; not of how many replicas it has."""
     judge, index = config.data.choice_model, index_of(pairs)
     assert judge is not None
     settings = config.judges[judge]
+    source = settings.model_dump_json(exclude=set(JudgeConfig.model_fields))
     weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
+    if isinstance(settings, PythonJudgeConfig):
+        function = str(settings.function)
+        weights.append(python.version(python.resolve(judge, function), function))
     # The contents too: a JSONL's pictures may change where its index keeps its name.
-    contents = [index.table[name].to_pylist() for name in ("content_0", "content_1", "caption")]
-    digest = xxhash.xxh3_64_hexdigest(f"{judge} {settings.model_dump_json()} {weights} {contents}".encode())
-    return pairs.place.file.with_name(f"scores-{digest}.npy")
+    return xxhash.xxh3_64_hexdigest(f"{judge} {source} {weights} {index.digest()}".encode())
 
 
-def _score(config: OfflineDPOConfig, todo: Sequence[tuple[PairSet, Path]], name: str, say: Say) -> None:
+def _score(config: OfflineDPOConfig, todo: Sequence[_Relabelling], name: str, say: Say) -> None:
     judge = config.data.choice_model
     assert judge is not None
     timeout_s = config.judges.timeout_s * (config.judges.retries + 1) * feedback.PAIRS_PER_TASK
@@ -218,11 +288,40 @@ def _score(config: OfflineDPOConfig, todo: Sequence[tuple[PairSet, Path]], name:
     actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
     scorer = actor.remote(config.judges, [judge], judges_up.apps)
     try:
-        for pairs, kept in todo:
-            feedback.score_pairs(index_of(pairs), judge, scorer, pairs.items, kept, timeout_s, say)
+        for work in todo:
+            feedback.score_pairs(
+                index_of(work.pairs),
+                judge,
+                scorer,
+                work.pairs.items,
+                work.scores,
+                timeout_s,
+                config.judges.max_failure_rate,
+                say,
+            )
     finally:
         ray.kill(scorer)
         deploy.undeploy(name, [judge])
+
+
+def refuse_other_pairs(pairs: PairSets, folder: Path) -> None:
+    """Raise ValueError where a run that goes on would train on other pairs than it began with.
+
+    What an update trains on follows from its number and the index: one row more would be another run.
+    """
+    file, mine = (
+        folder / "pairs.digest",
+        f"{pairs.digest()} {len(pairs.index) if pairs.index is not None else ''}".strip(),
+    )
+    if not file.exists():
+        write_durably(file, mine)
+        return
+    began = file.read_text().strip()
+    if began != mine:
+        raise ValueError(
+            f"the pairs are not those that {folder} began with (digest and count were {began}, are {mine}); put the data back, "
+            'or start anew with run.resume = "never"'
+        )
 
 
 # --- encoding ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-MAY_DIFFER = ("run.", "tracking.", "cluster.", "serve.")
+MAY_DIFFER = ("run.", "tracking.", "cluster.", "serve.", "preprocess.")
 """Tables of the configuration that a resume may change: they say where and how to run, not what."""
 MUST_AGREE = ("run.seed",)
 """But for these: with another seed the resumed half would not continue the first."""
@@ -99,7 +99,8 @@ class RunFolder:
     def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
         config = path / "config.toml"
         metrics = path / "metrics.jsonl"
-        started = (metrics.exists() and metrics.stat().st_size) or any(path.glob("checkpoint_*/COMMITTED"))
+        rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        started = any(_row_step(row) != 0 for row in rows) or any(path.glob("checkpoint_*/COMMITTED"))
         if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():

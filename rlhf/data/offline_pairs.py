@@ -111,8 +111,8 @@ class PicturePairs:
 class HandedPairs:
     """`PicturePairs` whose latents come with each call, from an encoder that works beside the trainer."""
 
-    def __init__(self, pairs: PicturePairs, visits: Sequence[Visit], handed: Sequence[Latents]):
-        self._pairs, self._handed = pairs, dict(zip(visits, handed, strict=True))
+    def __init__(self, pairs: PicturePairs, handed: Mapping[Visit, Latents]):
+        self._pairs, self._handed = pairs, handed
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -191,26 +191,43 @@ def record_size(folder: Path) -> int:
     return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
 
 
-def check_record(folder: Path, manifest: Manifest, cache: str, height: int, width: int) -> None:
-    """Raise BadInput with every stored pair that cannot be trained on again."""
+def check_record(
+    folder: Path, manifest: Manifest, cache: str, keys: PairKeys, latent_shape: tuple[int, int, int]
+) -> None:
+    """Raise BadInput with every stored pair that cannot be trained on again by the model of `keys`."""
     problems = []
     for file in sorted(folder.glob("*.parquet")):
-        columns = ["text_key", "source_key", "height", "width", "winner_latents", "loser_latents"]
+        without = _without_latents(file)
+        columns = ["instruction", "text_key", "source_key", "height", "width", "latents_shape"]
         for number, row in enumerate(record.read_file(file, columns=columns).to_pylist(), start=1):
 
             def problem(field: str, what: str, remedy: str) -> None:
                 problems.append(Problem(file=str(file), line=number, field=field, what=what, remedy=remedy))  # noqa: B023
 
-            if row["winner_latents"] is None or row["loser_latents"] is None:
+            if without:
                 problem("latents", "are missing", "only a run with run.save_latents = true can be replayed")
-            if (row["height"], row["width"]) != (height, width):
-                what = f"{row['height']}×{row['width']}, but model.height × model.width is {height}×{width}"
+            if (row["height"], row["width"]) != (keys.height, keys.width):
+                what = f"are {row['height']} × {row['width']}, but model.height × width is {keys.height} × {keys.width}"
                 problem("height, width", what, "give the run's own size")
+            elif tuple(row["latents_shape"]) != latent_shape or row["text_key"] != keys.text_key(row["instruction"]):
+                problem(
+                    "text_key", "was made by another model", "set model.* and trainer.mixed_precision to the run's own"
+                )
             for field in ("text_key", "source_key"):
                 if row[field] not in manifest.places:
-                    problem(field, f"is not in data.cache = {cache}", "give the cache and the model of that run")
+                    problem(field, f"is not in data.cache = {cache}", "give the cache of that run")
     if problems:
         raise BadInput(problems)
+
+
+def _without_latents(file: Path) -> bool:
+    """Whether a file of a record has no latents, from its statistics alone: they are a megabyte a pair."""
+    groups = pq.ParquetFile(file)
+    column = groups.schema_arrow.get_field_index("winner_latents")
+    names = [groups.metadata.row_group(0).column(i).path_in_schema for i in range(groups.metadata.num_columns)]
+    place = names.index("winner_latents") if column >= 0 else -1
+    statistics = [groups.metadata.row_group(i).column(place).statistics for i in range(groups.num_row_groups)]
+    return any(found is not None and found.null_count for found in statistics)
 
 
 def batch_of(

@@ -6,6 +6,7 @@ Left out: fetching pictures by URL, columns that are not listed here (they are i
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,23 +34,22 @@ class Block:
     first: int
     """Number of its first row (line) in the file, from 1."""
     count: int
+    offset: int = 0
+    """JSONL: where its first line begins, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawPair:
-    """A row as it is in its file. A picture is a file's bytes, or a Problem where there are none."""
+    """A row as it is in its file."""
 
     number: int
     """Of the row in its file, from 1."""
     fields: Mapping[str, Any]
     """caption, label_0, has_label, image_id: whatever the row has of them."""
     pictures: tuple[bytes | None, bytes | None]
+    """The bytes of two picture files; None where the row has none."""
     paths: Mapping[str, str]
     """JSONL: winner, loser and source as written."""
-
-
-def block_key(block: Block) -> str:
-    return f"{block.file}:{block.part}"
 
 
 def find_files(path: Path, split: str, key: str = "data.path") -> list[Path]:
@@ -73,19 +73,31 @@ def find_files(path: Path, split: str, key: str = "data.path") -> list[Path]:
     if not splits:
         return files
     chosen = [file for file, name in named.items() if name == split]
+    setting = key.replace("path", "split")
     if not chosen:
-        setting = key.replace("path", "split")
         what = f"has the splits {', '.join(splits)}, but {setting} = {split!r}"
         raise BadInput([_whole(path, what, f"set {setting} to one of them")])
+    if unnamed := [file for file, name in named.items() if name is None]:
+        what = f"lies beside files of the splits {', '.join(splits)}, but its name says none"
+        raise BadInput([_whole(file, what, f"move it away, or name it {split}-1.parquet") for file in unnamed])
     return chosen
 
 
+SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[-_.]?\d*")
+
+
 def _split_of(file: Path) -> str | None:
-    """`train` of data/train-00000-of-00012.parquet (the hub) or train/data-00000-of-00001.arrow (`save_to_disk`)."""
-    stem, _, rest = file.stem.partition("-")
-    if rest and "-of-" in rest and stem != "data":
-        return stem
-    return file.parent.name if stem == "data" and file.parent.name else None
+    """`train` of data/train-00000-of-00012.parquet, train.parquet or train_1.parquet (as the hub reads them),
+
+    default/train/0000.parquet (as it converts them), train/data-00000-of-00001.arrow (`save_to_disk`); None: no split.
+    """
+    numbered = re.fullmatch(r"(.+)-\d+-of-\d+", file.stem)
+    if numbered and numbered[1] != "data":
+        return numbered[1]
+    for name in (file.stem, *(folder.name for folder in file.parents)):
+        if found := SPLIT_NAME.fullmatch(name):
+            return found[1]
+    return file.parent.name if numbered and file.parent.name else None
 
 
 def blocks_of(file: Path) -> list[Block]:
@@ -180,27 +192,38 @@ def _bytes(value: Any) -> bytes | None:
 # --- JSONL -------------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: Path) -> list[bytes]:
-    return file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-
-
 def _jsonl_blocks(file: Path) -> list[Block]:
+    starts: list[int] = []
+    count = position = 0
     try:
-        count = len(_lines(file))
+        with file.open("rb") as lines:
+            for line in lines:
+                if count % LINES_PER_BLOCK == 0:
+                    starts.append(position)
+                count, position = count + 1, position + len(line)
     except OSError as error:
         raise BadInput(
             [_whole(file, f"cannot be read: {error.strerror}", "set data.path to a readable file")]
         ) from error
-    starts = range(0, count, LINES_PER_BLOCK)
     return [
-        Block(file=str(file), part=part, first=1 + start, count=min(LINES_PER_BLOCK, count - start))
+        Block(
+            file=str(file),
+            part=part,
+            first=1 + part * LINES_PER_BLOCK,
+            count=min(LINES_PER_BLOCK, count - part * LINES_PER_BLOCK),
+            offset=start,
+        )
         for part, start in enumerate(starts)
     ]
 
 
 def _jsonl_rows(block: Block) -> list[RawPair]:
     """Rows of non-empty lines. A line that is no JSON object has the field `broken`, which says what it is."""
-    lines = _lines(Path(block.file))[block.first - 1 : block.first - 1 + block.count]
+    with open(block.file, "rb") as stream:
+        stream.seek(block.offset)
+        lines = [stream.readline() for _ in range(block.count)]
+    if block.first == 1:
+        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     return [_jsonl_row(number, raw) for number, raw in enumerate(lines, block.first) if raw.strip()]
 
 

@@ -7,7 +7,7 @@ Left out: reading files (`pair_files`), the order of training (`pair_stream`), A
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import xxhash
 
 from rlhf.data.pair_files import Block, RawPair, read_block
 from rlhf.data.prompts import check_bytes, check_picture
-from rlhf.data.schema import Problem
+from rlhf.data.schema import Problem, is_text
 from rlhf.types import Item
 
 FORMAT = 1
@@ -81,7 +81,14 @@ class Checked:
 def check_block(number: int, block: Block, *, needs_source: bool, items: Mapping[str, Item] | None) -> Checked:
     """Read a block and decode every picture. `number` is the block's index; `items`, where given, must know every row."""
     pairs, problems, ties, unlabelled = [], [], 0, 0
-    for row, raw in enumerate(read_block(block)):
+    try:
+        rows = read_block(block)
+    except (pa.ArrowException, OSError) as error:
+        what = f"rows {block.first} to {block.first + block.count - 1} cannot be read: {error}"
+        return Checked(
+            pairs=(), problems=(Problem(file=block.file, line=block.first, field=None, what=what, remedy="replace it"),)
+        )
+    for row, raw in enumerate(rows):
         if raw.fields.get("has_label") is False:
             unlabelled += 1
             continue
@@ -106,12 +113,14 @@ def _check_row(
         return [problem(None, raw.fields["broken"], 'write {"winner": …, "loser": …, "prompt": …}')]
     jsonl = block.file.endswith(".jsonl")
     problems: list[Problem] = []
-    caption, label = raw.fields.get("caption"), raw.fields.get("label_0")
+    caption, label, image_id = (raw.fields.get(field) for field in ("caption", "label_0", "image_id"))
     name = "prompt" if jsonl else "caption"
     if caption is None:
         problems.append(problem(name, "is missing", "give the text that the pictures were made for"))
     elif not isinstance(caption, str):
         problems.append(problem(name, f"is {caption!r}, not text", "give the text that the pictures were made for"))
+    elif not is_text(caption):
+        problems.append(problem(name, "holds half of a surrogate pair, which is no character", "write the character"))
     elif not caption.strip():
         problems.append(problem(name, "is empty", "give the text that the pictures were made for"))
     if label is None or label != label:
@@ -122,7 +131,9 @@ def _check_row(
     if needs_source and not jsonl:
         remedy = "an edit family learns from a JSONL of winner, loser, prompt, source"
         problems.append(problem("source", "is missing", remedy))
-    if items is not None and raw.fields.get("image_id") not in items:
+    if image_id is not None and not (isinstance(image_id, str) and is_text(image_id)):
+        problems.append(problem("image_id", f"is {image_id!r}, not text", f'write it in quotes, like "{image_id}"'))
+    elif items is not None and image_id not in items:
         what = (
             f"{raw.fields['image_id']!r} has no row in data.item_metadata" if "image_id" in raw.fields else "is missing"
         )
@@ -130,7 +141,7 @@ def _check_row(
     if problems:
         return problems
     assert label is not None
-    return {"caption": caption, "winner": 0 if label == 1 else 1, "image_id": raw.fields.get("image_id"), **pictures}
+    return {"caption": caption, "winner": 0 if label == 1 else 1, "image_id": image_id, **pictures}
 
 
 def _check_bytes(raw: RawPair, problem: Any, problems: list[Problem]) -> dict[str, str]:
@@ -167,12 +178,12 @@ def _check_files(block: Block, raw: RawPair, problems: list[Problem], needs_sour
     return found
 
 
-def pictures_of(block: Block, rows: Sequence[RawPair], pair: Preference) -> tuple[bytes, bytes]:
-    """The two picture files of a pair of a block that was read. Raises ValueError where they changed since the check."""
+def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence[RawPair]]) -> tuple[bytes, bytes]:
+    """The two picture files of a pair; `read` gives the rows of its block. Raises ValueError where they changed."""
     if pair.path_0 and pair.path_1:
         first, second = (Path(path).read_bytes() for path in (pair.path_0, pair.path_1))
     else:
-        first, second = (data or b"" for data in rows[pair.row].pictures)
+        first, second = (data or b"" for data in read(block)[pair.row].pictures)
     for data, content in ((first, pair.content_0), (second, pair.content_1)):
         if xxhash.xxh3_128_hexdigest(data) != content:
             raise ValueError(f"{block.file} row {pair.number} changed since it was checked; start the job again")
@@ -205,11 +216,21 @@ class PairIndex:
         """Usable pairs per block, int64 (blocks,)."""
         return np.bincount(self.table["block"].to_numpy(), minlength=len(self.blocks)).astype(np.int64)
 
-    def relabelled(self, winners: np.ndarray) -> "PairIndex":
-        """The same pairs with other winners, int8 (pairs,)."""
+    def relabelled(self, winners: np.ndarray, keep: np.ndarray) -> "PairIndex":
+        """The pairs where `keep` (bool) is true, with these winners (int8); both (pairs,)."""
         place = SCHEMA.get_field_index("winner")
-        table = self.table.set_column(place, SCHEMA.field("winner"), pa.array(winners, pa.int8()))
+        table = self.table.set_column(place, SCHEMA.field("winner"), pa.array(winners, pa.int8())).filter(
+            pa.array(keep)
+        )
         return PairIndex(blocks=self.blocks, table=table, ties=self.ties, unlabelled=self.unlabelled)
+
+    def digest(self) -> str:
+        """Of what training sees: pictures, captions and winners, in order, and the blocks that the order is made of."""
+        digest = xxhash.xxh3_128(repr(self.block_sizes().tolist()).encode())
+        for name in ("content_0", "content_1", "source_content", "caption", "winner"):
+            for chunk in self.table[name].chunks:
+                digest.update("\x1f".join(map(str, chunk.to_pylist())).encode())
+        return digest.hexdigest()
 
 
 def gather(blocks: Sequence[Block], checked: Iterable[Checked]) -> tuple[PairIndex, list[Problem]]:

@@ -166,7 +166,7 @@ def _parse_line(raw: bytes, file: str, number: int, prompt_column: str) -> Line 
             problems.append(problem(field, what, f"write it in quotes, like {example}"))
         elif not row[field] and field != prompt_column:
             problems.append(problem(field, "is empty", f"write for example {example}"))
-        elif not _encodable(row[field]):
+        elif not is_text(row[field]):
             what = "holds half of a surrogate pair, which is no character"
             problems.append(problem(field, what, "write the character itself"))
     if problems:
@@ -174,7 +174,8 @@ def _parse_line(raw: bytes, file: str, number: int, prompt_column: str) -> Line 
     return Line(number=number, image_id=row["image_id"], instruction=row[prompt_column], image=row["image"])
 
 
-def _encodable(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Whether every character can be written: JSON can hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -84,7 +84,7 @@ def test_handed_latents_take_the_place_of_cached_ones_and_captions_stay(tmp_path
         }
         for i in range(2)
     ]
-    pairs = HandedPairs(cached, visits, handed)
+    pairs = HandedPairs(cached, dict(zip(visits, handed, strict=True)))
     winner, loser = pairs.sides(visits[::-1])
     assert winner[:, 0, 0, 0].tolist() == [1, 0] and loser[:, 0, 0, 0].tolist() == [1.5, 0.5]
     condition = pairs.condition(visits)

@@ -41,6 +41,9 @@ def test_jsonl_lines_keep_their_numbers_past_empty_ones_and_across_blocks(tmp_pa
         (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "train", [0]),
         (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "test", [1]),
         (["train/data-00000-of-00001.arrow", "validation/data-00000-of-00001.arrow"], "validation", [1]),
+        (["train.parquet", "test.parquet"], "test", [1]),
+        (["train_1.parquet", "train_2.parquet", "validation_unique.parquet"], "train", [0, 1]),
+        (["default/train/0000.parquet", "default/validation/0000.parquet"], "validation", [1]),
         (["a.parquet", "more/b.parquet"], "train", [0, 1]),
         (["a.parquet", ".cache/b.parquet"], "train", [0]),
     ],
@@ -55,6 +58,9 @@ def test_what_is_no_table_of_pairs_is_refused_with_the_remedy(tmp_path):
     write_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet", ROWS[:1])
     with pytest.raises(BadInput, match=r"has the splits train, but eval.split = 'validation'; set eval.split to one"):
         find_files(tmp_path / "hub", "validation", "eval.path")
+    write_parquet(tmp_path / "hub" / "more.parquet", ROWS[:1])
+    with pytest.raises(BadInput, match=r"more.parquet: lies beside files of the splits train, but its name says none"):
+        find_files(tmp_path / "hub", "train")
     with pytest.raises(BadInput, match=r"no such file or folder; set data.path to a \.parquet"):
         find_files(tmp_path / "absent", "train")
     (tmp_path / "pairs.csv").write_text("a,b\n")

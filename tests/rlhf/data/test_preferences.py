@@ -56,19 +56,35 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     again = read_index(tmp_path / "index.arrow")
     assert again.blocks == index.blocks and again.table.equals(index.table) and len(again) == 6
     pair = again[5]
-    raw = read_block(again.blocks[pair.block])
-    assert pictures_of(again.blocks[pair.block], raw, pair) == (rows[5]["jpg_0"], rows[5]["jpg_1"])
+    assert pictures_of(pair, again.blocks[pair.block], read_block) == (rows[5]["jpg_0"], rows[5]["jpg_1"])
     assert again.captions() == ["a dish 0", "a dish 1", "a dish 2"]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
     with pytest.raises(ValueError, match="row 6 changed since it was checked"):
-        pictures_of(again.blocks[pair.block], read_block(again.blocks[pair.block]), pair)
+        pictures_of(pair, again.blocks[pair.block], read_block)
 
 
 def test_relabelling_changes_the_winners_alone(tmp_path):
     index, _ = check(write_parquet(tmp_path / "pairs.parquet", [row(seed) for seed in range(3)]))
-    other = index.relabelled(np.array([1, 0, 1], dtype=np.int8))
+    other = index.relabelled(np.array([1, 0, 1], dtype=np.int8), np.array([True, True, True]))
     assert other.table["winner"].to_pylist() == [1, 0, 1] and index.table["winner"].to_pylist() == [0, 0, 0]
     assert other.table.drop_columns("winner").equals(index.table.drop_columns("winner"))
+    fewer = index.relabelled(np.array([1, 0, 1], dtype=np.int8), np.array([True, False, True]))
+    assert fewer.table["number"].to_pylist() == [1, 3] and fewer.block_sizes().tolist() == [2]
+    assert len({index.digest(), other.digest(), fewer.digest()}) == 3
+
+
+def test_ids_and_captions_that_are_no_text_are_told_and_not_raised(tmp_path):
+    file = write_jsonl(tmp_path, 3)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["image_id"], lines[1]["prompt"], lines[2]["image_id"] = 10001, "half \ud83d", ["a"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    _, problems = check(file, items={"0": None})
+    assert [(problem.line, problem.field) for problem in problems] == [
+        (1, "image_id"),
+        (2, "prompt"),
+        (2, "image_id"),
+        (3, "image_id"),
+    ]
 
 
 def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_path):
