@@ -18,7 +18,7 @@ install: $(VENV)/.installed-$(EXTRA)
 
 $(VENV)/.installed-$(EXTRA): pyproject.toml .ci/constraints.txt | $(filter .uv/%,$(UV))
 	$(UV) venv --quiet $(if $(wildcard $(VENV)/.installed-$(OTHER)),--clear,--allow-existing) --python 3.11 $(VENV)
-	$(UV) pip install --quiet --python $(PYTHON) \
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) \
 		--constraint .ci/constraints.txt --editable '.[$(EXTRA)]' --group dev
 	touch $@
 

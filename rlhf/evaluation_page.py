@@ -89,7 +89,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1d2129; background: #fff; m
   margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; margin: .5rem 0; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p, li, td { overflow-wrap: anywhere; }
+p, li { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 small, .quiet { color: #5c6470; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

@@ -1,6 +1,6 @@
 """Does offline DPO learn, and not only run? A small Stable Diffusion is made from photos and tuned to what people click on.
 
-    python -m jobs.benchmarks.offline_learning --seeds 3 --out offline_learning
+    python -m jobs.benchmarks.offline_learning --seeds 3 --out offline_learning [--pairs PARQUET]
 
 Photos come under a warm and a cold light, and people click on the warm one. A VAE and then a UNet are fitted to all of them
 (SFT), which gives a base whose samples look a little like photos. DPO then trains on pairs. The measure is the implicit
@@ -29,10 +29,13 @@ from rlhf import distributed
 from rlhf.algorithms.objectives import DPO, SFT, Objective
 from rlhf.config import TrainerConfig
 from rlhf.data.collate import draws
+from rlhf.data.images import fit_image
+from rlhf.data.pair_files import blocks_of, find_files, read_block
 from rlhf.evaluation_config import EvaluateConfig
 from rlhf.models import FAMILIES
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
+from rlhf.rewards.images import decode_image
 from rlhf.trainer import Trainer
 from rlhf.types import Condition, PairBatch
 
@@ -86,7 +89,6 @@ COLOURS = {
     "brown": (0.5, 0.33, 0.2),
     "orange": (0.9, 0.5, 0.15),
 }
-CAPTIONS = tuple(f"a photo of {colour} {scene}" for colour in COLOURS for scene in SCENES)
 
 
 def warmth(images: Sequence[np.ndarray], prompts: object = None, items: object = None) -> list[float]:
@@ -109,6 +111,21 @@ def generated_pictures(count: int, seed: int = 0) -> Pictures:
             side.append((relit * 255).astype(np.uint8))
         captions.append(f"a photo of {colour} {scene}")
     return Pictures(winners=np.stack(winners), losers=np.stack(losers), captions=tuple(captions))
+
+
+def read_pictures(path: Path, split: str = "train") -> Pictures:
+    """Pairs of a Parquet file or folder in Pick-a-Pic's columns, cropped to SIDE × SIDE."""
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    captions = []
+    for file in find_files(path, split):
+        for raw in (raw for block in blocks_of(file) for raw in read_block(block)):
+            first, second = (fit_image(decode_image(data or b""), SIDE, SIDE, "crop") for data in raw.pictures)
+            label = raw.fields["label_0"]
+            if label in (0, 1):
+                for side, picture in zip(sides, (first, second) if label == 1 else (second, first), strict=True):
+                    side.append(picture)
+                captions.append(raw.fields["caption"])
+    return Pictures(winners=np.stack(sides[0]), losers=np.stack(sides[1]), captions=tuple(captions))
 
 
 def make_base(folder: Path, pictures: Pictures, mesh: DeviceMesh, *, vae_steps: int, sft_steps: int) -> Path:
@@ -221,7 +238,6 @@ def learning_curve(
 class Size:
     """How long everything takes."""
 
-    pairs: int = 264
     vae_steps: int = 300
     sft_steps: int = 300
     dpo_steps: int = 120
@@ -229,12 +245,11 @@ class Size:
     seeds: int = 3
 
 
-def all_curves(size: Size, keep: Path) -> dict[Labels, list[list[tuple[int, float]]]]:
+def all_curves(size: Size, pictures: Pictures, keep: Path) -> dict[Labels, list[list[tuple[int, float]]]]:
     """Curves of runs with true and with shuffled labels from one base. `keep`/base and `keep`/tuned hold weights."""
     torch.set_num_threads(1)  # these matrices are too small to share
     mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
     try:
-        pictures = generated_pictures(size.pairs)
         folder = make_base(keep / "base", pictures, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
         pairs = encode(FAMILIES["stable_diffusion"](path=folder), pictures)
         train_on, held_out = pairs.part(slice(None, -HELD_OUT)), pairs.part(slice(-HELD_OUT, None))
@@ -252,9 +267,9 @@ def all_curves(size: Size, keep: Path) -> dict[Labels, list[list[tuple[int, floa
         distributed.stop()
 
 
-def evaluation(keep: Path, seeds: int = 2) -> EvaluateConfig:
-    """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of its samples."""
-    (keep / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+def evaluation(keep: Path, captions: Sequence[str], seeds: int = 2) -> EvaluateConfig:
+    """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of their samples."""
+    (keep / "prompts.txt").write_text("\n".join(sorted(set(captions))) + "\n")
     judge = {"function": "jobs.benchmarks.offline_learning:warmth", "num_cpus": 0.1}
     return EvaluateConfig.model_validate(
         {
@@ -303,14 +318,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=Size.dpo_steps)
     parser.add_argument("--seeds", type=int, default=Size.seeds)
+    parser.add_argument("--pairs", type=Path, help="Parquet in Pick-a-Pic's columns; default: 264 generated pairs")
     parser.add_argument("--out", type=Path, default=Path("offline_learning"), help="folder for models, plot and pages")
     arguments = parser.parse_args()
     keep = arguments.out.resolve()
-    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), keep)
+    pictures = read_pictures(arguments.pairs) if arguments.pairs else generated_pictures(264)
+    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), pictures, keep)
     plot(curves, keep / "curves.png")
     for labels, values in last(curves).items():
         print(f"{labels:>9}: " + "  ".join(f"{value:.3f}" for value in values))
-    (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep)))
+    (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep, pictures.captions)))
     print(
         f"curves: {keep / 'curves.png'}; base against tuned: python -m jobs.evaluate --config {keep / 'evaluate.toml'}"
     )

@@ -1,8 +1,5 @@
 """The whole offline job: real pairs of photos, two ranks, a judge that relabels, replay of an online run, and its stops."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import diffusers
@@ -12,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors import checks
 from actors.reporting import Reporter
 from jobs import offline_dpo, online_dpo
-from jobs.cli import resolved_toml
+from jobs.offline_pairs import read_pair_sets, refuse_other_pairs
 from jobs.preprocess import read_data
 from rlhf.data.schema import BadInput
 from rlhf.models.tiny import write_stable_diffusion
@@ -196,25 +194,20 @@ def broken_file(folder):
     return write_parquet(folder / "pairs.parquet", rows, row_group_size=16)
 
 
-def dry_run(folder, config, *flags):
-    """`jobs.offline_dpo --dry-run` in a process of its own: (exit status, what it said)."""
-    (folder / "recipe.toml").write_text(resolved_toml(config))
-    command = [sys.executable, "-m", "jobs.offline_dpo", "--config", str(folder / "recipe.toml"), "--dry-run", *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()}
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_broken_rows_stop_the_job_with_their_numbers_or_are_left_out_and_listed(stable_diffusion, tmp_path):
+def test_broken_rows_stop_the_job_with_their_numbers_or_are_left_out_and_listed(stable_diffusion, tmp_path, capsys):
     file = broken_file(tmp_path)
     config = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
-    status, said = dry_run(tmp_path, config)
-    assert status == 2 and "the input has 3 problems" in said and "Traceback" not in said
+    with pytest.raises(BadInput, match="the input has 3 problems") as error:
+        offline_dpo.dry_run(config)
     for number, what in ((7, "jpg_1: is unreadable"), (21, "label_0: is missing"), (30, "caption: is empty")):
-        assert f"{file} row {number}: {what}" in said
-    status, said = dry_run(tmp_path, config, "--data.on_bad_row", "skip")
-    assert status == 0 and "left out: 3 problems; going on with 57 pairs" in said and f"{file} row 21" in said
+        assert f"{file} row {number}: {what}" in str(error.value)
+    offline_dpo.dry_run(
+        offline_config(tmp_path, stable_diffusion, file, eval={"path": None}, data={"on_bad_row": "skip"})
+    )
+    said = capsys.readouterr().out
+    assert "left out: 3 problems; going on with 57 pairs" in said and f"{file} row 21" in said
+    assert "16 pairs a step = 2 ranks × 4 a micro-batch × 2 accumulated; learning rate 0.001" in said
+    assert "trainer rank" in said and "disk: " in said
 
 
 @slow
@@ -230,21 +223,40 @@ def test_a_run_that_skips_broken_rows_keeps_the_list(cluster, stable_diffusion, 
     assert [row["step"] for row in metric_rows(path)] == [1]
 
 
-def test_misuse_is_told_before_anything_starts(stable_diffusion, kontext, tmp_path):
+@pytest.mark.parametrize(
+    ("tables", "what"),
+    [
+        ({"data": {"crop": "random"}}, 'set latents = "on_the_fly" or crop = "centre"'),
+        ({"data": {"choice_model": "pickscor"}}, "which is no judge; did you mean 'pickscore'?"),
+        ({"data": {"choice_model": "hps"}}, r"needs judges\.hps\.path"),
+        ({"data": {"choice_model": "ctr"}, "judges": {"ctr": {"path": "x"}}}, r"'ctr' needs data\.item_metadata"),
+        ({"data": {"path": "nowhere"}}, r"nowhere: no such file or folder; set data\.path to a \.parquet"),
+        ({"eval": {"path": None}, "model": {"family": "flux_kontext"}}, r"model\.path = "),
+        ({"trainer": {"train_batch_size": 16}}, r"has 8 pairs, of which eval\.max_pairs = 8 are used"),
+        ({}, r"8 of 8 pairs of eval\.path"),
+    ],
+)
+def test_misuse_is_told_before_anything_starts(stable_diffusion, tmp_path, tables, what):
     file = write_parquet(tmp_path / "pairs.parquet", [row(i) for i in range(8)])
-    good = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
-    cases = {
-        ("--data.crop", "random"): 'set latents = "on_the_fly" or crop = "centre"',
-        ("--data.choice_model", "pickscor"): "which is no judge; did you mean 'pickscore'?",
-        ("--data.choice_model", "hps"): "needs judges.hps.path",
-        ("--data.path", str(tmp_path / "none")): "no such file or folder; set data.path to a .parquet",
-        ("--eval.path", str(file), "--trainer.train_batch_size", "16"): "has 8 pairs, but a batch of every rank is 32",
-    }
-    for flags, what in cases.items():
-        status, said = dry_run(tmp_path, good, *flags)
-        assert status == 2 and what in said and "Traceback" not in said, said
-    edits = offline_config(
-        tmp_path, kontext, file, model={"family": "flux_kontext", "height": 48, "width": 32}, eval={"path": None}
-    )
-    status, said = dry_run(tmp_path, edits)
-    assert status == 2 and "an edit family learns from a JSONL of winner, loser, prompt, source" in said
+    with pytest.raises(ValueError, match=what):
+        offline_dpo.dry_run(offline_config(tmp_path, stable_diffusion, file, **tables))
+
+
+def test_an_edit_family_needs_sources(kontext, tmp_path):
+    file = write_parquet(tmp_path / "pairs.parquet", [row(i) for i in range(8)])
+    model = {"family": "flux_kontext", "height": 48, "width": 32}
+    with pytest.raises(BadInput, match="an edit family learns from a JSONL of winner, loser, prompt, source"):
+        offline_dpo.dry_run(offline_config(tmp_path, kontext, file, model=model, eval={"path": None}))
+
+
+def test_a_run_does_not_go_on_with_other_pairs(stable_diffusion, tmp_path):
+    file = write_jsonl(tmp_path, 4)
+    config = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
+    run = tmp_path / "run"
+    run.mkdir()
+    for _ in range(2):
+        refuse_other_pairs(read_pair_sets(config, checks.in_threads), run)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:3]))
+    with pytest.raises(ValueError, match=r"the pairs are not those that .* began with .* 4, are .* 3\)"):
+        refuse_other_pairs(read_pair_sets(config, checks.in_threads), run)

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.benchmarks.learning import all_curves, changes, plot
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_true_rewards_gain_what_flipped_ones_lose_far_beyond_the_null(tmp_path):

@@ -1,0 +1,75 @@
+"""AI feedback against a real HTTP judge: who wins, what a failing judge does, and what an interruption keeps."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from actors.asking import Scorer
+from actors.feedback import FAILED, FeedbackFailed, read_scores, relabel, score_pairs, unscored, write_record
+from rlhf.data.pair_files import blocks_of
+from rlhf.data.preferences import check_block, gather
+from rlhf.rewards.config import JudgesConfig
+from rlhf.rewards.images import decode_image
+from tests.judge_server import warmth
+from tests.rlhf.data.pair_tables import row, write_parquet
+
+ROWS = [row(seed, label=seed % 2) for seed in range(40)]
+
+
+@pytest.fixture
+def index(tmp_path):
+    blocks = blocks_of(write_parquet(tmp_path / "pairs.parquet", ROWS, row_group_size=16))
+    return gather(blocks, [check_block(i, b, needs_source=False, items=None) for i, b in enumerate(blocks)])[0]
+
+
+def scored(index, kept, url, max_failure_rate=0.5):
+    judges = JudgesConfig.model_validate({"hps": {"url": f"{url}/hpsv2"}, "retries": 0, "timeout_s": 30.0})
+    scorer = ray.remote(Scorer).options(num_cpus=0.05, max_concurrency=100).remote(judges, ["hps"], {})
+    said: list[str] = []
+    try:
+        score_pairs(index, "hps", scorer, {}, kept, 120.0, max_failure_rate, said.append)
+    finally:
+        ray.kill(scorer)
+    return said
+
+
+def test_the_higher_score_wins_ties_keep_the_human_and_swaps_are_counted(index):
+    five = index.relabelled(np.arange(40, dtype=np.int8) % 2, np.arange(40) < 5)  # humans said 0, 1, 0, 1, 0
+    scores = np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0], [3.0, 3.0], [FAILED, FAILED]])
+    answer = relabel(five, scores)
+    assert answer.winners[:4].tolist() == [1, 1, 0, 1]
+    assert answer.scored.tolist() == [True] * 4 + [False]
+    assert answer.swapped == 0.25
+
+
+def test_every_pair_gets_the_judges_scores_and_a_second_call_asks_nothing(cluster, judge_server, index, tmp_path):
+    kept = tmp_path / "scores.npy"
+    scored(index, kept, judge_server())
+    scores = read_scores(kept, index)
+    expected = [[warmth(decode_image(pair[side])) for side in ("jpg_0", "jpg_1")] for pair in ROWS]
+    assert scores == pytest.approx(np.array(expected)) and unscored(kept, index).size == 0
+    assert scored(index, kept, "http://127.0.0.1:9") == ["feedback: hps scores 0 of 40 pairs"]
+
+
+def test_pairs_that_the_judge_fails_on_are_told_and_left_out(cluster, judge_server, index, tmp_path):
+    kept = tmp_path / "scores.npy"
+    said = scored(index, kept, judge_server(fail=0.1))
+    answer = relabel(index, read_scores(kept, index))
+    left_out = [line for line in said if line.startswith("feedback: left out")]
+    assert 0 < (~answer.scored).sum() == len(left_out) < 20
+    assert all("pairs.parquet row " in line and "status 500" in line for line in left_out)
+    assert len(index.relabelled(answer.winners, answer.scored)) == answer.scored.sum()
+    write_record(tmp_path / "feedback.parquet", index, answer)
+    record = pq.read_table(tmp_path / "feedback.parquet").to_pylist()
+    assert [pair["winner"] is None for pair in record] == (~answer.scored).tolist()
+    assert all((pair["score_0"] is None) == (pair["winner"] is None) for pair in record)
+
+
+def test_a_judge_that_fails_too_often_stops_and_is_asked_again_later(cluster, judge_server, index, tmp_path):
+    kept = tmp_path / "scores.npy"
+    with pytest.raises(FeedbackFailed, match=r"judge 'hps' failed on \d+ of \d+ pairs .*row \d+: .*status 500"):
+        scored(index, kept, judge_server(fail=0.9))
+    assert not np.isinf(read_scores(kept, index)).any()
+    scored(index, kept, judge_server())
+    assert np.isfinite(read_scores(kept, index)).all()
