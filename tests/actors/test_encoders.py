@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.encoders import Encoder, PreprocessFailed, encode, plan
+from actors.encoders import Encoder, encode, plan
 from actors.loading import Picture, Text, load
+from actors.streaming import PreprocessFailed
 from jobs.preprocess import missing, preprocess, prompts_of
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import ConditionCache, read_manifest
