@@ -135,7 +135,8 @@ def on_cluster(
     if not rows:
         return []
     # As many at once as there are CPUs, though each asks for little: a checker does nothing but decode.
-    tasks = ray.data.TaskPoolStrategy(size=max(1, int(ray.cluster_resources().get("CPU", 1))))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(rows))))
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
     answers: dict[int, str] = {}
     shown = monotonic()

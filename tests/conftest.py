@@ -17,7 +17,8 @@ import pytest
 
 from tests.ranks import Ranks
 
-SERVE_PORT = 8123
+SERVE_PORT = int(os.environ.get("TEST_SERVE_PORT", "8123"))
+"""Two test sessions at once need two: Serve's proxies share a port, and requests go to either."""
 
 
 @pytest.fixture(scope="session")
