@@ -165,7 +165,7 @@ def score_some(
     asked = []
     for pair in pairs:
         item = items.get(pair.image_id) if pair.image_id else None
-        pictures = [ray.put(decode_image(data)) for data in pictures_of(pair, block, _block)]
+        pictures = [ray.put(decode_image(data)) for data in pictures_of(pair, block, _block)[:2]]
         asked += [scorer.score.remote([picture], pair.caption, item) for picture in pictures]
     answers = [answer[judge] for answer in ray.get(asked, timeout=timeout_s)]
     return [_both(*answers[i : i + 2]) for i in range(0, len(answers), 2)]

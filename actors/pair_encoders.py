@@ -13,6 +13,7 @@ import ray
 import torch
 
 from actors.streaming import PreprocessFailed
+from actors.trainer_group import TrainerLost
 from rlhf.data.images import fit_image
 from rlhf.data.pair_files import read_block
 from rlhf.data.pair_stream import PairStream, Visit
@@ -54,12 +55,10 @@ class PairEncoder:
     def _pictures(self, visit: Visit) -> list[np.ndarray]:
         """uint8 (H, W, 3) of the winner, the loser and, for an edit family, the source."""
         pair = self._index[visit.row]
-        files = pictures_of(pair, self._index.blocks[pair.block], self._block)
-        data = [files[pair.winner], files[1 - pair.winner]]
-        if self._needs_source:
-            data.append(Path(str(pair.source)).read_bytes())
+        first, second, *source = pictures_of(pair, self._index.blocks[pair.block], self._block)
+        data = [first, second] if pair.winner == 0 else [second, first]
         height, width = self._config.model.height, self._config.model.width
-        fitted = [fit_image(decode_image(file), height, width, "crop", visit.crop) for file in data]
+        fitted = [fit_image(decode_image(file), height, width, "crop", visit.crop) for file in (*data, *source)]
         return [picture[:, ::-1] if visit.mirrored else picture for picture in fitted]
 
 
@@ -96,9 +95,9 @@ class PairFeed:
         waiting = [done for part in parts for done, _ in part]
         try:
             ray.get(waiting, timeout=self._config.preprocess.timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise PreprocessFailed(
-                f"step {step}: not encoded in preprocess.timeout_s: are the encoders alive?"
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            raise TrainerLost(
+                f"step {step}: an encoder is gone, or gave nothing in preprocess.timeout_s: {error}"
             ) from error
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error

@@ -178,16 +178,22 @@ def _check_files(block: Block, raw: RawPair, problems: list[Problem], needs_sour
     return found
 
 
-def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence[RawPair]]) -> tuple[bytes, bytes]:
-    """The two picture files of a pair; `read` gives the rows of its block. Raises ValueError where they changed."""
+def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence[RawPair]]) -> list[bytes]:
+    """The files of a pair's two pictures and, where it has one, of its source; `read` gives the rows of its block.
+
+    Raises ValueError where one changed since it was checked.
+    """
     if pair.path_0 and pair.path_1:
-        first, second = (Path(path).read_bytes() for path in (pair.path_0, pair.path_1))
+        files = [Path(path).read_bytes() for path in (pair.path_0, pair.path_1)]
     else:
-        first, second = (data or b"" for data in read(block)[pair.row].pictures)
-    for data, content in ((first, pair.content_0), (second, pair.content_1)):
-        if xxhash.xxh3_128_hexdigest(data) != content:
-            raise ValueError(f"{block.file} row {pair.number} changed since it was checked; start the job again")
-    return first, second
+        files = [data or b"" for data in read(block)[pair.row].pictures]
+    contents = [pair.content_0, pair.content_1]
+    if pair.source and pair.source_content:
+        files.append(Path(pair.source).read_bytes())
+        contents.append(pair.source_content)
+    if [xxhash.xxh3_128_hexdigest(data) for data in files] != contents:
+        raise ValueError(f"{block.file} row {pair.number} changed since it was checked; start the job again")
+    return files
 
 
 # --- the index ---------------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """The whole offline job: real pairs of photos, two ranks, a judge that relabels, replay of an online run, and its stops."""
 
 import warnings
+from typing import ClassVar
 
 import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
 from actors import checks
+from actors.pair_encoders import PairFeed
 from actors.reporting import Reporter
 from jobs import offline_dpo, online_dpo
 from jobs.offline_pairs import read_pair_sets, refuse_other_pairs
@@ -134,6 +137,45 @@ def test_xl_trains_a_lora_on_the_fly_with_random_crops_and_the_file_loads(
     loaded = {name for name in pipeline.unet.state_dict() if ".lora_" in name}
     assert len(saved) == len(loaded) > 0 and not loaded & before
     assert all(name.startswith("unet.") for name in saved)
+
+
+class LosesAnEncoder(Reporter):
+    """A reporter that sees an encoder killed for good after step 3, once."""
+
+    feeds: ClassVar[list[PairFeed]] = []
+
+    def log(self, step, scalars):
+        super().log(step, scalars)
+        if step == 3 and "train/lr" in scalars and len(self.feeds) == 1:
+            ray.kill(self.feeds[0]._encoders[0])
+
+
+@slow
+def test_an_encoder_that_is_gone_is_rebuilt_with_the_ranks_and_no_step_is_lost(
+    cluster, stable_diffusion, tmp_path, monkeypatch, capsys
+):
+    class Feed(PairFeed):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            LosesAnEncoder.feeds.append(self)
+
+    monkeypatch.setattr(offline_dpo, "Reporter", LosesAnEncoder)
+    monkeypatch.setattr(offline_dpo, "PairFeed", Feed)
+    data = write_parquet(tmp_path / "pairs.parquet", [row(i, i % 2) for i in range(24)])
+    config = offline_config(
+        tmp_path,
+        stable_diffusion,
+        data,
+        data={"latents": "on_the_fly", "shuffle_blocks": 2},
+        eval={"path": None},
+        model={"height": 32, "width": 32},
+        trainer={"max_train_steps": 8, "gradient_accumulation_steps": 1, "train_batch_size": 2},
+    )
+    path = offline_dpo.run(config)
+    assert len(LosesAnEncoder.feeds) == 2
+    assert "an encoder is gone" in capsys.readouterr().err
+    assert [row["step"] for row in metric_rows(path) if "train/loss" in row] == list(range(1, 9))
+    assert (path / "final" / "unet").is_dir() and list((path / "discarded").rglob("metrics.jsonl"))
 
 
 @slow

@@ -56,7 +56,7 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     again = read_index(tmp_path / "index.arrow")
     assert again.blocks == index.blocks and again.table.equals(index.table) and len(again) == 6
     pair = again[5]
-    assert pictures_of(pair, again.blocks[pair.block], read_block) == (rows[5]["jpg_0"], rows[5]["jpg_1"])
+    assert pictures_of(pair, again.blocks[pair.block], read_block) == [rows[5]["jpg_0"], rows[5]["jpg_1"]]
     assert again.captions() == ["a dish 0", "a dish 1", "a dish 2"]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
     with pytest.raises(ValueError, match="row 6 changed since it was checked"):
@@ -92,6 +92,13 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
     index, problems = check(file, needs_source=True)
     assert not problems and index[2].source == str(tmp_path / "pictures/2_s.png") and index[2].winner == 0
     assert index[2].path_1 == str(tmp_path / "pictures/2_l.png")
+    files = [tmp_path / f"pictures/2_{side}.png" for side in "wls"]
+    assert pictures_of(index[2], index.blocks[0], read_block) == [file.read_bytes() for file in files]
+    source = files[2].read_bytes()
+    files[2].write_bytes(png(99))
+    with pytest.raises(ValueError, match="row 3 changed since it was checked"):
+        pictures_of(index[2], index.blocks[0], read_block)
+    files[2].write_bytes(source)
     good = {"prompt": "x", "winner": "pictures/0_w.png", "loser": "pictures/0_l.png", "source": "pictures/0_s.png"}
     bad = [
         good | {"loser": "pictures/none.png"},
