@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -13,6 +12,7 @@ from ray.util.placement_group import placement_group
 
 from actors.rank_group import Rank, RankGroup, RankLost
 from rlhf import distributed
+from tests.processes import assert_gone
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +76,6 @@ def start(placement):
         group.kill()
 
 
-def assert_gone(pids):
-    deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
-        assert time.monotonic() < deadline, "a rank outlived its group"
-        time.sleep(0.1)
-
-
 def test_every_rank_answers_in_order_and_a_raised_error_ends_all(start):
     calls = []
     group, pids = start(meanwhile=lambda: calls.append(1))
@@ -90,7 +83,7 @@ def test_every_rank_answers_in_order_and_a_raised_error_ends_all(start):
     assert calls
     with pytest.raises(ValueError, match="rank 1 cannot"):
         group.all("fail", lambda rank: (1,))
-    assert_gone(pids)
+    assert_gone(pids, within_s=30)
 
 
 def test_a_killed_rank_is_lost_and_ends_all(start):
@@ -98,14 +91,14 @@ def test_a_killed_rank_is_lost_and_ends_all(start):
     psutil.Process(pids[1]).kill()
     with pytest.raises(Lost, match="add"):
         group.all("add", lambda rank: (1,))
-    assert_gone(pids)
+    assert_gone(pids, within_s=30)
 
 
 def test_a_stopped_rank_is_lost_at_the_deadline_of_the_call(start):
     group, pids = start()
     with pytest.raises(RankLost, match="hang: rank 0 gave no answer in 3 s"):
         group.all("hang", lambda rank: (0,), timeout_s=3)
-    assert_gone(pids)
+    assert_gone(pids, within_s=30)
 
 
 def test_a_rank_that_cannot_start_is_told_by_name(placement):

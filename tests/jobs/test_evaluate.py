@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from rlhf.models import FAMILIES
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.sampling import sample
 from rlhf.types import noise_from
+from tests.processes import assert_gone
 from tests.rlhf.test_evaluation_page import Page
 
 ROOT = Path(jobs.__file__).parents[1]
@@ -229,10 +229,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_start_goes_on(diffusion, tmp
     finally:
         process.kill()
     assert process.returncode == 130 and "goes on" in error and "Traceback" not in error
-    deadline = time.monotonic() + 60
-    while alive := [child for child in children if child.is_running()]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.2)
+    assert_gone((child.pid for child in children), within_s=60)
     kept = len(list((tmp_path / "out" / "pictures").glob("*_base.png")))
     assert kept >= 4
     status, _, error = evaluate(path, "--sampling.steps", "3")

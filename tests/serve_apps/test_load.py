@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError
 
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.rewards.images import encode_base64
+from tests.processes import ray_processes
 from tests.serve_apps.conftest import TOKEN, config, down, up
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -113,7 +114,7 @@ def passed(seconds):
 
 @pytest.mark.parametrize("way", ["http", "handles"])
 def test_twice_the_capacity(world, way):
-    (proxy,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Proxy"))
+    (proxy,) = ray_processes("Proxy")
     watched = [psutil.Process(world.pid()), proxy]
 
     async def flood():

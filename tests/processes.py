@@ -1,0 +1,34 @@
+"""Processes of this test session; any of them may end between two looks at it."""
+
+import time
+from collections.abc import Iterable
+
+import psutil
+
+
+def ray_processes(name: str) -> list[psutil.Process]:
+    """Ray workers of this session, and its proxies, whose class is called so."""
+    return [child for child in psutil.Process().children(recursive=True) if _name(child).startswith(f"ray::{name}")]
+
+
+def assert_gone(pids: Iterable[int], within_s: float) -> None:
+    """Every one of them has ended, or does so in time."""
+    pids = list(pids)
+    deadline = time.monotonic() + within_s
+    while alive := [pid for pid in pids if _runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.1)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
