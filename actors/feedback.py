@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import ray
 
 from actors.asking import Failure
+from rlhf.algorithms.reliability import FailureRates, JudgeUnreliable
 from rlhf.data.pair_files import Block, read_block
 from rlhf.data.preferences import PairIndex, Preference, pictures_of
 from rlhf.rewards.images import decode_image
@@ -26,40 +27,57 @@ READER_CPUS = 0.1
 PAIRS_PER_TASK = 16
 TASKS_AT_ONCE = 4
 KEEP_EVERY_S = 30.0
-MIN_ASKED = 10
-"""Pairs before the failure rate counts."""
-FAILED = np.inf
-"""In place of a score that the judge could not give: never compared, never trained on."""
 
 
 class FeedbackFailed(RuntimeError):
-    """The judge failed too often or was lost; what is scored is kept."""
+    """The judge or a reader of pictures was lost, or one has changed; what is scored is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a judge has said so far of every pair of an index."""
+
+    values: np.ndarray
+    """float64 (pairs, 2): of the first and of the second picture; NaN where there is no score."""
+    failed: np.ndarray
+    """bool (pairs,): the judge was asked and had no answer for one of the two."""
+
+    def unasked(self) -> np.ndarray:
+        """int64: rows of the index that the judge was not asked about yet."""
+        return np.flatnonzero(np.isnan(self.values).any(axis=1) & ~self.failed)
+
+
+def read_scores(kept: Path, index: PairIndex) -> Scores:
+    """What the file `kept` holds; nothing yet where there is none."""
+    if not kept.exists():
+        return Scores(values=np.full((len(index), 2), np.nan), failed=np.zeros(len(index), bool))
+    with np.load(kept) as arrays:
+        return Scores(values=arrays["values"], failed=arrays["failed"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """What the judge said of every pair of an index."""
+    """What follows from a judge's scores."""
 
-    scores: np.ndarray
-    """float64 (pairs, 2): of the first and of the second picture; infinite where the judge failed on one of them."""
+    scores: Scores
     winners: np.ndarray
-    """int8 (pairs,): the picture with the higher score; at a tie the human's."""
+    """int8 (pairs,): the picture with the higher score; at a tie, or without scores, the human's."""
     swapped: float
     """Share of the scored pairs whose winner is not the human's."""
 
     @property
     def scored(self) -> np.ndarray:
         """bool (pairs,): the pairs that the judge could tell of; the others are left out of training."""
-        return np.isfinite(self.scores).all(axis=1)
+        return ~self.scores.failed
 
 
-def relabel(index: PairIndex, scores: np.ndarray) -> Feedback:
+def relabel(index: PairIndex, scores: Scores) -> Feedback:
     """A pair is swapped iff its loser scores strictly higher (Diffusion-DPO, arXiv 2311.12908, on AI feedback)."""
+    assert not scores.unasked().size, "some pairs were never shown to the judge"
     human = index.table["winner"].to_numpy()
-    first, second = scores.T
+    first, second = scores.values.T
     winners = np.where(first > second, 0, np.where(second > first, 1, human)).astype(np.int8)
-    scored = np.isfinite(scores).all(axis=1)
-    return Feedback(scores=scores, winners=winners, swapped=float((winners != human)[scored].mean()))
+    return Feedback(scores=scores, winners=winners, swapped=float((winners != human)[~scores.failed].mean()))
 
 
 def score_pairs(
@@ -72,32 +90,33 @@ def score_pairs(
     max_failure_rate: float,
     log: Callable[[str], None],
 ) -> None:
-    """Score what the file `kept` lacks, and keep it there. A pair that the judge fails on is told and marked.
+    """Ask about every pair that the file `kept` lacks, and keep the answers there. A pair without one is told and marked.
 
-    `timeout_s` is for one task and its pictures. Raises: FeedbackFailed where the judge fails on more than
-    `max_failure_rate` of the pairs, or is lost.
+    `timeout_s` is for one task and its pictures. Raises: JudgeUnreliable above `max_failure_rate`, and then all marks are
+    taken back, to be asked again of a judge that was mended; FeedbackFailed.
     """
-    scores, todo = read_scores(kept, index), unscored(kept, index)
+    scores, rates = read_scores(kept, index), FailureRates(max_failure_rate)
+    todo = scores.unasked()
     log(f"feedback: {judge} scores {len(todo)} of {len(index)} pairs")
-    saved, asked, reasons = monotonic(), 0, []
+    saved = monotonic()
     try:
-        for row, answer in _answers(index, todo, judge, scorer, items, timeout_s):
-            asked += 1
+        for done, (row, answer) in enumerate(_answers(index, todo, judge, scorer, items, timeout_s), start=1):
             if isinstance(answer, str):
                 pair = index[row]
-                reasons.append(f"{index.blocks[pair.block].file} row {pair.number}: {answer}")
-                log(f"feedback: left out: {reasons[-1]}")
-            scores[row] = FAILED if isinstance(answer, str) else answer
-            if asked >= min(MIN_ASKED, len(todo)) and len(reasons) > max_failure_rate * asked:
-                scores[scores == FAILED] = np.nan  # to be asked again, of a judge that was mended
-                raise FeedbackFailed(
-                    f"judge {judge!r} failed on {len(reasons)} of {asked} pairs (judges.max_failure_rate = "
-                    f"{max_failure_rate:.0%}); the last: {reasons[-1]}"
-                )
+                answer = f"{index.blocks[pair.block].file} row {pair.number}: {answer}"
+                log(f"feedback: left out: {answer}")
+                scores.failed[row] = True
+            else:
+                scores.values[row] = answer
+            rates.add(judge, answer if isinstance(answer, str) else None)
             if monotonic() - saved > KEEP_EVERY_S:
                 saved = monotonic()
-                log(f"feedback: {asked}/{len(todo)} pairs")
+                log(f"feedback: {done}/{len(todo)} pairs")
                 _keep(kept, scores)
+        rates.check(judge)
+    except JudgeUnreliable:
+        scores.failed[:] = False
+        raise
     except ray.exceptions.RayError as error:
         raise FeedbackFailed(f"scoring stopped: {getattr(error, 'cause', None) or error}") from error
     finally:
@@ -130,16 +149,6 @@ def _answers(
     finally:
         for task in running:
             ray.cancel(task)
-
-
-def read_scores(kept: Path, index: PairIndex) -> np.ndarray:
-    """float64 (pairs, 2): scores of the first and the second picture, NaN where a pair has none yet."""
-    return np.load(kept) if kept.exists() else np.full((len(index), 2), np.nan)
-
-
-def unscored(kept: Path, index: PairIndex) -> np.ndarray:
-    """Rows of the index that have no scores yet."""
-    return np.flatnonzero(np.isnan(read_scores(kept, index)).any(axis=1))
 
 
 def _work(index: PairIndex, rows: np.ndarray) -> Iterator[tuple[list[int], Block, list[Preference]]]:
@@ -184,10 +193,10 @@ def _block(block: Block):
     return read_block(block)
 
 
-def _keep(file: Path, scores: np.ndarray) -> None:
+def _keep(file: Path, scores: Scores) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     with partial.open("wb") as out:
-        np.save(out, scores)
+        np.savez(out, values=scores.values, failed=scores.failed)
     partial.rename(file)
 
 
@@ -202,8 +211,8 @@ def write_record(file: Path, index: PairIndex, feedback: Feedback) -> None:
             "file": [index.blocks[block].file for block in blocks],
             "row": index.table["number"],
             "human": index.table["winner"],
-            "score_0": pa.array(feedback.scores[:, 0], mask=~feedback.scored),
-            "score_1": pa.array(feedback.scores[:, 1], mask=~feedback.scored),
+            "score_0": pa.array(feedback.scores.values[:, 0], mask=~feedback.scored),
+            "score_1": pa.array(feedback.scores.values[:, 1], mask=~feedback.scored),
             "winner": pa.array(feedback.winners, mask=~feedback.scored),
         }
     )

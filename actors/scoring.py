@@ -16,7 +16,7 @@ from actors.judges import reward_text
 from actors.painters import last_line, picture_file, source_file
 from actors.placement import JUDGES_CPUS, Role
 from actors.reading import Reader
-from rlhf.algorithms.rollout import MIN_CALLS, JudgeUnreliable
+from rlhf.algorithms.reliability import FailureRates
 from rlhf.evaluation import SIDES, Duel, FailedScore, Picture, Side
 from rlhf.evaluation_config import EvaluateConfig
 from rlhf.evaluation_prompts import family_of, sees_source
@@ -26,8 +26,6 @@ READER_CPUS = 0.05
 READING_TIMEOUT_S = 120.0
 AT_ONCE = 32
 """Pictures in the object store at a time."""
-WINDOW = 50
-"""Calls of a judge that `judges.max_failure_rate` looks back on."""
 
 
 Place = tuple[int, int, Side]
@@ -36,29 +34,6 @@ Place = tuple[int, int, Side]
 
 class JudgingFailed(RuntimeError):
     """The actor that asks the judges, or a reader of pictures, was lost."""
-
-
-class FailureRates:
-    """Of each judge's last calls. Raises JudgeUnreliable above `limit` (`judges.max_failure_rate`)."""
-
-    def __init__(self, limit: float):
-        self.limit = limit
-        self._calls: dict[str, deque[str | None]] = {}
-
-    def add(self, judge: str, reason: str | None) -> None:
-        """One call and why it failed, if it did."""
-        self._calls.setdefault(judge, deque(maxlen=WINDOW)).append(reason)
-        self.check(judge, at_least=MIN_CALLS)
-
-    def check(self, judge: str, at_least: int) -> None:
-        """Raise where the rate over at least so many calls is too high."""
-        calls = self._calls[judge]
-        reasons = [reason for reason in calls if reason is not None]
-        if len(calls) >= at_least and len(reasons) > self.limit * len(calls):
-            raise JudgeUnreliable(
-                f"judge {judge!r} failed {len(reasons)} of its last {len(calls)} calls (judges.max_failure_rate = "
-                f"{self.limit:.0%}); the last reason: {reasons[-1]}"
-            )
 
 
 def asking_role() -> Role:
@@ -113,7 +88,7 @@ def judge_all(
         if len(pictures) % AT_ONCE == 0 or len(pictures) == total:
             log(f"judged: {len(pictures)}/{total} pictures")
     for name in config.reward.names:
-        rates.check(name, at_least=1)
+        rates.check(name)
     duels = [
         Duel(
             prompt=index,

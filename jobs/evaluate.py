@@ -22,7 +22,7 @@ from actors.painters import PaintingFailed, paint_all, painter_role
 from actors.scoring import JudgingFailed, asking_role, judge_all, text_of
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import Stopped, cluster, free_resources
-from rlhf.algorithms.rollout import JudgeUnreliable
+from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.schema import BadInput, Problem
 from rlhf.evaluation import Evaluation, judge_result, source_result
 from rlhf.evaluation_config import EvaluateConfig

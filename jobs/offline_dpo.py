@@ -24,6 +24,7 @@ from jobs.cluster import cluster, dashboard, free_resources
 from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, relabel_by_judge, say_batch
 from jobs.running import check_disk, guarded, train_until_done, unique_name
 from rlhf.algorithms.offline_dpo import offline_dpo
+from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.cache import CacheError
 from rlhf.data.pair_stream import training_stream
 from rlhf.data.schema import BadInput
@@ -37,6 +38,7 @@ STOPS = (
     CacheError,
     FeedbackFailed,
     Fenced,
+    JudgeUnreliable,
     NonFiniteLoss,
     OSError,
     PreprocessFailed,

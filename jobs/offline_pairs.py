@@ -218,7 +218,8 @@ def relabel_by_judge(
 ) -> tuple[PairSets, dict[str, float]]:
     """The same pairs with the winners that `data.choice_model` prefers, and the share of swapped pairs to log.
 
-    The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, FeedbackFailed.
+    The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, JudgeUnreliable,
+    FeedbackFailed.
     """
     sets = [("feedback/swapped", "feedback.parquet", pairs.training)]
     if pairs.evaluation:
@@ -231,12 +232,12 @@ def relabel_by_judge(
             _Relabelling(
                 metric=metric,
                 pairs=found,
-                scores=place.with_name(f"scores-{digest}.npy"),
+                scores=place.with_name(f"scores-{digest}.npz"),
                 index=place.with_name(f"index-{digest}.arrow"),
                 record=folder / record,
             )
         )
-    if any(feedback.unscored(work.scores, index_of(work.pairs)).size for work in todo):
+    if any(feedback.read_scores(work.scores, index_of(work.pairs)).unasked().size for work in todo):
         _score(config, todo, name, say)
     done = [_relabel(config, work, say) for work in todo]
     labelled = PairSets(training=done[0][0], evaluation=done[1][0] if len(done) > 1 else None)

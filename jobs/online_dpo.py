@@ -25,7 +25,8 @@ from jobs.cluster import cluster, dashboard, free_resources
 from jobs.preprocess import Data, preprocess, prompts_of, read_data
 from jobs.running import check_disk, guarded, train_until_done, unique_name
 from rlhf.algorithms.online_dpo import online_dpo
-from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
+from rlhf.algorithms.reliability import JudgeUnreliable
+from rlhf.algorithms.rollout import NothingPasses
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import CacheError
 from rlhf.data.prompts import PromptStream

@@ -18,6 +18,7 @@ from dataclasses import replace
 from numbers import Real
 
 from rlhf.algorithms.pairing import RolloutGroup
+from rlhf.algorithms.reliability import MIN_CALLS, check_rate
 from rlhf.algorithms.rollout_state import (
     Command,
     Enqueue,
@@ -37,14 +38,8 @@ from rlhf.algorithms.rollout_state import (
 )
 from rlhf.types import Score
 
-MIN_CALLS = 10
-"""Calls of a judge before its failure rate is believed."""
 LARGEST_REWARD = 1e100
 """Beyond it, squares and quotients of rewards stop being finite."""
-
-
-class JudgeUnreliable(RuntimeError):
-    """One judge fails too often for its scores to be trusted."""
 
 
 class NothingPasses(RuntimeError):
@@ -153,12 +148,8 @@ def _quarantine(
 
 def _record_call(state: RolloutState, judge: str, *, failed: bool, reason: str = "") -> RolloutState:
     calls = (*state.calls.get(judge, ()), failed)[-state.limits.failure_window :]
-    rate = sum(calls) / len(calls)
-    if failed and len(calls) >= min(MIN_CALLS, state.limits.failure_window) and rate > state.limits.max_failure_rate:
-        raise JudgeUnreliable(
-            f"judge {judge!r} failed {sum(calls)} of its last {len(calls)} calls ({rate:.0%}, "
-            f"judges.max_failure_rate = {state.limits.max_failure_rate:.0%}); the last reason: {reason}"
-        )
+    if failed and len(calls) >= min(MIN_CALLS, state.limits.failure_window):
+        check_rate(judge, calls, state.limits.max_failure_rate, reason)
     return replace(state, calls={**state.calls, judge: calls})
 
 

@@ -6,7 +6,8 @@ import pytest
 import ray
 
 from actors.asking import Scorer
-from actors.feedback import FAILED, FeedbackFailed, read_scores, relabel, score_pairs, unscored, write_record
+from actors.feedback import Scores, read_scores, relabel, score_pairs, write_record
+from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.pair_files import blocks_of
 from rlhf.data.preferences import check_block, gather
 from rlhf.rewards.config import JudgesConfig
@@ -36,8 +37,8 @@ def scored(index, kept, url, max_failure_rate=0.5):
 
 def test_the_higher_score_wins_ties_keep_the_human_and_swaps_are_counted(index):
     five = index.relabelled(np.arange(40, dtype=np.int8) % 2, np.arange(40) < 5)  # humans said 0, 1, 0, 1, 0
-    scores = np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0], [3.0, 3.0], [FAILED, FAILED]])
-    answer = relabel(five, scores)
+    values = np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0], [3.0, 3.0], [np.nan, np.nan]])
+    answer = relabel(five, Scores(values=values, failed=np.array([False] * 4 + [True])))
     assert answer.winners[:4].tolist() == [1, 1, 0, 1]
     assert answer.scored.tolist() == [True] * 4 + [False]
     assert answer.swapped == 0.25
@@ -48,7 +49,7 @@ def test_every_pair_gets_the_judges_scores_and_a_second_call_asks_nothing(cluste
     scored(index, kept, judge_server())
     scores = read_scores(kept, index)
     expected = [[warmth(decode_image(pair[side])) for side in ("jpg_0", "jpg_1")] for pair in ROWS]
-    assert scores == pytest.approx(np.array(expected)) and unscored(kept, index).size == 0
+    assert scores.values == pytest.approx(np.array(expected)) and not scores.failed.any()
     assert scored(index, kept, "http://127.0.0.1:9") == ["feedback: hps scores 0 of 40 pairs"]
 
 
@@ -68,8 +69,8 @@ def test_pairs_that_the_judge_fails_on_are_told_and_left_out(cluster, judge_serv
 
 def test_a_judge_that_fails_too_often_stops_and_is_asked_again_later(cluster, judge_server, index, tmp_path):
     kept = tmp_path / "scores.npy"
-    with pytest.raises(FeedbackFailed, match=r"judge 'hps' failed on \d+ of \d+ pairs .*row \d+: .*status 500"):
+    with pytest.raises(JudgeUnreliable, match=r"judge 'hps' failed \d+ of its last \d+ calls .*row \d+: .*status 500"):
         scored(index, kept, judge_server(fail=0.9))
-    assert not np.isinf(read_scores(kept, index)).any()
+    assert not read_scores(kept, index).failed.any() and read_scores(kept, index).unasked().size
     scored(index, kept, judge_server())
-    assert np.isfinite(read_scores(kept, index)).all()
+    assert np.isfinite(read_scores(kept, index).values).all()

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import tomli_w
 import torch
@@ -19,7 +18,8 @@ from ray import serve
 
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
-from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses
+from rlhf.algorithms.reliability import JudgeUnreliable
+from rlhf.algorithms.rollout import NothingPasses
 from rlhf.data.collate import latents_from_array
 from rlhf.data.pairs import read_pairs
 from rlhf.models import FAMILIES
@@ -27,6 +27,7 @@ from rlhf.weights import SafetensorsFolder
 from tests.conftest import SERVE_PORT
 from tests.jobs.light import light_config, metric_rows, write_photos
 from tests.judge_server import warmth
+from tests.processes import ray_processes
 
 pytestmark = pytest.mark.slow
 
@@ -192,12 +193,6 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
         one, other = (SafetensorsFolder(path / "final" / kind).path for path in (killed, straight))
         file = "diffusion_pytorch_model.safetensors"
         assert (one / file).read_bytes() == (other / file).read_bytes()
-
-
-def ray_processes(name: str) -> list[psutil.Process]:
-    """Ray workers of this test session that run the class `name`."""
-    mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if process.is_running() and process.name().startswith(f"ray::{name}")]
 
 
 def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_server, kontext, folder):

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from rlhf.algorithms.buffer import take, wanted
-from rlhf.algorithms.rollout import JudgeUnreliable, NothingPasses, advance, drain
+from rlhf.algorithms.reliability import JudgeUnreliable
+from rlhf.algorithms.rollout import NothingPasses, advance, drain
 from rlhf.algorithms.rollout_state import (
     Enqueue,
     Judge,

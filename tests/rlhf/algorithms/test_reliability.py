@@ -2,8 +2,7 @@
 
 import pytest
 
-from actors.scoring import FailureRates
-from rlhf.algorithms.rollout import JudgeUnreliable
+from rlhf.algorithms.reliability import FailureRates, JudgeUnreliable
 
 
 def test_a_judge_that_fails_more_than_its_share_stops_the_evaluation():
@@ -13,10 +12,11 @@ def test_a_judge_that_fails_more_than_its_share_stops_the_evaluation():
         rates.add("b", None)
     for _ in range(3):
         rates.add("a", "timed out")  # 3 of 10 is not above 0.3
-    rates.check("a", at_least=1)
+    rates.check("a")
     with pytest.raises(JudgeUnreliable, match=r"'a' failed 4 of its last 11 calls.*30%.*broke"):
         rates.add("a", "broke")
-    rates.check("b", at_least=1)
+    rates.check("b")
+    rates.check("never asked")
 
 
 def test_few_calls_are_judged_only_at_the_end():
@@ -24,7 +24,7 @@ def test_few_calls_are_judged_only_at_the_end():
     for _ in range(9):
         rates.add("a", "broke")
     with pytest.raises(JudgeUnreliable, match="failed 9 of its last 9"):
-        rates.check("a", at_least=1)
+        rates.check("a")
 
 
 def test_only_the_last_fifty_calls_count():

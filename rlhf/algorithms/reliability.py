@@ -1,0 +1,51 @@
+"""When a judge fails too often to go on with: online, in an evaluation, and where it relabels pairs.
+
+Pure. Left out: retries, which come before a call counts as failed (`actors.asking`).
+"""
+
+from collections.abc import Sequence
+
+MIN_CALLS = 10
+"""Calls of a judge before its failure rate is believed."""
+WINDOW = 50
+"""Calls of a judge that `judges.max_failure_rate` looks back on."""
+
+
+class JudgeUnreliable(RuntimeError):
+    """One judge fails too often for its scores to be trusted."""
+
+
+def check_rate(judge: str, calls: Sequence[bool], limit: float, reason: str) -> None:
+    """`calls`: of the judge's last calls, whether each failed; `reason`: why the last one did.
+
+    Raises JudgeUnreliable where the share of failures is above `limit` (`judges.max_failure_rate`).
+    """
+    rate = sum(calls) / len(calls)
+    if rate > limit:
+        raise JudgeUnreliable(
+            f"judge {judge!r} failed {sum(calls)} of its last {len(calls)} calls ({rate:.0%}, "
+            f"judges.max_failure_rate = {limit:.0%}); the last reason: {reason}"
+        )
+
+
+class FailureRates:
+    """Of each judge's last calls, for callers that keep no state of their own."""
+
+    def __init__(self, limit: float):
+        """`limit`: `judges.max_failure_rate`."""
+        self.limit = limit
+        self._calls: dict[str, tuple[bool, ...]] = {}
+        self._reasons: dict[str, str] = {}
+
+    def add(self, judge: str, reason: str | None) -> None:
+        """One call, and why it failed if it did. Raises JudgeUnreliable, once there are calls enough to believe it."""
+        self._calls[judge] = calls = (*self._calls.get(judge, ()), reason is not None)[-WINDOW:]
+        if reason is not None:
+            self._reasons[judge] = reason
+        if len(calls) >= MIN_CALLS:
+            check_rate(judge, calls, self.limit, self._reasons.get(judge, ""))
+
+    def check(self, judge: str) -> None:
+        """At the end: raise JudgeUnreliable also where the calls were few. A judge that was never asked is fine."""
+        if calls := self._calls.get(judge):
+            check_rate(judge, calls, self.limit, self._reasons.get(judge, ""))
