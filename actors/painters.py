@@ -20,7 +20,8 @@ from actors.placement import Role
 from rlhf.data.images import load_image
 from rlhf.evaluation import SIDES, Side
 from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_prompts import DTYPES, family_of, sees_source
+from rlhf.evaluation_prompts import family_of
+from rlhf.models.family import sees_source
 from rlhf.rewards.images import encode_png
 from rlhf.sampling import sample
 from rlhf.types import Prompt, noise_from, seed_from
@@ -53,8 +54,8 @@ def source_file(index: int) -> str:
 def painter_role(config: EvaluateConfig) -> Role:
     """What the painters need: the denoiser, text encoders and VAE in each."""
     family = family_of(config.model)
-    dtype = DTYPES[config.model.dtype]
-    denoiser = sum(parameter.numel() for parameter in family.empty_denoiser(dtype).parameters()) * dtype.itemsize
+    denoiser = sum(parameter.numel() for parameter in family.empty_denoiser(family.dtype).parameters())
+    denoiser *= family.dtype.itemsize
     folders = [Path(family.path) / name for name in ("vae", *family.text_folders)]
     codec = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
     painters = config.painters

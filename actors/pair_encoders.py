@@ -19,6 +19,7 @@ from rlhf.data.pair_files import read_block
 from rlhf.data.pair_stream import PairStream, Visit
 from rlhf.data.preferences import pictures_of, read_index
 from rlhf.models import load_family
+from rlhf.models.family import sees_source
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.rewards.images import decode_image
 
@@ -33,7 +34,7 @@ class PairEncoder:
         self._config, self._index = config, read_index(index_file)
         family = load_family(config.model, config.trainer.mixed_precision)
         self._codec = family.load_codec("cuda" if config.preprocess.num_gpus > 0 else "cpu")
-        self._needs_source = bool(family.source_folders)
+        self._needs_source = sees_source(family)
         self._block = lru_cache(maxsize=config.data.shuffle_blocks)(read_block)
 
     def encode(self, visits: Sequence[Visit]) -> tuple[int, list[tuple[Visit, dict[str, np.ndarray]]]]:

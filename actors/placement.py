@@ -160,8 +160,8 @@ def checkpoint_bytes(config: TrainingConfig) -> float:
     return float(count * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + model.compute_bytes + ema))
 
 
-def check_shared(folder: Path, timeout_s: float = 60.0) -> None:
-    """Raise ValueError unless every node of the cluster sees `folder`: ranks on other nodes write into it."""
+def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
+    """Raise ValueError unless every node of the cluster sees the folder of recipe `key`: actors on other nodes write there."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
@@ -179,7 +179,7 @@ def check_shared(folder: Path, timeout_s: float = 60.0) -> None:
     )
     blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, answers, strict=True) if not seen]
     if blind:
-        raise ValueError(f"run.dir: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
+        raise ValueError(f"{key}: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
 
 
 def adapter_parameters(denoiser: torch.nn.Module, rank: int, targets: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ from actors.reading import Reader
 from rlhf.algorithms.reliability import FailureRates
 from rlhf.evaluation import SIDES, Duel, FailedScore, Picture, Side
 from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_prompts import family_of, sees_source
+from rlhf.evaluation_prompts import family_of
+from rlhf.models.family import sees_source
 from rlhf.types import Prompt
 
 READER_CPUS = 0.05

@@ -8,7 +8,6 @@ evaluation left off: pictures that are painted stay.
 """
 
 import json
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,8 @@ from actors.asking import Scorer
 from actors.painters import PaintingFailed, paint_all, painter_role
 from actors.scoring import JudgingFailed, asking_role, judge_all, text_of
 from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import Stopped, cluster, free_resources
+from jobs.cluster import cluster, free_resources
+from jobs.running import guarded
 from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.schema import BadInput, Problem
 from rlhf.evaluation import Evaluation, judge_result, source_result
@@ -54,11 +54,7 @@ def main() -> None:
         print(f"{len(prompts.prompts)} prompts × {config.sampling.seeds} seeds × (base, tuned) → {config.out}")
         check_placement(config)
         return
-    try:
-        print(f"results: {evaluate(config, prompts) / 'index.html'}")
-    except (KeyboardInterrupt, Stopped):
-        print("stopped; the same command goes on with the pictures that are painted", file=sys.stderr)
-        sys.exit(130)
+    print(f"results: {evaluate(config, prompts) / 'index.html'}")
 
 
 def checked(config: EvaluateConfig) -> Prompts:
@@ -98,7 +94,7 @@ def evaluate(config: EvaluateConfig, prompts: Prompts) -> Path:
         name = f"evaluate-{xxhash.xxh3_64_hexdigest(str(out.resolve()).encode())[:6]}"
         stack.enter_context(cluster(config.cluster, namespace=name))
         check_placement(config)
-        placement.check_shared(out)
+        placement.check_shared("out", out)
         paint_all(config, prompts.prompts, say)
         names = config.reward.names
         stack.callback(deploy.undeploy, name, names)
@@ -135,4 +131,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, *STOPS)
+    run_main(guarded(main, "with the pictures that are painted"), *STOPS)

@@ -85,7 +85,7 @@ def run(config: OfflineDPOConfig) -> Path:
         needed, free = placement.offline_roles(config), free_resources(config.cluster)
         say(placement.table(needed, free))
         placement.check(needed, free)
-        placement.check_shared(folder.path)
+        placement.check_shared("run.dir", folder.path)
         check_disk(config)
         say_batch(config)
         scalars: dict[str, float] = {}

@@ -21,7 +21,7 @@ from rlhf.data.pair_stream import held_out_visits
 from rlhf.data.preferences import PairIndex, Preference, write_index
 from rlhf.data.schema import BadInput, Problem, parse_items
 from rlhf.models import load_family
-from rlhf.models.family import Family
+from rlhf.models.family import Family, sees_source
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.rewards import python, reward
 from rlhf.rewards.config import JudgeConfig, PythonJudgeConfig
@@ -102,7 +102,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
         width=config.model.width,
         text=fingerprint(config.model.path, family.text_folders, *kind),
         target=fingerprint(config.model.path, family.target_folders, *kind),
-        source=fingerprint(config.model.path, family.source_folders, *kind) if family.source_folders else None,
+        source=fingerprint(config.model.path, family.source_folders, *kind) if sees_source(family) else None,
     )
     items: dict[str, Item] = {}
     problems: list[Problem] = []

@@ -1,4 +1,4 @@
-"""What the training jobs share: beginning again after lost ranks, room on the disk, names, and a stop in one line."""
+"""What jobs that can go on share: beginning again after lost ranks, room on the disk, names, and a stop in one line."""
 
 import shutil
 import sys
@@ -52,14 +52,14 @@ def train_until_done(folder: RunFolder, train: Callable[[], None]) -> None:
             print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
 
 
-def guarded(job: Callable[[], None]) -> Callable[[], None]:
-    """A job whose stop by signal is told in one line."""
+def guarded(job: Callable[[], None], goes_on: str = "from the last checkpoint") -> Callable[[], None]:
+    """A job whose stop by signal is told in one line that also says from where it `goes_on`."""
 
     def guarded_job() -> None:
         try:
             job()
         except (KeyboardInterrupt, Stopped):
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"stopped; the same command goes on {goes_on}", file=sys.stderr)
             sys.exit(130)
 
     return guarded_job

@@ -33,10 +33,13 @@ class OnlineRunConfig(RunConfig):
     save_latents: bool = True
 
 
-class ModelConfig(Section):
+class CheckpointConfig(Section):
     family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
     path: LocalPath
     """Folder in the diffusers layout."""
+
+
+class ModelConfig(CheckpointConfig):
     height: int = Field(ge=16, multiple_of=8)
     width: int = Field(ge=16, multiple_of=8)
 

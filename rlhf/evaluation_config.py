@@ -4,23 +4,22 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlhf.config import CheckpointConfig
 from rlhf.data.images import Fit
 from rlhf.rewards.config import JudgesConfig, RewardConfig, ServeConfig
 from rlhf.section import ClusterConfig, LocalPath, Section
 
 
-class EvaluatedModelConfig(Section):
+class EvaluatedModelConfig(CheckpointConfig):
     """The base model."""
 
-    family: Literal["flux_kontext", "stable_diffusion"]
-    path: LocalPath
-    """Folder in the diffusers layout."""
     height: int | None = Field(None, ge=16, multiple_of=16)
     """Pixels. Unset, with `width`: the family's own size, for edits the nearest to each source picture."""
     width: int | None = Field(None, ge=16, multiple_of=16)
     guidance_scale: float | None = None
     """Unset: the family's own default."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """What the networks compute in, as in `trainer.mixed_precision` of a run's recipe."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,18 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
 
 from rlhf.data.prompts import read_rows
-from rlhf.data.schema import BadInput, Problem, parse_items
+from rlhf.data.schema import BadInput, Problem, is_text, parse_items
 from rlhf.evaluation_config import EvaluateConfig, EvaluateDataConfig, EvaluatedModelConfig
-from rlhf.models import FAMILIES
-from rlhf.models.family import Family
+from rlhf.models import load_family
+from rlhf.models.family import Family, sees_source
 from rlhf.types import Item, Prompt
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +31,7 @@ class Prompts:
 
 def family_of(model: EvaluatedModelConfig) -> Family:
     """The family of the base model; reads small files at most."""
-    guidance = {} if model.guidance_scale is None else {"guidance_scale": model.guidance_scale}
-    return FAMILIES[model.family](path=Path(model.path), dtype=DTYPES[model.dtype], **guidance)
-
-
-def sees_source(family: Family) -> bool:
-    """Whether the family edits a picture."""
-    return bool(family.source_folders)
+    return load_family(model, model.mixed_precision, model.guidance_scale)
 
 
 def read_evaluation(config: EvaluateConfig) -> Prompts:
@@ -128,10 +119,10 @@ def read_texts(data: EvaluateDataConfig) -> tuple[list[tuple[str, str]], list[Pr
         if data.prompt_column not in row:
             remedy = f'add "{data.prompt_column}": "A red apple.", or set data.prompt_column to the field that holds it'
             problem(number, data.prompt_column, "is missing", remedy)
-        elif not isinstance(prompt, str) or not prompt.strip() or not _is_text(prompt):
+        elif not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
             what = "is empty" if isinstance(prompt, str) and not prompt.strip() else f"is {prompt!r}, not a text"
             problem(number, data.prompt_column, what, "write what the picture shows")
-        elif not isinstance(image_id, str) or not image_id or not _is_text(image_id):
+        elif not isinstance(image_id, str) or not image_id or not is_text(image_id):
             problem(number, "image_id", f"is {image_id!r}, not a text", "write a text, or leave it out")
         elif image_id in first:
             problem(number, "image_id", f"{image_id!r} is already on line {first[image_id]}", "give each row its own")
@@ -206,11 +197,3 @@ def _size(model: EvaluatedModelConfig, family: Family, height: int, width: int) 
     if model.height is None or model.width is None:
         return family.nearest_size(height, width)
     return model.height, model.width
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True

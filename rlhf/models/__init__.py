@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf.config import ModelConfig
+from rlhf.config import CheckpointConfig
 from rlhf.models.family import Family, compute_dtype
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.stable_diffusion import StableDiffusion
@@ -11,7 +11,7 @@ from rlhf.models.stable_diffusion import StableDiffusion
 FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stable_diffusion": StableDiffusion}
 
 
-def load_family(model: ModelConfig, mixed_precision: str, guidance_scale: float | None = None) -> Family:
+def load_family(model: CheckpointConfig, mixed_precision: str, guidance_scale: float | None = None) -> Family:
     """The family of a recipe. `guidance_scale` None: the family's own default."""
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     return FAMILIES[model.family](path=Path(model.path), dtype=compute_dtype(mixed_precision), **guidance)

@@ -52,7 +52,7 @@ class Family(Protocol):
     """What the family's diffusers pipeline puts before the keys of a LoRA file."""
     denoiser_folder: ClassVar[str]
     source_folders: ClassVar[tuple[str, ...]]
-    """Subfolders whose content decides `encode_source`: the cache's fingerprint of it. Empty where that is {}."""
+    """Subfolders whose content decides `encode_source`: the cache's fingerprint of it. Empty where that is {}, and only there."""
     target_folders: ClassVar[tuple[str, ...]]
     """The same for `encode_target`."""
 
@@ -89,3 +89,8 @@ class Family(Protocol):
 
     def guided(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction that a sampler follows: `predict` where guidance is embedded, two branches where it is not."""
+
+
+def sees_source(family: Family) -> bool:
+    """Whether the family edits a picture, and does not only paint from a text."""
+    return bool(family.source_folders)

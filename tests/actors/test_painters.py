@@ -29,7 +29,7 @@ def recipe(folder, family, model, denoiser, data):
     return EvaluateConfig.model_validate(
         {
             "out": str(folder / "out"),
-            "model": {"family": family, "path": str(model), "height": 32, "width": 32, "dtype": "float32"},
+            "model": {"family": family, "path": str(model), "height": 32, "width": 32, "mixed_precision": "no"},
             "tuned": {"denoiser": str(model / denoiser)},
             "data": {"path": str(folder / data)},
             "sampling": {"steps": 1, "seeds": 2, "batch_size": 3},

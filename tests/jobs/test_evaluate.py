@@ -53,7 +53,7 @@ def recipe(folder, family, model, tuned, data, **tables):
     """Written to `folder`; returns its path. `tables` replace sections."""
     base = {
         "out": str(folder / "out"),
-        "model": {"family": family, "path": str(model), "height": SIZE, "width": SIZE, "dtype": "float32"},
+        "model": {"family": family, "path": str(model), "height": SIZE, "width": SIZE, "mixed_precision": "no"},
         "tuned": tuned,
         "data": {"path": str(data)},
         "sampling": {"steps": 2, "seeds": 2, "batch_size": 4},
