@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from jobs.benchmarks.curves import Curve, plot
 from rlhf import distributed, weights
 from rlhf.algorithms.objectives import DPO
 from rlhf.algorithms.pairing import RewardScale, RolloutGroup, make_pair
@@ -98,7 +99,7 @@ class Sampler:
         return self.world.codec.decode(torch.stack([latents_from_array(a) for a in arrays])).numpy(), arrays
 
 
-def learning_curve(world: World, mesh, seed: int, mode: Mode, steps: int, every: int = 10) -> list[tuple[int, float]]:
+def learning_curve(world: World, mesh, seed: int, mode: Mode, steps: int, every: int = 10) -> Curve:
     """(step, mean held-out reward at fixed noise) every `every` steps, of one run."""
     config = TrainerConfig(
         train_batch_size=GROUPS,
@@ -152,7 +153,7 @@ def learning_curve(world: World, mesh, seed: int, mode: Mode, steps: int, every:
     raise AssertionError("unreachable")
 
 
-def all_curves(steps: int, seeds: int) -> dict[Mode, list[list[tuple[int, float]]]]:
+def all_curves(steps: int, seeds: int) -> dict[Mode, list[Curve]]:
     """Curves of `seeds` runs in each mode, on one tiny model."""
     modes: tuple[Mode, ...] = ("true", "shuffled", "flipped")
     torch.set_num_threads(1)  # these matrices are too small to share
@@ -165,25 +166,9 @@ def all_curves(steps: int, seeds: int) -> dict[Mode, list[list[tuple[int, float]
         distributed.stop()
 
 
-def changes(curves: dict[Mode, list[list[tuple[int, float]]]]) -> dict[Mode, list[float]]:
+def changes(curves: dict[Mode, list[Curve]]) -> dict[Mode, list[float]]:
     """Held-out reward after minus before, per run."""
     return {mode: [curve[-1][1] - curve[0][1] for curve in runs] for mode, runs in curves.items()}
-
-
-def plot(curves: dict[Mode, list[list[tuple[int, float]]]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for color, (mode, runs) in zip(("tab:green", "tab:gray", "tab:red"), curves.items(), strict=True):
-        for number, run in enumerate(runs):
-            axes.plot(*zip(*run, strict=True), color=color, label=None if number else mode)
-    axes.set(xlabel="step", ylabel="held-out warmth (mean red − mean blue)", title="Online DPO on a tiny Kontext model")
-    axes.legend(title="rewards")
-    figure.savefig(out, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -193,7 +178,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("learning.png"))
     arguments = parser.parse_args()
     curves = all_curves(arguments.steps, arguments.seeds)
-    plot(curves, arguments.out)
+    measure = "held-out warmth (mean red − mean blue)"
+    plot(curves, arguments.out, legend="rewards", measure=measure, title="Online DPO on a tiny Kontext model")
     moved = changes(curves)
     null = max(abs(change) for change in moved["shuffled"])
     for mode, values in moved.items():

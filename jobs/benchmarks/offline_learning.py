@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from jobs.benchmarks.curves import Curve, plot
 from jobs.cli import resolved_toml
 from jobs.demo_photos import photo, relight
 from rlhf import distributed
@@ -219,13 +220,13 @@ def train(
 
 def learning_curve(
     folder: Path, train_on: Pairs, held_out: Pairs, mesh: DeviceMesh, seed: int, labels: Labels, steps: int, every: int
-) -> tuple[list[tuple[int, float]], Trainer]:
+) -> tuple[Curve, Trainer]:
     """(step, implicit accuracy on held-out pairs) of one run, and its trainer."""
     family = FAMILIES["stable_diffusion"](path=folder)
     pairs = train_on.shuffled(seed) if labels == "shuffled" else train_on
     rows = np.arange(len(held_out.winners))
     measured = [held_out.batch(family, rows, 0, -draw) for draw in range(1, DRAWS + 1)]
-    curve: list[tuple[int, float]] = []
+    curve: Curve = []
 
     def watch(step: int, trainer: Trainer) -> None:
         curve.append((step, trainer.evaluate(measured)["implicit_acc"]))
@@ -245,7 +246,7 @@ class Size:
     seeds: int = 3
 
 
-def all_curves(size: Size, pictures: Pictures, keep: Path) -> dict[Labels, list[list[tuple[int, float]]]]:
+def all_curves(size: Size, pictures: Pictures, keep: Path) -> dict[Labels, list[Curve]]:
     """Curves of runs with true and with shuffled labels from one base. `keep`/base and `keep`/tuned hold weights."""
     torch.set_num_threads(1)  # these matrices are too small to share
     mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
@@ -253,7 +254,7 @@ def all_curves(size: Size, pictures: Pictures, keep: Path) -> dict[Labels, list[
         folder = make_base(keep / "base", pictures, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
         pairs = encode(FAMILIES["stable_diffusion"](path=folder), pictures)
         train_on, held_out = pairs.part(slice(None, -HELD_OUT)), pairs.part(slice(-HELD_OUT, None))
-        curves: dict[Labels, list[list[tuple[int, float]]]] = {"true": [], "shuffled": []}
+        curves: dict[Labels, list[Curve]] = {"true": [], "shuffled": []}
         for labels, runs in curves.items():
             for seed in range(size.seeds):
                 curve, trainer = learning_curve(
@@ -292,26 +293,9 @@ def evaluation(keep: Path, captions: Sequence[str], seeds: int = 2) -> EvaluateC
     )
 
 
-def last(curves: dict[Labels, list[list[tuple[int, float]]]]) -> dict[Labels, list[float]]:
+def last(curves: dict[Labels, list[Curve]]) -> dict[Labels, list[float]]:
     """Held-out implicit accuracy at the end of every run."""
     return {labels: [curve[-1][1] for curve in runs] for labels, runs in curves.items()}
-
-
-def plot(curves: dict[Labels, list[list[tuple[int, float]]]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for color, (labels, runs) in zip(("tab:green", "tab:gray"), curves.items(), strict=True):
-        for number, run in enumerate(runs):
-            axes.plot(*zip(*run, strict=True), color=color, label=None if number else labels)
-    axes.axhline(0.5, color="black", linewidth=0.5)
-    axes.set(xlabel="step", ylabel="implicit accuracy on held-out pairs", title="Offline DPO, small Stable Diffusion")
-    axes.legend(title="labels")
-    figure.savefig(out, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -324,7 +308,8 @@ def main() -> None:
     keep = arguments.out.resolve()
     pictures = read_pictures(arguments.pairs) if arguments.pairs else generated_pictures(264)
     curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), pictures, keep)
-    plot(curves, keep / "curves.png")
+    measure = "implicit accuracy on held-out pairs (0.5: none)"
+    plot(curves, keep / "curves.png", legend="labels", measure=measure, title="Offline DPO, small Stable Diffusion")
     for labels, values in last(curves).items():
         print(f"{labels:>9}: " + "  ".join(f"{value:.3f}" for value in values))
     (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep, pictures.captions)))

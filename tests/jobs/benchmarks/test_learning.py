@@ -2,16 +2,13 @@
 
 import pytest
 
-from jobs.benchmarks.learning import all_curves, changes, plot
+from jobs.benchmarks.learning import all_curves, changes
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_true_rewards_gain_what_flipped_ones_lose_far_beyond_the_null(tmp_path):
-    curves = all_curves(steps=80, seeds=3)
-    plot(curves, tmp_path / "learning.png")
-    assert (tmp_path / "learning.png").stat().st_size > 10_000
-    moved = changes(curves)
+def test_true_rewards_gain_what_flipped_ones_lose_far_beyond_the_null():
+    moved = changes(all_curves(steps=80, seeds=3))
     null = max(abs(change) for change in moved["shuffled"])
     assert len(moved["true"]) == len(moved["flipped"]) == len(moved["shuffled"]) == 3
     assert min(moved["true"]) > 5 * null, moved
