@@ -153,7 +153,6 @@ def check_outcome(folder, judge="greenness"):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_denoiser_that_paints_greener_wins(diffusion, tmp_path):
     tuned = {"denoiser": str(greener_unet(diffusion, tmp_path / "unet"))}
     path = recipe(tmp_path, "stable_diffusion", diffusion, tuned, write_texts(tmp_path))
@@ -180,7 +179,6 @@ def test_a_lora_that_edits_greener_wins_and_the_source_is_measured(kontext, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_equal_weights_only_tie_and_a_failing_judge_is_listed(kontext, tmp_path, judge_server):
     """No Serve at all: the judge is elsewhere. Its failures depend on the pixels, so both pictures of a pair fail."""
     path = recipe(

@@ -15,7 +15,6 @@ MARGIN = 0.1
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_true_labels_beat_shuffled_ones_and_samples_follow_them(cluster, tmp_path):
     """On what people clicked on, where the photos are at hand; else on generated ones."""
