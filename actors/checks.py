@@ -126,11 +126,8 @@ def on_cluster(
     log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            found = check(row["number"], Block(**json.loads(row["block"])))
-            return {"number": row["number"], "found": json.dumps(asdict(found)), "error": ""}
-        except OSError as error:
-            return {"number": row["number"], "found": "", "error": str(error)}
+        found = check(row["number"], Block(**json.loads(row["block"])))
+        return {"number": row["number"], "found": json.dumps(asdict(found)), "error": ""}
 
     if not rows:
         return []

@@ -22,7 +22,7 @@ import torch
 
 from actors import streaming
 from actors.loading import Picture, Text, load
-from rlhf.data.cache import Part, Place, commit, write_part
+from rlhf.data.cache import Part, Place, commit, read_manifest, write_part
 from rlhf.models import load_family
 from rlhf.models.family import Codec
 from rlhf.offline_config import TrainingConfig
@@ -44,7 +44,7 @@ def encode(
 ) -> None:
     """Encode everything given and commit it to `config.data.cache`. Ray must be initialised.
 
-    Raises: PreprocessFailed with the cause, or at the deadline `preprocess.timeout_s`.
+    Raises: PreprocessFailed with the cause, at the deadline `preprocess.timeout_s`, or where another node's files are missing.
     """
     settings = config.preprocess
     items = plan(texts, pictures, settings.batch_size, settings.encoders)
@@ -78,6 +78,11 @@ def encode(
     finally:
         if parts:
             commit(config.data.cache, parts)
+    wanted = {text.key for text in texts} | {picture.key for picture in pictures}
+    if lost := len(wanted - read_manifest(config.data.cache).places.keys()):
+        raise streaming.PreprocessFailed(
+            f"{lost} encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
+        )
 
 
 def plan(texts: Sequence[Text], pictures: Sequence[Picture], batch_size: int, encoders: int) -> list[str]:

@@ -13,7 +13,6 @@ from actors.checks import CheckAll, CheckedPairs, check_pairs
 from actors.encoders import encode
 from actors.loading import Cell, Picture, Text
 from actors.placement import JUDGES_CPUS
-from actors.streaming import PreprocessFailed
 from rlhf.data.cache import read_manifest
 from rlhf.data.fingerprint import fingerprint
 from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record, record_size
@@ -96,14 +95,7 @@ class PairSets:
 def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
     family = load_family(config.model, config.trainer.mixed_precision)
-    kind = (config.model.family, str(family.dtype))
-    keys = PairKeys(
-        height=config.model.height,
-        width=config.model.width,
-        text=fingerprint(config.model.path, family.text_folders, *kind),
-        target=fingerprint(config.model.path, family.target_folders, *kind),
-        source=fingerprint(config.model.path, family.source_folders, *kind) if sees_source(family) else None,
-    )
+    keys = _keys(config, family)
     items: dict[str, Item] = {}
     problems: list[Problem] = []
     if config.data.item_metadata:
@@ -136,19 +128,32 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
         raise BadInput(problems)
     sets = PairSets(training=found[0], evaluation=found[1] if len(found) > 1 else None)
     if sets.evaluation:
-        count = (
-            len(sets.evaluation.index)
-            if sets.evaluation.index is not None
-            else record_size(Path(str(config.eval.path)))
-        )
-        if not held_out_visits(config.eval, config.trainer, count):
-            need = config.trainer.ranks * config.trainer.train_batch_size
-            raise ValueError(
-                f"eval.path = {config.eval.path!r} has {count} pairs, of which eval.max_pairs = {config.eval.max_pairs} are "
-                f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: too few"
-            )
+        _refuse_too_few(config, sets.evaluation)
     _refuse_overlap(config, sets)
     return sets
+
+
+def _keys(config: OfflineDPOConfig, family: Family) -> PairKeys:
+    """What names an encoded caption or picture, beside its own content."""
+    kind = (config.model.family, str(family.dtype))
+    return PairKeys(
+        height=config.model.height,
+        width=config.model.width,
+        text=fingerprint(config.model.path, family.text_folders, *kind),
+        target=fingerprint(config.model.path, family.target_folders, *kind),
+        source=fingerprint(config.model.path, family.source_folders, *kind) if sees_source(family) else None,
+    )
+
+
+def _refuse_too_few(config: OfflineDPOConfig, held_out: PairSet) -> None:
+    """Raise ValueError where the pairs held out do not fill one batch of every rank."""
+    count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.file)
+    if not held_out_visits(config.eval, config.trainer, count):
+        need = config.trainer.ranks * config.trainer.train_batch_size
+        raise ValueError(
+            f"eval.path = {config.eval.path!r} has {count} pairs, of which eval.max_pairs = {config.eval.max_pairs} are "
+            f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: too few"
+        )
 
 
 def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
@@ -338,10 +343,6 @@ def encode_missing(config: OfflineDPOConfig, pairs: PairSets, say: Say) -> None:
         say(f"preprocess: all captions and pictures are in {config.data.cache}")
         return
     encode(config, texts, pictures, say)
-    if any(_missing(config, pairs)):
-        raise PreprocessFailed(
-            f"encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
-        )
 
 
 def _missing(config: OfflineDPOConfig, pairs: PairSets) -> tuple[list[Text], list[Picture]]:

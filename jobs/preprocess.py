@@ -122,10 +122,6 @@ def preprocess(config: OnlineDPOConfig, rows: Sequence[Row], log: Callable[[str]
     if texts or sources:
         encode(config, texts, sources, log)
         manifest = read_manifest(config.data.cache)
-        if any(missing(config, rows, prompts, manifest)):
-            raise PreprocessFailed(
-                f"encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
-            )
     else:
         log(f"preprocess: all {len(prompts)} prompts are in {config.data.cache}")
     warning = unknown_report(prompts, manifest)

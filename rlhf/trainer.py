@@ -266,10 +266,10 @@ class Trainer:
         self._refuse_foreign(counters, folder)
         self.steps, self.skipped = counters["steps"], counters["skipped"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
-        if self.loss_scale and counters.get("loss_scale"):
+        if self.loss_scale:
             self.loss_scale = LossScale(**counters["loss_scale"])
         if self.steps > self.skipped:
-            never_had = set(counters.get("without_state", ()))  # parameters that no gradient reaches
+            never_had = set(counters["without_state"])  # parameters that no gradient reaches
             having = [p for name, p in self.trained.items() if name not in never_had]
             optimizers.make_state(self.optimizer, having, updates=self.steps - self.skipped)
         for file, entries in self._state().items():
@@ -290,12 +290,12 @@ class Trainer:
         return folder / f"optimizer_of_rank{self.rank}.safetensors"
 
     def _refuse_foreign(self, counters: dict, folder: Path) -> None:
-        mine, saved = self.config.optimizer, counters.get("optimizer", "adamw")
+        mine, saved = self.config.optimizer, counters["optimizer"]
         if mine != saved:
             raise ValueError(
                 f'{folder} holds the state of trainer.optimizer = "{saved}", not of "{mine}": set it back to "{saved}"'
             )
-        ranks = counters.get("optimizer_ranks") or self.mesh.size()
+        ranks = counters["optimizer_ranks"] or self.mesh.size()
         if ranks != self.mesh.size():
             raise ValueError(
                 f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {self.mesh.size()}: resume with "

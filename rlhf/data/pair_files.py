@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,9 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
 
 
 def _blocks(file: Path, counts: list[int]) -> list[Block]:
-    firsts = [1 + sum(counts[:i]) for i in range(len(counts))]
     return [
         Block(file=str(file), part=part, first=first, count=count)
-        for part, (first, count) in enumerate(zip(firsts, counts, strict=True))
+        for part, (first, count) in enumerate(zip(accumulate(counts, initial=1), counts, strict=False))
         if count
     ]
 

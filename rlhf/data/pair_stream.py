@@ -6,7 +6,7 @@ needs nothing but the number of steps done, on any number of ranks.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Visit:
     """(down, across) of the crop in what may be cut off: 0 … 1; 0.5, 0.5 is the centre."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # told apart by identity: hashing every block for a visit is slow
 class PairStream:
     """`stream[position]` for any position ≥ 0."""
 
@@ -44,9 +44,8 @@ class PairStream:
     caption_dropout: float = 0.0
 
     def __getitem__(self, position: int) -> Visit:
-        count = sum(self.block_sizes)
-        epoch, place = divmod(position, count)
-        row = int(_order(self.block_sizes, self.window, self.seed, epoch)[place]) if self.shuffle else place
+        epoch, place = divmod(position, self._count)
+        row = int(_order(self, epoch)[place]) if self.shuffle else place
         down, across = (_unit(self.seed, way, position) for way in ("crop down", "crop across"))
         return Visit(
             row=row,
@@ -54,6 +53,10 @@ class PairStream:
             blank=_unit(self.seed, "caption", position) < self.caption_dropout,
             crop=(down, across) if self.random_crop else (0.5, 0.5),
         )
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(self.block_sizes)
 
 
 def training_stream(data: PairDataConfig, block_sizes: tuple[int, ...], seed: int) -> PairStream:
@@ -82,14 +85,14 @@ def _unit(seed: int, what: str, position: int) -> float:
 
 
 @lru_cache(maxsize=2)
-def _order(block_sizes: tuple[int, ...], window: int, seed: int, epoch: int) -> np.ndarray:
+def _order(stream: PairStream, epoch: int) -> np.ndarray:
     """Index rows in the order of an epoch, int64 (pairs,)."""
-    firsts = np.concatenate([[0], np.cumsum(block_sizes)])
-    blocks = permutation(seed_from(seed, "blocks", epoch), len(block_sizes))
+    firsts = np.concatenate([[0], np.cumsum(stream.block_sizes)])
+    blocks = permutation(seed_from(stream.seed, "blocks", epoch), len(stream.block_sizes))
     parts = []
-    for start in range(0, len(blocks), window):
-        rows = np.concatenate([np.arange(firsts[b], firsts[b + 1]) for b in blocks[start : start + window]])
-        parts.append(rows[permutation(seed_from(seed, "rows", epoch, start), len(rows))])
+    for start in range(0, len(blocks), stream.window):
+        rows = np.concatenate([np.arange(firsts[b], firsts[b + 1]) for b in blocks[start : start + stream.window]])
+        parts.append(rows[permutation(seed_from(stream.seed, "rows", epoch, start), len(rows))])
     return np.concatenate(parts)
 
 

@@ -22,7 +22,8 @@ from rlhf.data.schema import Problem, is_text
 from rlhf.types import Item
 
 FORMAT = 1
-TIE, UNLABELLED = 0.5, "has_label"
+TIE = 0.5
+"""`label_0` of a row that prefers neither picture."""
 SCHEMA = pa.schema(
     [
         ("block", pa.int32()),

@@ -16,7 +16,7 @@ from actors.loading import Picture, Text, load
 from actors.streaming import PreprocessFailed
 from jobs.preprocess import missing, preprocess, prompts_of
 from rlhf.config import OnlineDPOConfig
-from rlhf.data.cache import ConditionCache, read_manifest
+from rlhf.data.cache import ConditionCache, commit, read_manifest
 from rlhf.data.images import load_image
 from rlhf.data.prompts import read_rows
 from tests.rlhf.data import photos
@@ -143,3 +143,14 @@ def test_loading_gives_the_fitted_pixels(config):
     [item] = plan([], sources[:2], batch_size=2, encoders=1)
     want = b"".join(load_image(row.image, 48, 32, "crop").tobytes() for row in rows[:2])
     assert load({"item": item})["pixels"] == want
+
+
+def test_files_that_landed_on_another_node_are_missed_at_once(cluster, config, monkeypatch):
+    def elsewhere(folder, parts):
+        commit(folder, parts)
+        for part in parts:
+            (Path(folder) / part.file).unlink()
+
+    monkeypatch.setattr("actors.encoders.commit", elsewhere)
+    with pytest.raises(PreprocessFailed, match=r"10 encoded rows are not in data.cache = .*shared folder"):
+        preprocess(config, rows_of(config), str)
