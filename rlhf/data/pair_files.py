@@ -88,11 +88,12 @@ SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[
 
 
 def _split_of(file: Path) -> str | None:
-    """`train` of data/train-00000-of-00012.parquet, train.parquet or train_1.parquet (as the hub reads them),
+    """`train` of data/train-00000-of-00012.parquet, with or without a hash behind it, train.parquet or train_1.parquet (as the
 
-    default/train/0000.parquet (as it converts them), train/data-00000-of-00001.arrow (`save_to_disk`); None: no split.
+    hub reads them), default/train/0000.parquet (as it converts them), train/data-00000-of-00001.arrow (`save_to_disk`);
+    None: no split.
     """
-    numbered = re.fullmatch(r"(.+)-\d+-of-\d+", file.stem)
+    numbered = re.fullmatch(r"(.+)-\d+-of-\d+(?:-[0-9a-f]+)?", file.stem)
     if numbered and numbered[1] != "data":
         return numbered[1]
     for name in (file.stem, *(folder.name for folder in file.parents)):

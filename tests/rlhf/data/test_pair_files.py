@@ -40,6 +40,14 @@ def test_jsonl_lines_keep_their_numbers_past_empty_ones_and_across_blocks(tmp_pa
     [
         (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "train", [0]),
         (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "test", [1]),
+        (  # Pick-a-Pic v2's own names
+            [
+                "data/train-00000-of-00645-b66ac786bf6fb553.parquet",
+                "data/validation_unique-00000-of-00001-33ead111845fc9c4.parquet",
+            ],
+            "validation_unique",
+            [1],
+        ),
         (["train/data-00000-of-00001.arrow", "validation/data-00000-of-00001.arrow"], "validation", [1]),
         (["train.parquet", "test.parquet"], "test", [1]),
         (["train_1.parquet", "train_2.parquet", "validation_unique.parquet"], "train", [0, 1]),
