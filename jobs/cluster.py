@@ -14,8 +14,8 @@ import torch
 from rlhf.section import ClusterConfig
 
 
-class Stopped(BaseException):
-    """SIGTERM came (`ray job stop`, a scheduler): unwind as for Ctrl-C."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came (`ray job stop`, a scheduler): unwind as for Ctrl-C, the only thing that Ray's waits let through."""
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

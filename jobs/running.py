@@ -9,7 +9,6 @@ import xxhash
 
 from actors import placement
 from actors.trainer_group import TrainerLost
-from jobs.cluster import Stopped
 from rlhf.offline_config import TrainingConfig
 from rlhf.run_folder import RunFolder
 
@@ -58,7 +57,7 @@ def guarded(job: Callable[[], None], goes_on: str = "from the last checkpoint") 
     def guarded_job() -> None:
         try:
             job()
-        except (KeyboardInterrupt, Stopped):
+        except KeyboardInterrupt:  # SIGTERM too, as Stopped
             print(f"stopped; the same command goes on {goes_on}", file=sys.stderr)
             sys.exit(130)
 

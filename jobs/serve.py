@@ -12,7 +12,7 @@ from ray import serve
 
 from actors import placement
 from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import Stopped, cluster, free_resources
+from jobs.cluster import cluster, free_resources
 from rlhf.config import ServeJobConfig
 from serve_apps import deploy
 
@@ -34,7 +34,7 @@ def main() -> None:
             deploy.check_free(config.judge_names, config.name)
             placement.check(needed, free_resources(config.cluster))
             serve_until_stopped(config)
-    except (KeyboardInterrupt, Stopped):
+    except KeyboardInterrupt:  # SIGTERM too, as Stopped
         print("stopped; the judges are deleted", file=sys.stderr)
         sys.exit(130)
 
