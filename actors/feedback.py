@@ -4,6 +4,7 @@ Pictures are read and decoded in tasks and go to the judge by reference; its rep
 index as they come, so that an interrupted relabelling goes on. Left out: scores from more than one judge.
 """
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def score_pairs(
     timeout_s: float,
     max_failure_rate: float,
     log: Callable[[str], None],
-) -> None:
-    """Ask about every pair that the file `kept` lacks, and keep the answers there. A pair without one is told and marked.
+) -> Scores:
+    """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is told and marked.
 
     `timeout_s` is for one task and its pictures. Raises: JudgeUnreliable above `max_failure_rate`, and then all marks are
     taken back, to be asked again of a judge that was mended; FeedbackFailed.
@@ -112,7 +113,7 @@ def score_pairs(
             if monotonic() - saved > KEEP_EVERY_S:
                 saved = monotonic()
                 log(f"feedback: {done}/{len(todo)} pairs")
-                _keep(kept, scores)
+                _keep(kept, scores, index)
         rates.check(judge)
     except JudgeUnreliable:
         scores.failed[:] = False
@@ -120,7 +121,8 @@ def score_pairs(
     except ray.exceptions.RayError as error:
         raise FeedbackFailed(f"scoring stopped: {getattr(error, 'cause', None) or error}") from error
     finally:
-        _keep(kept, scores)
+        _keep(kept, scores, index)
+    return scores
 
 
 def _answers(
@@ -193,11 +195,16 @@ def _block(block: Block):
     return read_block(block)
 
 
-def _keep(file: Path, scores: Scores) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("wb") as out:
-        np.savez(out, values=scores.values, failed=scores.failed)
-    partial.rename(file)
+def _keep(file: Path, scores: Scores, index: PairIndex) -> None:
+    """Write the scores, and those that another job has written meanwhile."""
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        theirs = read_scores(file, index).values
+        values = np.where(np.isnan(scores.values), theirs, scores.values)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        with partial.open("wb") as out:
+            np.savez(out, values=values, failed=scores.failed)
+        partial.rename(file)
 
 
 def write_record(file: Path, index: PairIndex, feedback: Feedback) -> None:

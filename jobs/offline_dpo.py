@@ -21,7 +21,8 @@ from actors.streaming import PreprocessFailed
 from actors.trainer_group import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
-from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, relabel_by_judge, say_batch
+from jobs.offline_feedback import relabel_by_judge
+from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, say_batch
 from jobs.running import check_disk, guarded, train_until_done, unique_name
 from rlhf.algorithms.offline_dpo import offline_dpo
 from rlhf.algorithms.reliability import JudgeUnreliable
@@ -80,20 +81,23 @@ def run(config: OfflineDPOConfig) -> Path:
         folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
         stack.callback(folder.release)
         say(f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}")
-        if pairs.left_out():
-            (folder.path / "left_out.txt").write_text(pairs.left_out() + "\n", encoding="utf-8")
         needed, free = placement.offline_roles(config), free_resources(config.cluster)
         say(placement.table(needed, free))
         placement.check(needed, free)
         placement.check_shared("run.dir", folder.path)
         check_disk(config)
         say_batch(config)
-        scalars: dict[str, float] = {}
+        labelled = None
         if config.data.choice_model:
-            pairs, scalars = relabel_by_judge(config, pairs, unique_name(config, folder), folder.path, say)
-        refuse_other_pairs(pairs, folder.path)
+            labelled = relabel_by_judge(config, pairs, unique_name(config, folder), say)
+            pairs = labelled.pairs
+        refuse_other_pairs(pairs, folder)
+        if pairs.left_out():
+            (folder.path / "left_out.txt").write_text(pairs.left_out() + "\n", encoding="utf-8")
+        if labelled:
+            labelled.write_records(folder.path)
         encode_missing(config, pairs, say)
-        train(config, folder, pairs, scalars)
+        train(config, folder, pairs, labelled.swapped if labelled else {})
         return folder.path
 
 

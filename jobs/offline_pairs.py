@@ -1,33 +1,23 @@
-"""The pairs of an offline recipe, from files to what ranks open: checked, relabelled if a judge decides, and encoded."""
+"""The pairs of an offline recipe, from files to what ranks open: checked, and encoded. Between: `offline_feedback.py`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-import xxhash
-
-from actors import feedback
-from actors.asking import Scorer
 from actors.checks import CheckAll, CheckedPairs, check_pairs
 from actors.encoders import encode
 from actors.loading import Cell, Picture, Text
-from actors.placement import JUDGES_CPUS
 from rlhf.data.cache import read_manifest
 from rlhf.data.fingerprint import fingerprint
 from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record, record_size
 from rlhf.data.pair_stream import held_out_visits
-from rlhf.data.preferences import PairIndex, Preference, write_index
+from rlhf.data.preferences import PairIndex, Preference
 from rlhf.data.schema import BadInput, Problem, parse_items
 from rlhf.models import load_family
 from rlhf.models.family import Family, sees_source
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rewards import python, reward
-from rlhf.rewards.config import JudgeConfig, PythonJudgeConfig
-from rlhf.run_folder import write_durably
-from rlhf.section import local_paths
+from rlhf.run_folder import RunFolder, write_durably
 from rlhf.types import Item
-from serve_apps import deploy
 
 Say = Callable[[str], None]
 ROWS_AT_ONCE = 10_000
@@ -95,6 +85,7 @@ class PairSets:
 def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
     family = load_family(config.model, config.trainer.mixed_precision)
+    latent_shape = family.latent_shape(config.model.height, config.model.width)
     keys = _keys(config, family)
     items: dict[str, Item] = {}
     problems: list[Problem] = []
@@ -109,7 +100,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
             continue
         try:
             if is_record(Path(path)):
-                found.append(_record(config, key, Path(path), keys, family))
+                found.append(_record(config, key, Path(path), keys, latent_shape))
                 continue
             checked = check_pairs(
                 Path(path),
@@ -128,7 +119,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
         raise BadInput(problems)
     sets = PairSets(training=found[0], evaluation=found[1] if len(found) > 1 else None)
     if sets.evaluation:
-        _refuse_too_few(config, sets.evaluation)
+        refuse_too_few(config, sets.evaluation)
     _refuse_overlap(config, sets)
     return sets
 
@@ -145,7 +136,7 @@ def _keys(config: OfflineDPOConfig, family: Family) -> PairKeys:
     )
 
 
-def _refuse_too_few(config: OfflineDPOConfig, held_out: PairSet) -> None:
+def refuse_too_few(config: OfflineDPOConfig, held_out: PairSet) -> None:
     """Raise ValueError where the pairs held out do not fill one batch of every rank."""
     count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.file)
     if not held_out_visits(config.eval, config.trainer, count):
@@ -171,7 +162,9 @@ def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
         )
 
 
-def _record(config: OfflineDPOConfig, key: str, folder: Path, keys: PairKeys, family: Family) -> PairSet:
+def _record(
+    config: OfflineDPOConfig, key: str, folder: Path, keys: PairKeys, latent_shape: tuple[int, int, int]
+) -> PairSet:
     """The pairs/ folder of an online run. Raises: ValueError for what latents cannot do, BadInput for pairs without any."""
     data = config.data
     wanted = {
@@ -186,8 +179,7 @@ def _record(config: OfflineDPOConfig, key: str, folder: Path, keys: PairKeys, fa
             f"{key} = {str(folder)!r} is an online run's record: it holds finished latents and encoded captions, for which "
             f"{', '.join(impossible)} cannot be; set hflip = false, caption_dropout = 0 and leave the others out"
         )
-    shape = family.latent_shape(config.model.height, config.model.width)
-    check_record(folder, read_manifest(data.cache), data.cache, keys, shape)
+    check_record(folder, read_manifest(data.cache), data.cache, keys, latent_shape)
     return PairSet(place=PairsPlace(file=folder), checked=None, items={})
 
 
@@ -202,131 +194,19 @@ def say_batch(config: OfflineDPOConfig) -> None:
     )
 
 
-# --- AI feedback -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Relabelling:
-    """One data set and where what the judge says of it goes."""
-
-    metric: str
-    pairs: PairSet
-    scores: Path
-    """Kept beside the index, for whoever asks the same judge about the same pictures."""
-    index: Path
-    record: Path
-    """In the run's folder, for people."""
-
-
-def relabel_by_judge(
-    config: OfflineDPOConfig, pairs: PairSets, name: str, folder: Path, say: Say
-) -> tuple[PairSets, dict[str, float]]:
-    """The same pairs with the winners that `data.choice_model` prefers, and the share of swapped pairs to log.
-
-    The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, JudgeUnreliable,
-    FeedbackFailed.
-    """
-    sets = [("feedback/swapped", "feedback.parquet", pairs.training)]
-    if pairs.evaluation:
-        sets.append(("feedback/swapped_eval", "feedback_eval.parquet", pairs.evaluation))
-    todo = []
-    for metric, record, found in sets:
-        digest = _digest(config, found)
-        place = found.place.file
-        todo.append(
-            _Relabelling(
-                metric=metric,
-                pairs=found,
-                scores=place.with_name(f"scores-{digest}.npz"),
-                index=place.with_name(f"index-{digest}.arrow"),
-                record=folder / record,
-            )
-        )
-    if any(feedback.read_scores(work.scores, index_of(work.pairs)).unasked().size for work in todo):
-        _score(config, todo, name, say)
-    done = [_relabel(config, work, say) for work in todo]
-    labelled = PairSets(training=done[0][0], evaluation=done[1][0] if len(done) > 1 else None)
-    return labelled, {work.metric: swapped for work, (_, swapped) in zip(todo, done, strict=True)}
-
-
-def _relabel(config: OfflineDPOConfig, work: _Relabelling, say: Say) -> tuple[PairSet, float]:
-    """The pairs with the judge's winners, and the share of them that it swapped."""
-    index = index_of(work.pairs)
-    answer = feedback.relabel(index, feedback.read_scores(work.scores, index))
-    left_out = int((~answer.scored).sum())
-    say(
-        f"feedback: {config.data.choice_model} swaps {answer.swapped:.1%} of {len(index)} pairs"
-        f"{f', {left_out} left out, as it failed on them' if left_out else ''}; all scores: {work.record}"
-    )
-    feedback.write_record(work.record, index, answer)
-    labelled = index.relabelled(answer.winners, answer.scored)
-    write_index(work.index, labelled)
-    assert work.pairs.checked is not None
-    checked = replace(work.pairs.checked, file=work.index, index=labelled)
-    return replace(work.pairs, place=replace(work.pairs.place, file=work.index), checked=checked), answer.swapped
-
-
-def index_of(pairs: PairSet) -> PairIndex:
-    if pairs.index is None:
-        raise ValueError("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
-    return pairs.index
-
-
-def _digest(config: OfflineDPOConfig, pairs: PairSet) -> str:
-    """Of what decides a score: the judge, its weights or code, and what it sees; not of how many replicas it has."""
-    judge, index = config.data.choice_model, index_of(pairs)
-    assert judge is not None
-    settings = config.judges[judge]
-    source = settings.model_dump_json(exclude=set(JudgeConfig.model_fields))
-    weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
-    if isinstance(settings, PythonJudgeConfig):
-        function = str(settings.function)
-        weights.append(python.version(python.resolve(judge, function), function))
-    # The contents too: a JSONL's pictures may change where its index keeps its name.
-    return xxhash.xxh3_64_hexdigest(f"{judge} {source} {weights} {index.digest()}".encode())
-
-
-def _score(config: OfflineDPOConfig, todo: Sequence[_Relabelling], name: str, say: Say) -> None:
-    judge = config.data.choice_model
-    assert judge is not None
-    timeout_s = config.judges.timeout_s * (config.judges.retries + 1) * feedback.PAIRS_PER_TASK
-    judges_up = deploy.deploy(config.judges, config.serve, [judge], name)
-    actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
-    scorer = actor.remote(config.judges, [judge], judges_up.apps)
-    try:
-        for work in todo:
-            feedback.score_pairs(
-                index_of(work.pairs),
-                judge,
-                scorer,
-                work.pairs.items,
-                work.scores,
-                timeout_s,
-                config.judges.max_failure_rate,
-                say,
-            )
-    finally:
-        ray.kill(scorer)
-        deploy.undeploy(name, [judge])
-
-
-def refuse_other_pairs(pairs: PairSets, folder: Path) -> None:
+def refuse_other_pairs(pairs: PairSets, folder: RunFolder) -> None:
     """Raise ValueError where a run that goes on would train on other pairs than it began with.
 
     What an update trains on follows from its number and the index: one row more would be another run.
     """
-    file, mine = (
-        folder / "pairs.digest",
-        f"{pairs.digest()} {len(pairs.index) if pairs.index is not None else ''}".strip(),
-    )
-    if not file.exists():
+    file, count = folder.path / "pairs.digest", f" {len(pairs.index)}" if pairs.index is not None else ""
+    mine = pairs.digest() + count
+    if not folder.started:
         write_durably(file, mine)
-        return
-    began = file.read_text().strip()
-    if began != mine:
+    elif (began := file.read_text()) != mine:
         raise ValueError(
-            f"the pairs are not those that {folder} began with (digest and count were {began}, are {mine}); put the data back, "
-            'or start anew with run.resume = "never"'
+            f"the pairs are not those that {folder.path} began with (digest and count were {began}, are {mine}); put the "
+            'data back, or start anew with run.resume = "never"'
         )
 
 

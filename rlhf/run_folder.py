@@ -64,6 +64,8 @@ class RunFolder:
     """Raised by every claim of this folder; ours as long as the file says so."""
     resumed: bool
     """Whether the folder had been claimed before."""
+    started: bool
+    """Whether a step was done in it: what it began with holds from there."""
     lock: int
     """File descriptor that holds the lock: a plain number, so that no garbage collection frees it."""
 
@@ -117,7 +119,7 @@ class RunFolder:
         if resumed and config.read_text() != config_toml:
             write_durably(path / f"config.epoch_{epoch}.toml", config_toml)
         write_durably(path / "epoch", f"{epoch}\n")
-        return cls(path=path, epoch=epoch, resumed=resumed, lock=lock)
+        return cls(path=path, epoch=epoch, resumed=resumed, started=started, lock=lock)
 
     def check(self) -> None:
         """Raise Fenced unless the folder is still ours. Call before every commit, publish and audit append."""

@@ -79,7 +79,7 @@ class Family(Protocol):
         """(H, W) that the model was trained on, nearest in aspect to a picture of (H, W) pixels."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of (H, W) pixels."""
+        """(C, h, w) of a picture of (H, W) pixels. Raises ValueError for a size that the network cannot take."""
 
     def tokens(self, latents: Tensor) -> int:
         """Target tokens of a picture with latents (B, C, h, w)."""

@@ -101,7 +101,7 @@ class FluxKontext:
         return kontext_size(height, width)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return latent_shape(self._json("vae", "config.json"), height, width)
+        return latent_shape(self._json("vae", "config.json"), height, width, patch=2)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // 4

@@ -41,8 +41,11 @@ def vae_factor(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def latent_shape(vae: Mapping[str, Any], height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of a picture of (H, W) pixels, from the VAE's config."""
+def latent_shape(vae: Mapping[str, Any], height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of a picture of (H, W) pixels, from the VAE's config. Raises ValueError for sides that are no whole patches."""
+    side = vae_factor(vae) * patch
+    if height % side or width % side:
+        raise ValueError(f"{height}×{width} pixels (model.height, model.width): this model needs multiples of {side}")
     return vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae)
 
 

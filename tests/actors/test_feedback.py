@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from actors.asking import Scorer
-from actors.feedback import Scores, read_scores, relabel, score_pairs, write_record
+from actors.feedback import Scores, _keep, read_scores, relabel, score_pairs, write_record
 from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.pair_files import blocks_of
 from rlhf.data.preferences import check_block, gather
@@ -45,7 +45,7 @@ def test_the_higher_score_wins_ties_keep_the_human_and_swaps_are_counted(index):
 
 
 def test_every_pair_gets_the_judges_scores_and_a_second_call_asks_nothing(cluster, judge_server, index, tmp_path):
-    kept = tmp_path / "scores.npy"
+    kept = tmp_path / "scores.npz"
     scored(index, kept, judge_server())
     scores = read_scores(kept, index)
     expected = [[warmth(decode_image(pair[side])) for side in ("jpg_0", "jpg_1")] for pair in ROWS]
@@ -53,8 +53,17 @@ def test_every_pair_gets_the_judges_scores_and_a_second_call_asks_nothing(cluste
     assert scored(index, kept, "http://127.0.0.1:9") == ["feedback: hps scores 0 of 40 pairs"]
 
 
+def test_what_another_job_has_scored_meanwhile_is_kept_too(index, tmp_path):
+    kept, nothing = tmp_path / "scores.npz", np.full((40, 2), np.nan)
+    mine, theirs = (Scores(values=nothing.copy(), failed=np.zeros(40, bool)) for _ in range(2))
+    mine.values[20:], theirs.values[:20] = 0.5, 0.25
+    for scores in (mine, theirs, mine):
+        _keep(kept, scores, index)
+    assert read_scores(kept, index).values.tolist() == [[0.25] * 2] * 20 + [[0.5] * 2] * 20
+
+
 def test_pairs_that_the_judge_fails_on_are_told_and_left_out(cluster, judge_server, index, tmp_path):
-    kept = tmp_path / "scores.npy"
+    kept = tmp_path / "scores.npz"
     said = scored(index, kept, judge_server(fail=0.1))
     answer = relabel(index, read_scores(kept, index))
     left_out = [line for line in said if line.startswith("feedback: left out")]
@@ -68,7 +77,7 @@ def test_pairs_that_the_judge_fails_on_are_told_and_left_out(cluster, judge_serv
 
 
 def test_a_judge_that_fails_too_often_stops_and_is_asked_again_later(cluster, judge_server, index, tmp_path):
-    kept = tmp_path / "scores.npy"
+    kept = tmp_path / "scores.npz"
     with pytest.raises(JudgeUnreliable, match=r"judge 'hps' failed \d+ of its last \d+ calls .*row \d+: .*status 500"):
         scored(index, kept, judge_server(fail=0.9))
     assert not read_scores(kept, index).failed.any() and read_scores(kept, index).unasked().size

@@ -11,11 +11,9 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors import checks
 from actors.pair_encoders import PairFeed
 from actors.reporting import Reporter
 from jobs import offline_dpo, online_dpo
-from jobs.offline_pairs import read_pair_sets, refuse_other_pairs
 from jobs.preprocess import read_data
 from rlhf.data.schema import BadInput
 from rlhf.models.tiny import write_stable_diffusion
@@ -274,6 +272,7 @@ def test_a_run_that_skips_broken_rows_keeps_the_list(cluster, stable_diffusion, 
         ({"data": {"choice_model": "ctr"}, "judges": {"ctr": {"path": "x"}}}, r"'ctr' needs data\.item_metadata"),
         ({"data": {"path": "nowhere"}}, r"nowhere: no such file or folder; set data\.path to a \.parquet"),
         ({"eval": {"path": None}, "model": {"family": "flux_kontext"}}, r"model\.path = "),
+        ({"model": {"height": 20}}, r"Input should be a multiple of 8"),
         ({"trainer": {"train_batch_size": 16}}, r"has 8 pairs, of which eval\.max_pairs = 8 are used"),
         ({}, r"8 of 8 pairs of eval\.path"),
     ],
@@ -284,21 +283,17 @@ def test_misuse_is_told_before_anything_starts(stable_diffusion, tmp_path, table
         offline_dpo.dry_run(offline_config(tmp_path, stable_diffusion, file, **tables))
 
 
+def test_kontext_cannot_take_half_a_patch(kontext, tmp_path):
+    model = {"family": "flux_kontext", "height": 40, "width": 32}
+    config = offline_config(tmp_path, kontext, write_jsonl(tmp_path, 2, source=True), model=model, eval={"path": None})
+    with pytest.raises(
+        ValueError, match=r"40×32 pixels \(model.height, model.width\): this model needs multiples of 16"
+    ):
+        offline_dpo.dry_run(config)
+
+
 def test_an_edit_family_needs_sources(kontext, tmp_path):
     file = write_parquet(tmp_path / "pairs.parquet", [row(i) for i in range(8)])
     model = {"family": "flux_kontext", "height": 48, "width": 32}
     with pytest.raises(BadInput, match="an edit family learns from a JSONL of winner, loser, prompt, source"):
         offline_dpo.dry_run(offline_config(tmp_path, kontext, file, model=model, eval={"path": None}))
-
-
-def test_a_run_does_not_go_on_with_other_pairs(stable_diffusion, tmp_path):
-    file = write_jsonl(tmp_path, 4)
-    config = offline_config(tmp_path, stable_diffusion, file, eval={"path": None})
-    run = tmp_path / "run"
-    run.mkdir()
-    for _ in range(2):
-        refuse_other_pairs(read_pair_sets(config, checks.in_threads), run)
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join(lines[:3]))
-    with pytest.raises(ValueError, match=r"the pairs are not those that .* began with .* 4, are .* 3\)"):
-        refuse_other_pairs(read_pair_sets(config, checks.in_threads), run)

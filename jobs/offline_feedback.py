@@ -1,0 +1,140 @@
+"""AI feedback: a judge's scores decide the winners of an offline recipe's pairs (`data.choice_model`)."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ray
+import xxhash
+
+from actors.asking import Scorer
+from actors.feedback import PAIRS_PER_TASK, Feedback, Scores, read_scores, relabel, score_pairs, write_record
+from actors.placement import JUDGES_CPUS
+from jobs.offline_pairs import PairSet, PairSets, refuse_too_few
+from rlhf.data.preferences import PairIndex, write_index
+from rlhf.offline_config import OfflineDPOConfig
+from rlhf.rewards import python, reward
+from rlhf.rewards.config import JudgeConfig, PythonJudgeConfig
+from rlhf.section import local_paths
+from serve_apps import deploy
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One data set to relabel, and where what the judge says of it goes."""
+
+    pairs: PairSet
+    index: PairIndex
+    kept: Path
+    """The scores, beside the index, for whoever asks the same judge about the same pictures."""
+    labelled: Path
+    """The index with the judge's winners."""
+    metric: str
+    record: str
+    """Name of the file in the run's folder, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Pairs with the judge's winners."""
+
+    pairs: PairSets
+    swapped: dict[str, float]
+    """Metric → share of the scored pairs whose winner is not the human's."""
+    records: dict[str, tuple[PairIndex, Feedback]]
+
+    def write_records(self, folder: Path) -> None:
+        """All scores, into a run's folder."""
+        for name, (index, feedback) in self.records.items():
+            write_record(folder / name, index, feedback)
+
+
+def relabel_by_judge(config: OfflineDPOConfig, pairs: PairSets, name: str, say: Say) -> Labelled:
+    """The same pairs with the winners that `data.choice_model` prefers, without those that it could not score.
+
+    The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, JudgeUnreliable,
+    FeedbackFailed; ValueError where too few pairs are left.
+    """
+    todo = [_work(config, pairs.training, "feedback/swapped", "feedback.parquet")]
+    if pairs.evaluation:
+        todo.append(_work(config, pairs.evaluation, "feedback/swapped_eval", "feedback_eval.parquet"))
+    scores = [read_scores(work.kept, work.index) for work in todo]
+    if any(found.unasked().size for found in scores):
+        scores = _score(config, todo, name, say)
+    for work, found in zip(todo, scores, strict=True):
+        if found.failed.all():
+            raise ValueError(f"data.choice_model = {config.data.choice_model!r} scored none of {len(work.index)} pairs")
+    answers = [relabel(work.index, found) for work, found in zip(todo, scores, strict=True)]
+    done = [_labelled(config, work, answer, say) for work, answer in zip(todo, answers, strict=True)]
+    labelled = PairSets(training=done[0], evaluation=done[1] if len(done) > 1 else None)
+    if labelled.evaluation:
+        refuse_too_few(config, labelled.evaluation)
+    return Labelled(
+        pairs=labelled,
+        swapped={work.metric: answer.swapped for work, answer in zip(todo, answers, strict=True)},
+        records={work.record: (work.index, answer) for work, answer in zip(todo, answers, strict=True)},
+    )
+
+
+def _work(config: OfflineDPOConfig, pairs: PairSet, metric: str, record: str) -> Work:
+    if pairs.index is None:
+        raise ValueError("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
+    digest, place = _digest(config, pairs, pairs.index), pairs.place.file
+    return Work(
+        pairs=pairs,
+        index=pairs.index,
+        kept=place.with_name(f"scores-{digest}.npz"),
+        labelled=place.with_name(f"index-{digest}.arrow"),
+        metric=metric,
+        record=record,
+    )
+
+
+def _digest(config: OfflineDPOConfig, pairs: PairSet, index: PairIndex) -> str:
+    """Of what decides a score: the judge, its weights or code, and what it sees; not of how many replicas it has."""
+    judge = config.data.choice_model
+    assert judge is not None
+    settings = config.judges[judge]
+    source = settings.model_dump_json(exclude=set(JudgeConfig.model_fields))
+    weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
+    if isinstance(settings, PythonJudgeConfig):
+        function = str(settings.function)
+        weights.append(python.version(python.resolve(judge, function), function))
+    # The contents too: a JSONL's pictures, or an item's words, may change where the index keeps its name.
+    about = xxhash.xxh3_64()
+    for image_id in index.table["image_id"].to_pylist() if pairs.items else ():
+        about.update(json.dumps([image_id, asdict(pairs.items[image_id])]).encode())
+    return xxhash.xxh3_64_hexdigest(f"{judge} {source} {weights} {index.digest()} {about.hexdigest()}".encode())
+
+
+def _score(config: OfflineDPOConfig, todo: Sequence[Work], name: str, say: Say) -> list[Scores]:
+    judge = config.data.choice_model
+    assert judge is not None
+    timeout_s = config.judges.timeout_s * (config.judges.retries + 1) * PAIRS_PER_TASK
+    limit = config.judges.max_failure_rate
+    judges_up = deploy.deploy(config.judges, config.serve, [judge], name)
+    actor = ray.remote(Scorer).options(num_cpus=JUDGES_CPUS, max_concurrency=1000)
+    scorer = actor.remote(config.judges, [judge], judges_up.apps)
+    try:
+        return [
+            score_pairs(work.index, judge, scorer, work.pairs.items, work.kept, timeout_s, limit, say) for work in todo
+        ]
+    finally:
+        ray.kill(scorer)
+        deploy.undeploy(name, [judge])
+
+
+def _labelled(config: OfflineDPOConfig, work: Work, answer: Feedback, say: Say) -> PairSet:
+    left_out = int((~answer.scored).sum())
+    say(
+        f"feedback: {config.data.choice_model} swaps {answer.swapped:.1%} of {len(work.index)} pairs"
+        f"{f', {left_out} left out, as it failed on them' if left_out else ''}; all scores: {work.record} of the run"
+    )
+    index = work.index.relabelled(answer.winners, answer.scored)
+    write_index(work.labelled, index)
+    assert work.pairs.checked is not None
+    checked = replace(work.pairs.checked, file=work.labelled, index=index)
+    return replace(work.pairs, place=replace(work.pairs.place, file=work.labelled), checked=checked)
