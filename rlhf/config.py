@@ -17,7 +17,7 @@ class RunConfig(Section):
     name: str
     dir: LocalPath = "runs"
     """Folder that holds every run; this one writes to `dir`/`name`/vN. Shared by all nodes."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     resume: Literal["auto", "never"] = "auto"
     save_every: int = Field(100, ge=1)
     """Steps between committed checkpoints (the seed's --checkpointing_steps)."""
@@ -163,10 +163,13 @@ class TrainerConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _work_out_accumulation(cls, values: Any) -> Any:
-        whole = values.get("effective_batch_size") if isinstance(values, dict) else None
-        if not isinstance(whole, int):
+        if not isinstance(values, dict):
             return values
-        at_once = values.get("ranks", 1) * values.get("train_batch_size", 2)
+        whole = values.get("effective_batch_size")
+        ranks, batch = values.get("ranks", 1), values.get("train_batch_size", 2)
+        if not all(type(number) is int and number > 0 for number in (whole, ranks, batch)):
+            return values  # none is asked for, or the fields' own types say what is wrong
+        at_once = ranks * batch
         if whole % at_once:
             raise ValueError(
                 f"effective_batch_size = {whole} is no multiple of ranks × train_batch_size = {at_once}; "
@@ -195,6 +198,10 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.effective_batch_size not in (None, self.pairs_per_step):
+            raise ValueError(
+                f"effective_batch_size = {self.effective_batch_size}: write it as a whole number, like 2048"
+            )
         if self.lr_scheduler == "piecewise_constant" and self.lr_step_rules is None:
             raise ValueError('lr_scheduler = "piecewise_constant" needs lr_step_rules, e.g. "1:10,0.1:20,0.01"')
         if self.lr_step_rules is not None and not _is_step_rules(self.lr_step_rules):

@@ -14,8 +14,6 @@ class OfflineRunConfig(RunConfig):
 
 
 class OfflineModelConfig(ModelConfig):
-    height: int = Field(512, ge=16, multiple_of=8)
-    width: int = Field(512, ge=16, multiple_of=8)
     guidance_scale: float | None = None
     """What a network with embedded guidance (Kontext) is told while it trains; unset: the family's own default."""
 

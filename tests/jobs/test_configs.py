@@ -63,3 +63,7 @@ def test_the_effective_batch_gives_the_accumulation_or_says_what_would():
         parse(OfflineDPOConfig, [*recipe, "3"])
     with pytest.raises(ConfigError, match=r"is 64 accumulated micro-batches, but gradient_accumulation_steps = 7"):
         parse(OfflineDPOConfig, [*recipe, "8", "--trainer.gradient_accumulation_steps", "7"])
+    with pytest.raises(ConfigError, match=r"effective_batch_size = 2000: write it as a whole number"):
+        parse(OfflineDPOConfig, [*recipe, "8", "--trainer.effective_batch_size", "2e3"])
+    with pytest.raises(ConfigError, match=r"ranks = 0: should be greater than or equal to 1"):
+        parse(OfflineDPOConfig, [*recipe, "0"])
