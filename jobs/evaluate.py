@@ -104,9 +104,8 @@ def evaluate(config: EvaluateConfig, prompts: Prompts) -> Path:
         duels, failed = judge_all(config, prompts.prompts, scorer.remote(config.judges, names, judges_up.apps), say)
         results = {judge: judge_result(judge, duels, config.seed) for judge in names}
         if unscored := [judge for judge, result in results.items() if result is None]:
-            raise JudgeUnreliable(
-                f"judge {unscored[0]!r} scored no pair of pictures; the last reason: {failed[-1].reason}"
-            )
+            reason = next(failure.reason for failure in reversed(failed) if failure.judge == unscored[0])
+            raise JudgeUnreliable(f"judge {unscored[0]!r} scored no pair of pictures; the last reason: {reason}")
         evaluation = Evaluation(
             model=config.model.path,
             tuned=str(config.tuned.denoiser or config.tuned.lora),

@@ -79,7 +79,7 @@ class PaintersConfig(Section):
 class EvaluateConfig(Section):
     out: LocalPath
     """Folder for the page, the numbers and the pictures. A finished evaluation is never overwritten."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     model: EvaluatedModelConfig
     tuned: TunedConfig
     data: EvaluateDataConfig

@@ -78,8 +78,8 @@ def weight_problems(config: EvaluateConfig, family: Family) -> list[Problem]:
     return []
 
 
-def read_texts(data: EvaluateDataConfig) -> tuple[list[tuple[str, str]], list[Problem]]:
-    """(image_id, prompt) of the well-formed lines of a .txt or JSONL without pictures, and the problems of the others.
+def read_texts(data: EvaluateDataConfig) -> tuple[list[tuple[int, str, str]], list[Problem]]:
+    """(line, image_id, prompt) of the well-formed lines of a .txt or JSONL without pictures, and the problems of the others.
 
     A line without image_id is named after its number. Of lines with one image_id the first counts.
     """
@@ -105,7 +105,7 @@ def read_texts(data: EvaluateDataConfig) -> tuple[list[tuple[str, str]], list[Pr
             problem(number, None, f"is not UTF-8 ({error.reason})", "save the file as UTF-8")
             continue
         if path.suffix == ".txt":
-            found.append((f"line {number}", text))
+            found.append((number, f"line {number}", text))
             continue
         try:
             row = json.loads(text)
@@ -128,7 +128,7 @@ def read_texts(data: EvaluateDataConfig) -> tuple[list[tuple[str, str]], list[Pr
             problem(number, "image_id", f"{image_id!r} is already on line {first[image_id]}", "give each row its own")
         else:
             first[image_id] = number
-            found.append((image_id, prompt))
+            found.append((number, image_id, prompt))
     if not found and not problems:
         problem(None, None, "has no prompts", "write one a line")
     return found, problems
@@ -141,10 +141,13 @@ def _texts(config: EvaluateConfig, family: Family) -> Prompts:
     if data.item_metadata is not None:
         items, item_problems = parse_items(Path(data.item_metadata))
         problems += item_problems
-        for image_id, _ in texts if items else ():
+        if item_problems and not items:
+            raise BadInput(problems)
+        for number, image_id, _ in texts:
             if image_id not in items:
                 what, remedy = f"{image_id!r} has no row in {data.item_metadata}", "add it there or remove the prompt"
-                problems.append(Problem(file=data.path, line=None, field="image_id", what=what, remedy=remedy))
+                problems.append(Problem(file=data.path, line=number, field="image_id", what=what, remedy=remedy))
+        texts = [text for text in texts if text[1] in items]
     fatal = any(problem.line is None for problem in problems)
     if problems and (fatal or data.on_bad_row == "stop" or not texts):
         raise BadInput(problems)
@@ -154,13 +157,13 @@ def _texts(config: EvaluateConfig, family: Family) -> Prompts:
             image_id=image_id,
             instruction=text,
             image="",
-            item=items[image_id] if items else None,
+            item=items[image_id] if items is not None else None,
             height=height,
             width=width,
             text_key=text,
             source_key="",
         )
-        for image_id, text in texts
+        for _, image_id, text in texts
     )
     return Prompts(prompts=prompts, left_out=tuple(problems))
 

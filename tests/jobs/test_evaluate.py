@@ -194,7 +194,8 @@ def test_equal_weights_only_tie_and_a_failing_judge_is_listed(kontext, tmp_path,
     assert status == 2 and "judge 'hps' failed 10 of its last 10 calls" in error and "on purpose" in error, out + error
     assert not (tmp_path / "out" / "results.json").exists()
 
-    status, out, error = evaluate(path, "--judges.hps.url", f"{judge_server(fail=0.3)}/hpsv2")
+    fewer = ("--judges.hps.url", f"{judge_server(fail=0.3)}/hpsv2", "--judges.max_failure_rate", "0.9")
+    status, out, error = evaluate(path, *fewer)
     assert status == 0, out + error
     assert "\n0 pictures to paint, 24 are there" in out
     results = results_of(tmp_path)

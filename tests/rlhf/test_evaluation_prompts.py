@@ -95,8 +95,15 @@ def test_items_go_to_their_prompts_and_a_missing_one_is_said(diffusion, tmp_path
     (prompt,) = read_evaluation(recipe(diffusion, file, item_metadata=str(items))).prompts
     assert prompt.item.food_name == "Apple"
     lines(file, {"image_id": "a", "prompt": "x"}, {"image_id": "b", "prompt": "y"})
-    with pytest.raises(BadInput, match="'b' has no row"):
+    with pytest.raises(BadInput, match=r"prompts.jsonl:2: image_id: 'b' has no row"):
         read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
+    found = read_evaluation(recipe(diffusion, file, item_metadata=str(items), on_bad_row="skip"))
+    assert [prompt.image_id for prompt in found.prompts] == ["a"] and [p.line for p in found.left_out] == [2]
+    items.write_text("image_id,food_name,food_type,city_name,shop_name\n")
+    with pytest.raises(BadInput, match="'a' has no row"):
+        read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
+    with pytest.raises(BadInput, match=r"1 problem"):
+        read_evaluation(recipe(diffusion, file, item_metadata=str(tmp_path / "none.csv")))
 
 
 def test_edits_need_pictures(kontext, tmp_path):
