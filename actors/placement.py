@@ -95,6 +95,10 @@ class _Model:
         """Parameters of one LoRA adapter."""
         return adapter_parameters(self.denoiser, lora.rank, lora.targets or self.lora_targets)
 
+    def trained(self, lora: LoRAConfig | None) -> int:
+        """Parameters that are trained."""
+        return self.adapter(lora) if lora else self.parameters
+
 
 def trainer_role(config: TrainingConfig) -> Role:
     """State per rank, N = parameters, R = ranks: full fine-tuning 4N (master) + optimizer + 4N (gradient) + 2N (reference)
@@ -152,12 +156,17 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
 
 
 def checkpoint_bytes(config: TrainingConfig) -> float:
-    """Bytes of one committed checkpoint with its export: masters, optimizer, reference, EMA, and loadable weights."""
+    """Bytes of one committed checkpoint: masters, optimizer, reference, EMA."""
     trainer, model = config.trainer, _Model(config)
-    count = model.adapter(trainer.lora) if trainer.lora else model.parameters
-    ema = 4 + 2 if trainer.ema_decay is not None else 0  # its masters and its export
+    ema = 4 if trainer.ema_decay is not None else 0
     reference = 4 if trainer.lora else model.compute_bytes
-    return float(count * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + model.compute_bytes + ema))
+    return float(model.trained(trainer.lora) * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + ema))
+
+
+def export_bytes(config: TrainingConfig) -> float:
+    """Bytes of one export: the trained weights and, if they are kept, their average."""
+    kinds = 2 if config.trainer.ema_decay is not None else 1
+    return float(_Model(config).trained(config.trainer.lora) * kinds * getattr(torch, config.run.export_dtype).itemsize)
 
 
 def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:

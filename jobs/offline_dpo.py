@@ -85,7 +85,7 @@ def run(config: OfflineDPOConfig) -> Path:
         say(placement.table(needed, free))
         placement.check(needed, free)
         placement.check_shared("run.dir", folder.path)
-        check_disk(config)
+        check_disk(config, folder.path)
         say_batch(config)
         labelled = None
         if config.data.choice_model:

@@ -103,6 +103,7 @@ def run(config: OnlineDPOConfig, data: Data) -> Path:
             (folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
         check_placement(config, name)
         placement.check_shared("run.dir", folder.path)
+        check_disk(config, folder.path)
         prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
         train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
         group = placement.reserve(placement.roles(config)[:2])  # trainer ranks, then samplers

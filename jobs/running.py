@@ -21,18 +21,25 @@ def unique_name(config: TrainingConfig, folder: RunFolder) -> str:
     return f"{config.run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
 
 
-def check_disk(config: TrainingConfig) -> None:
-    """Print what checkpoints need. Raises NotEnoughResources where they would not fit."""
-    folder = next(p for p in (Path(config.run.dir), *Path(config.run.dir).parents) if p.exists())
+def check_disk(config: TrainingConfig, run: Path | None = None) -> None:
+    """Print what checkpoints and exports need, less what the folder `run` has of them. Raises NotEnoughResources."""
+    settings = config.run
+    folder = next(p for p in (Path(settings.dir), *Path(settings.dir).parents) if p.exists())
     disk = shutil.disk_usage(folder).free
-    need = placement.checkpoint_bytes(config) * (config.run.keep_checkpoints + 1)
+    exports = 1 + (config.trainer.max_train_steps // settings.export_every if settings.export_every else 0)
+    need = (
+        placement.checkpoint_bytes(config) * (settings.keep_checkpoints + 1) + placement.export_bytes(config) * exports
+    )
+    there = [file for kind in ("checkpoint_*", "exports") for file in run.glob(f"{kind}/**/*")] if run else []
+    need = max(0, need - sum(file.stat().st_size for file in there if file.is_file()))
     print(
-        f"disk: {need / 2**30:.2f} GiB for {config.run.keep_checkpoints} + 1 checkpoints in {config.run.dir}, "
-        f"{disk / 2**30:.2f} GiB free"
+        f"disk: {need / 2**30:.2f} GiB for {settings.keep_checkpoints} + 1 checkpoints and {exports} exports in "
+        f"{settings.dir}{', less those that are there' if there else ''}; {disk / 2**30:.2f} GiB free"
     )
     if need > disk:
         raise placement.NotEnoughResources(
-            f"run.dir = {config.run.dir!r} has too little space; lower run.keep_checkpoints or point it elsewhere"
+            f"run.dir = {settings.dir!r} has too little space; lower run.keep_checkpoints, export less often "
+            "(run.export_every), or point it elsewhere"
         )
 
 

@@ -1,7 +1,7 @@
 """A run's folder: who may write to it, which checkpoints count, and what a resume sets aside.
 
     <root>/<name>/v0/  config.toml  epoch  lock  metrics.jsonl  pairs/  samples/  discarded/
-                       checkpoint_000100/{..., COMMITTED}  final/
+                       checkpoint_000100/{..., COMMITTED}  exports/step_000100/  final/
 
 Three things keep two drivers from spoiling one folder. A lock (flock, freed by the kernel when its driver dies)
 refuses a second driver at once. A fenced epoch, raised at every claim and compared at commit, publish and audit
@@ -149,6 +149,17 @@ class RunFolder:
         self.check()
         return _empty_folder(self.path / "final.partial")
 
+    def begin_export(self, step: int) -> Path:
+        """An empty folder for the weights of `step`, which `finish_export` turns into exports/step_N: never pruned."""
+        self.check()
+        (self.path / "exports").mkdir(exist_ok=True)
+        return _empty_folder(self.path / "exports" / f"step_{step:06d}.partial")
+
+    def finish_export(self, step: int) -> Path:
+        """Raises FileExistsError where that step has been exported: a resume sets aside what it will do again."""
+        self.check()
+        return self._rename_partial(self.path / "exports" / f"step_{step:06d}")
+
     def commit(self, step: int) -> None:
         """Make the checkpoint of `step` count: its files and folders reach the disk first, COMMITTED last.
 
@@ -186,8 +197,8 @@ class RunFolder:
             shutil.rmtree(path)
 
     def move_uncommitted_to_discarded(self, step: int | None) -> int:
-        """Set aside what was written after the last commit: metric rows, pair files and samples of steps above
-        `step`.
+        """Set aside what was written after the last commit: metric rows, pair files, samples and exports of steps
+        above `step`.
 
         `step` is `last_committed()`; None sets everything aside. Each epoch has its own folder discarded/epoch_N.
         Rows are on disk there before they leave metrics.jsonl, so a crash in between can repeat a row but not lose
@@ -197,7 +208,7 @@ class RunFolder:
         target = self.path / "discarded" / f"epoch_{self.epoch}"
         last = -1 if step is None else step
         moved = self._discard_rows(target / "metrics.jsonl", last)
-        for folder in ("pairs", "samples"):
+        for folder in ("pairs", "samples", "exports"):
             for file in sorted((self.path / folder).glob("*")):
                 number = re.search(r"(\d+)(\.\w+)*$", file.name)
                 if number and int(number[1]) > last:
@@ -223,14 +234,16 @@ class RunFolder:
     def finish(self) -> Path:
         """Turn the folder of `begin_final` into final/: the run is finished and is never resumed again."""
         self.check()
-        final = self.path / "final"
-        if final.exists():
-            raise FileExistsError(f"{final} exists already and is never overwritten")
-        partial = self.path / "final.partial"
+        return self._rename_partial(self.path / "final")
+
+    def _rename_partial(self, path: Path) -> Path:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already and is never overwritten")
+        partial = path.with_name(f"{path.name}.partial")
         sync_tree(partial)
-        os.rename(partial, final)
-        _sync(self.path)
-        return final
+        os.rename(partial, path)
+        _sync(path.parent)
+        return path
 
     def _checkpoints(self, *, committed: bool) -> Iterator[int]:
         for path in self.path.glob("checkpoint_*"):

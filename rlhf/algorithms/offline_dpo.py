@@ -7,7 +7,7 @@ tests. A step is one optimizer update; row and file number s belong to the s-th 
 from pathlib import Path
 from typing import Protocol
 
-from rlhf.algorithms.online_dpo import due
+from rlhf.algorithms.online_dpo import due, export
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.run_folder import RunFolder
 
@@ -37,6 +37,8 @@ def offline_dpo(config: OfflineDPOConfig, run: RunFolder, trainer: Trainer, trac
             trainer.refresh_reference()
         if due(step, config.eval.every):
             evaluate(step, trainer, tracker)
+        if due(step, config.run.export_every):
+            export(run, step, trainer)
         if due(step, config.run.save_every):
             commit(config, run, step, trainer)
     trainer.export(run.begin_final())
@@ -62,7 +64,5 @@ def commit(config: OfflineDPOConfig, run: RunFolder, step: int, trainer: Trainer
     """Write everything a resume needs, then the marker that makes it count, then remove what is older."""
     folder = run.begin_checkpoint(step)
     trainer.save(folder / "state")
-    if due(step, config.run.export_every):
-        trainer.export(folder)
     run.commit(step)
     run.prune(config.run.keep_checkpoints)

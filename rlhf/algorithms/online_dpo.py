@@ -35,6 +35,10 @@ class Trainer(Protocol):
     def export(self, folder: Path) -> None: ...
 
 
+class Exporter(Protocol):
+    def export(self, folder: Path) -> None: ...
+
+
 class Tracker(Protocol):
     def log(self, step: int, scalars: dict[str, float]) -> None: ...
     def pairs(self, step: int, pairs: Sequence[Pair]) -> None: ...
@@ -66,6 +70,8 @@ def online_dpo(
             rollouts.load(trainer.publish(rollouts.version + 1), step)
         if due(step, config.eval.every):
             evaluate(config, step, held_out, rollouts, trainer, tracker)
+        if due(step, config.run.export_every):
+            export(run, step, trainer)
         if due(step, config.run.save_every):
             commit(config, run, step, rollouts, trainer)
     trainer.export(run.begin_final())
@@ -87,13 +93,17 @@ def resume(run: RunFolder, rollouts: Rollouts, trainer: Trainer) -> int:
     return step or 0
 
 
+def export(run: RunFolder, step: int, trainer: Exporter) -> None:
+    """Loadable weights of this step, which stay. Before a commit of the same step, so that a resume cannot miss them."""
+    trainer.export(run.begin_export(step))
+    run.finish_export(step)
+
+
 def commit(config: OnlineDPOConfig, run: RunFolder, step: int, rollouts: Rollouts, trainer: Trainer) -> None:
     """Write everything a resume needs, then the marker that makes it count, then remove what is older."""
     folder = run.begin_checkpoint(step)
     trainer.save(folder / "state")
     (folder / "state" / "rollouts.json").write_text(json.dumps(rollouts.snapshot()))
-    if due(step, config.run.export_every):
-        trainer.export(folder)
     run.commit(step)
     run.prune(config.run.keep_checkpoints)
 

@@ -148,6 +148,8 @@ def test_a_fenced_driver_writes_nothing(claim):
         lambda: old.begin_checkpoint(20),
         lambda: old.prune(1),
         lambda: old.move_uncommitted_to_discarded(None),
+        lambda: old.begin_export(20),
+        lambda: old.finish_export(20),
         old.begin_final,
         old.finish,
     ):
@@ -271,3 +273,21 @@ def test_a_crash_while_setting_rows_aside_loses_none(claim, monkeypatch):
     folder.move_uncommitted_to_discarded(1)
     assert steps_of(folder.path / "metrics.jsonl") == [1]
     assert steps_of(folder.path / "discarded" / "epoch_2" / "metrics.jsonl") == [2]
+
+
+def test_exports_stay_when_checkpoints_go_and_undone_ones_are_set_aside(claim):
+    folder = claim()
+    for step in (10, 20, 30):
+        (folder.begin_export(step) / "weights").write_text(str(step))
+        assert folder.finish_export(step) == folder.path / "exports" / f"step_{step:06d}"
+        save(folder, step)
+        folder.prune(1)
+    (folder.begin_export(40) / "weights").write_text("undone")
+    folder.finish_export(40)
+    folder.begin_export(50)
+    assert folder.move_uncommitted_to_discarded(folder.last_committed()) == 2
+    assert {path.name for path in (folder.path / "exports").iterdir()} == {f"step_0000{n}" for n in (10, 20, 30)}
+    assert (folder.path / "discarded/epoch_1/exports/step_000040/weights").read_text() == "undone"
+    folder.begin_export(30)
+    with pytest.raises(FileExistsError, match=r"step_000030 exists already"):
+        folder.finish_export(30)
