@@ -69,6 +69,7 @@ def check_pairs(
     cache: Path,
     on_bad_row: str,
     needs_source: bool,
+    needs_loser: bool,
     items: Mapping[str, Item] | None,
     check_all: CheckAll,
 ) -> CheckedPairs:
@@ -86,10 +87,10 @@ def check_pairs(
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    folder = cache / "pairs" / _digest(files, needs_source, items)
+    folder = cache / "pairs" / _digest(files, needs_source, needs_loser, items)
     index_file, problems_file = folder / "index.arrow", folder / "problems.json"
     if not index_file.exists() or any(file.suffix == ".jsonl" for file in files):
-        check = partial(check_block, needs_source=needs_source, items=items)
+        check = partial(check_block, needs_source=needs_source, needs_loser=needs_loser, items=items)
         index, problems = gather(blocks, check_all(blocks, check))
         folder.mkdir(parents=True, exist_ok=True)
         problems_file.write_text(json.dumps([asdict(problem) for problem in problems]))
@@ -106,9 +107,11 @@ def check_pairs(
     return CheckedPairs(file=index_file, index=index, problems=tuple(problems))
 
 
-def _digest(files: Sequence[Path], needs_source: bool, items: Mapping[str, Item] | None) -> str:
+def _digest(files: Sequence[Path], needs_source: bool, needs_loser: bool, items: Mapping[str, Item] | None) -> str:
     places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, places, needs_source, sorted(items or ())]).encode())
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps([FORMAT, places, needs_source, needs_loser, sorted(items or ())]).encode()
+    )
 
 
 def in_threads(blocks: Sequence[Block], check: Check) -> list[Checked]:

@@ -44,23 +44,28 @@ class PairEncoder:
         """
         pictures = [self._pictures(visit) for visit in visits]
         padding = [pictures[-1]] * (self._config.preprocess.batch_size - len(visits))
-        sides = list(zip(*pictures, *padding, strict=True))  # winners, losers [, sources]
-        winner, loser = (self._codec.encode_target(_stack(side)) for side in sides[:2])
-        named = {"winner": winner, "loser": loser}
-        if self._needs_source:
-            named |= self._codec.encode_source(_stack(sides[2]))
+        sides = {name: _stack([some[name] for some in (*pictures, *padding)]) for name in pictures[0]}
+        source = self._codec.encode_source(sides.pop("source")) if "source" in sides else {}
+        named = {name: self._codec.encode_target(side) for name, side in sides.items()} | source
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in named.items()}
         latents = [{name: array[i].copy() for name, array in arrays.items()} for i in range(len(visits))]
         return len(visits), list(zip(visits, latents, strict=True))
 
-    def _pictures(self, visit: Visit) -> list[np.ndarray]:
-        """uint8 (H, W, 3) of the winner, the loser and, for an edit family, the source."""
+    def _pictures(self, visit: Visit) -> dict[str, np.ndarray]:
+        """uint8 (H, W, 3): `winner`, for DPO `loser`, for an edit family `source`."""
         pair = self._index[visit.row]
         first, second, *source = pictures_of(pair, self._index.blocks[pair.block], self._block)
-        data = [first, second] if pair.winner == 0 else [second, first]
+        winner, loser = (first, second) if pair.winner == 0 else (second, first)
+        files = {"winner": winner}
+        if self._config.objective == "dpo":
+            files["loser"] = loser
+        if self._needs_source:
+            (files["source"],) = source
         height, width = self._config.model.height, self._config.model.width
-        fitted = [fit_image(decode_image(file), height, width, "crop", visit.crop) for file in (*data, *source)]
-        return [picture[:, ::-1] if visit.mirrored else picture for picture in fitted]
+        fitted = {
+            name: fit_image(decode_image(file), height, width, "crop", visit.crop) for name, file in files.items()
+        }
+        return {name: picture[:, ::-1] if visit.mirrored else picture for name, picture in fitted.items()}
 
 
 def _stack(pictures: Sequence[np.ndarray]) -> torch.Tensor:

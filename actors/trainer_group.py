@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
+import torch
 from ray.util.placement_group import PlacementGroup
 
 from actors import weights
@@ -71,10 +72,11 @@ class TrainerWorker(Rank):
 
     def export(self, folder: Path) -> None:
         """`transformer/` and `ema_transformer/` (or `lora/` and `ema_lora/`) inside `folder`."""
+        dtype = getattr(torch, self.config.run.export_dtype)
         kind = "lora" if self.config.trainer.lora else self.trainer.family.denoiser_folder
-        self.trainer.export(folder / kind)
+        self.trainer.export(folder / kind, dtype=dtype)
         if self.trainer.ema:
-            self.trainer.export(folder / f"ema_{kind}", which="ema")
+            self.trainer.export(folder / f"ema_{kind}", which="ema", dtype=dtype)
 
 
 class TrainerGroup:

@@ -32,7 +32,7 @@ from jobs.train_ctr import train_ctr
 from rlhf.config import OnlineDPOConfig
 from rlhf.data.images import load_image
 from rlhf.data.prompts import Row, read_rows
-from rlhf.models import FAMILIES
+from rlhf.models import load_family
 from rlhf.models.tiny import write_flux_kontext
 from rlhf.rewards.ctr_config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
@@ -147,7 +147,7 @@ def prepare(config: OnlineDPOConfig, world: Path) -> float:
 
 def base_edits(config: OnlineDPOConfig, rows: tuple[Row, ...]) -> list[np.ndarray]:
     """One base-model edit per row, uint8 (H, W, 3)."""
-    family = FAMILIES[config.model.family](path=Path(config.model.path))
+    family = load_family(config.model, "bf16")
     denoiser, codec = family.load_denoiser("cpu"), family.load_codec("cpu")
     height, width = config.model.height, config.model.width
     sources = np.stack([load_image(row.image, height, width, config.data.fit) for row in rows])

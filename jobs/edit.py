@@ -16,7 +16,7 @@ from rlhf.config import EditConfig
 from rlhf.data.images import load_image
 from rlhf.data.prompts import read_rows
 from rlhf.data.schema import BadInput
-from rlhf.models import FAMILIES
+from rlhf.models import load_family
 from rlhf.rewards.images import ImageError, decode_image
 from rlhf.sampling import sample
 from rlhf.types import noise_from, seed_from
@@ -36,7 +36,7 @@ def main() -> None:
     config = arguments.config
     edit, model, rollout = config.edit, config.model, config.rollout
     rows = rows_of(config)
-    family = FAMILIES[model.family](path=Path(model.path), guidance_scale=rollout.guidance_scale)
+    family = load_family(model, "bf16", rollout.guidance_scale)
     sizes = []
     for _, _, picture in rows:
         height, width = decode_image(picture.read_bytes()).shape[:2]

@@ -9,7 +9,7 @@ from actors.encoders import encode
 from actors.loading import Cell, Picture, Text
 from rlhf.data.cache import read_manifest
 from rlhf.data.fingerprint import fingerprint
-from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, check_record, is_record, record_size
+from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, Sides, check_record, is_record, record_size
 from rlhf.data.pair_stream import held_out_visits
 from rlhf.data.preferences import PairIndex, Preference
 from rlhf.data.schema import BadInput, Problem, parse_items
@@ -85,6 +85,7 @@ class PairSets:
 def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
     family = load_family(config.model, config.trainer.mixed_precision)
+    sides: Sides = "both" if config.objective == "dpo" else "winners"
     latent_shape = family.latent_shape(config.model.height, config.model.width)
     keys = _keys(config, family)
     items: dict[str, Item] = {}
@@ -109,10 +110,13 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
                 cache=Path(config.data.cache),
                 on_bad_row=config.data.on_bad_row,
                 needs_source=keys.source is not None,
+                needs_loser=config.objective == "dpo",
                 items=items if config.data.item_metadata else None,
                 check_all=check_all,
             )
-            found.append(PairSet(place=PairsPlace(file=checked.file, keys=keys), checked=checked, items=items))
+            found.append(
+                PairSet(place=PairsPlace(file=checked.file, keys=keys, sides=sides), checked=checked, items=items)
+            )
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -242,7 +246,7 @@ def _missing(config: OfflineDPOConfig, pairs: PairSets) -> tuple[list[Text], lis
         mirrored = (False, True) if training and config.data.hflip else (False,)
         for pair in _pairs(index, rows):
             for way in mirrored:
-                for picture in _pictures(index, keys, pair, way):
+                for picture in _pictures(index, found.place, pair, way):
                     if picture.key not in places:
                         pictures.setdefault(picture.key, picture)
     texts = [Text(key=key, instruction=caption) for key, caption in captions.items() if key not in places]
@@ -255,13 +259,18 @@ def _pairs(index: PairIndex, rows: int) -> Iterable[Preference]:
             yield Preference(**values)
 
 
-def _pictures(index: PairIndex, keys: PairKeys, pair: Preference, mirrored: bool) -> Iterable[Picture]:
-    """Both pictures of a pair and, for an edit family, its source."""
+def _pictures(index: PairIndex, place: PairsPlace, pair: Preference, mirrored: bool) -> Iterable[Picture]:
+    """What is needed of a pair's two pictures and, for an edit family, its source."""
+    keys = place.keys
+    assert keys is not None
     size = {"height": keys.height, "width": keys.width}
-    sides = ((pair.path_0, pair.content_0), (pair.path_1, pair.content_1))
-    for side, (key, (path, content)) in enumerate(zip(keys.target_keys(pair, mirrored), sides, strict=True)):
-        place = path or Cell(block=index.blocks[pair.block], row=pair.row, side=side)
-        yield Picture(key=key, role="target", place=place, content=content, fit=FIT, mirrored=mirrored, **size)
+    files, targets = ((pair.path_0, pair.content_0), (pair.path_1, pair.content_1)), keys.target_keys(pair, mirrored)
+    for side in (0, 1) if place.sides == "both" else (pair.winner,):
+        path, content = files[side]
+        where = path or Cell(block=index.blocks[pair.block], row=pair.row, side=side)
+        yield Picture(
+            key=targets[side], role="target", place=where, content=content, fit=FIT, mirrored=mirrored, **size
+        )
     if keys.source is not None:
         assert pair.source is not None and pair.source_content is not None
         key = keys.source_key(pair, mirrored)

@@ -21,9 +21,12 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     save_every: int = Field(100, ge=1)
     """Steps between committed checkpoints (the seed's --checkpointing_steps)."""
-    export_every: int = Field(0, ge=0)
-    """Steps between exports of loadable weights into the checkpoint; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Older ones are removed; what is exported stays."""
+    export_every: int = Field(0, ge=0)
+    """Steps between exports of loadable weights into exports/; 0: only at the end, into final/."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of exported weights: float32 loses nothing that was learnt, the others load at half the size."""
 
 
 class OnlineRunConfig(RunConfig):
@@ -37,6 +40,8 @@ class CheckpointConfig(Section):
     family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
     path: LocalPath
     """Folder in the diffusers layout."""
+    denoiser: LocalPath | None = None
+    """A trained folder in place of the model's own, e.g. RUN/final/unet of an SFT run that DPO is to begin with."""
 
 
 class ModelConfig(CheckpointConfig):

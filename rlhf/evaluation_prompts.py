@@ -17,6 +17,7 @@ from rlhf.data.schema import BadInput, Problem, is_text, parse_items
 from rlhf.evaluation_config import EvaluateConfig, EvaluateDataConfig, EvaluatedModelConfig
 from rlhf.models import load_family
 from rlhf.models.family import Family, sees_source
+from rlhf.models.folder import trained_fault
 from rlhf.types import Item, Prompt
 
 
@@ -57,13 +58,9 @@ def weight_problems(config: EvaluateConfig, family: Family) -> list[Problem]:
     if config.tuned.denoiser is not None:
         folder = Path(config.tuned.denoiser)
         example = f"give the folder of the trained weights, e.g. RUN/final/{family.denoiser_folder}"
-        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            return problem(folder, "denoiser", "holds no config.json with *.safetensors", example)
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
-        expected = json.loads((Path(family.path) / family.denoiser_folder / "config.json").read_text())["_class_name"]
-        if name != expected:
-            return problem(folder, "denoiser", f"is a {name}, but the base model has a {expected}", example)
-        return []
+        base = json.loads((Path(family.path) / family.denoiser_folder / "config.json").read_text())
+        fault = trained_fault(folder, base)
+        return problem(folder, "denoiser", fault, example) if fault else []
     path = Path(str(config.tuned.lora))
     file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
     example = f"give a LoRA in the diffusers layout or its folder, e.g. RUN/final/lora with {LORA_WEIGHT_NAME_SAFE}"

@@ -84,7 +84,7 @@ class Trainer:
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         distributed.shard(denoiser, family.blocks, self.mesh, family.dtype).to_empty(device=self.device)
-        checkpoint = SafetensorsFolder(Path(family.path) / family.denoiser_folder)
+        checkpoint = SafetensorsFolder(family.denoiser_path)
         with torch.no_grad():
             for name, parameter in denoiser.named_parameters():
                 rows = parameter.to_local()
@@ -182,17 +182,17 @@ class Trainer:
 
     # --- publishing and files ------------------------------------------------------------------------------------------
 
-    def shards(self, which: str = "policy") -> Iterator[Shard]:
-        """This rank's rows of the trained weights (`policy` or `ema`) in the compute dtype, one tensor at a time."""
+    def shards(self, which: str = "policy", dtype: torch.dtype | None = None) -> Iterator[Shard]:
+        """This rank's rows of the trained weights (`policy` or `ema`), one tensor at a time; `dtype` None: the compute dtype."""
         for name, parameter in self.trained.items():
             local = self.ema[name] if which == "ema" else parameter.to_local().detach()
-            yield self._shard(name, parameter, local.to(self.family.dtype))
+            yield self._shard(name, parameter, local.to(dtype or self.family.dtype))
 
     def _shard(self, name: str, parameter: DTensor, rows: Tensor) -> Shard:
         return Shard(name=name, shape=tuple(parameter.shape), start=distributed.first_row(parameter), rows=rows)
 
-    def export(self, folder: Path, which: str = "policy") -> None:
-        """Write loadable weights into `folder`: a diffusers transformer, or a LoRA file in a LoRA run. A collective."""
+    def export(self, folder: Path, which: str = "policy", dtype: torch.dtype = torch.float32) -> None:
+        """Write loadable weights into `folder`: a diffusers denoiser, or a LoRA file in a LoRA run. A collective."""
         self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
         family, config = self.family, self.config
@@ -200,13 +200,13 @@ class Trainer:
             metadata = lora.file_metadata(config.lora, family.lora_targets, family.lora_prefix)
             self._write(
                 folder / LORA_FILE,
-                lambda: (s.renamed(lora.file_key(s.name, family.lora_prefix)) for s in self.shards(which)),
+                lambda: (s.renamed(lora.file_key(s.name, family.lora_prefix)) for s in self.shards(which, dtype)),
                 metadata,
             )
             return
         if self.rank == 0:  # the original config, not save_pretrained's: FSDP's class name would end up in it
-            shutil.copyfile(Path(family.path) / family.denoiser_folder / "config.json", folder / "config.json")
-        self._write(folder / WEIGHTS_FILE, lambda: self.shards(which))
+            shutil.copyfile(family.denoiser_path / "config.json", folder / "config.json")
+        self._write(folder / WEIGHTS_FILE, lambda: self.shards(which, dtype))
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss rather than commit weights that no resume could mend."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -32,7 +32,11 @@ BLANK = ""
 """The caption of classifier-free guidance's other branch."""
 
 Latents = Mapping[str, np.ndarray]
-"""One pair as an encoder hands it over: `winner`, `loser` (C, h, w), and what `encode_source` gave, all fp32."""
+"""One pair as an encoder hands it over: `winner`, for DPO `loser` (C, h, w), and what `encode_source` gave, all fp32."""
+
+
+Sides = Literal["both", "winners"]
+"""Which latents there are. `winners` is enough for SFT, whose pairs have the winner twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,8 @@ class OfflinePairs(Protocol):
 class PicturePairs:
     """The rows of an index, encoded in a cache."""
 
-    def __init__(self, index: PairIndex, cache: ConditionCache, keys: PairKeys):
-        self._index, self._cache, self._keys = index, cache, keys
+    def __init__(self, index: PairIndex, cache: ConditionCache, keys: PairKeys, sides: Sides = "both"):
+        self._index, self._cache, self._keys, self._sides = index, cache, keys, sides
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -92,7 +96,7 @@ class PicturePairs:
             pair = self._index[visit.row]
             keys = self._keys.target_keys(pair, visit.mirrored)
             winners.append(keys[pair.winner])
-            losers.append(keys[1 - pair.winner])
+            losers.append(keys[1 - pair.winner if self._sides == "both" else pair.winner])
         winner, loser = (self._cache.stacked([(key,) for key in keys])["latents"].float() for keys in (winners, losers))
         return winner, loser
 
@@ -119,8 +123,8 @@ class HandedPairs:
         return self._pairs.block_sizes
 
     def sides(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor]:
-        winner, loser = (self._stack(visits, side) for side in ("winner", "loser"))
-        return winner, loser
+        winner = self._stack(visits, "winner")
+        return winner, self._stack(visits, "loser") if "loser" in self._handed[visits[0]] else winner
 
     def condition(self, visits: Sequence[Visit]) -> Condition:
         names = [name for name in self._handed[visits[0]] if name not in ("winner", "loser")]
@@ -171,9 +175,14 @@ class PairsPlace:
     file: Path
     keys: PairKeys | None = None
     """None: `file` is a record."""
+    sides: Sides = "both"
 
     def open(self, cache: ConditionCache) -> OfflinePairs:
-        return PicturePairs(read_index(self.file), cache, self.keys) if self.keys else StoredPairs(self.file, cache)
+        return (
+            PicturePairs(read_index(self.file), cache, self.keys, self.sides)
+            if self.keys
+            else StoredPairs(self.file, cache)
+        )
 
 
 def _latents(row: Mapping, side: str) -> Tensor:

@@ -79,8 +79,13 @@ class Checked:
     """Rows that say themselves (has_label) that nobody chose."""
 
 
-def check_block(number: int, block: Block, *, needs_source: bool, items: Mapping[str, Item] | None) -> Checked:
-    """Read a block and decode every picture. `number` is the block's index; `items`, where given, must know every row."""
+def check_block(
+    number: int, block: Block, *, needs_source: bool, items: Mapping[str, Item] | None, needs_loser: bool = True
+) -> Checked:
+    """Read a block and decode every picture. `number` is the block's index; `items`, where given, must know every row.
+
+    Where no loser is needed, a line without one has its winner twice.
+    """
     pairs, problems, ties, unlabelled = [], [], 0, 0
     try:
         rows = read_block(block)
@@ -96,7 +101,7 @@ def check_block(number: int, block: Block, *, needs_source: bool, items: Mapping
         if raw.fields.get("label_0") == TIE:
             ties += 1
             continue
-        found = _check_row(block, raw, needs_source, items)
+        found = _check_row(block, raw, needs_source, items, needs_loser)
         if isinstance(found, list):
             problems += found
         else:
@@ -105,7 +110,7 @@ def check_block(number: int, block: Block, *, needs_source: bool, items: Mapping
 
 
 def _check_row(
-    block: Block, raw: RawPair, needs_source: bool, items: Mapping[str, Item] | None
+    block: Block, raw: RawPair, needs_source: bool, items: Mapping[str, Item] | None, needs_loser: bool
 ) -> dict[str, Any] | list[Problem]:
     def problem(field: str | None, what: str, remedy: str) -> Problem:
         return Problem(file=block.file, line=raw.number, field=field, what=what, remedy=remedy)
@@ -128,7 +133,15 @@ def _check_row(
         problems.append(problem("label_0", "is missing", "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"))
     elif label not in (0, 1):
         problems.append(problem("label_0", f"is {label!r}", "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"))
-    pictures = _check_files(block, raw, problems, needs_source) if jsonl else _check_bytes(raw, problem, problems)
+    if jsonl:
+        fields = (
+            "winner",
+            *(["loser"] if needs_loser or "loser" in raw.paths else []),
+            *(["source"] if needs_source else []),
+        )
+        pictures = _check_files(block, raw, problems, fields)
+    else:
+        pictures = _check_bytes(raw, problem, problems)
     if needs_source and not jsonl:
         remedy = "an edit family learns from a JSONL of winner, loser, prompt, source"
         problems.append(problem("source", "is missing", remedy))
@@ -158,11 +171,10 @@ def _check_bytes(raw: RawPair, problem: Any, problems: list[Problem]) -> dict[st
     return found
 
 
-def _check_files(block: Block, raw: RawPair, problems: list[Problem], needs_source: bool) -> dict[str, str]:
+def _check_files(block: Block, raw: RawPair, problems: list[Problem], fields: Sequence[str]) -> dict[str, str]:
     file = Path(block.file)
     found: dict[str, str] = {}
-    wanted = {"winner": "0", "loser": "1"} | ({"source": "source"} if needs_source else {})
-    for field, to in wanted.items():
+    for field in fields:
         name = raw.paths.get(field)
         if not isinstance(name, str) or not name:
             what = "is missing" if name is None else f"is {name!r}, no path"
@@ -175,7 +187,10 @@ def _check_files(block: Block, raw: RawPair, problems: list[Problem], needs_sour
         elif field == "source":
             found |= {"source": checked[0], "source_content": checked[1]}
         else:
-            found |= {f"path_{to}": checked[0], f"content_{to}": checked[1]}
+            side = 0 if field == "winner" else 1
+            found |= {f"path_{side}": checked[0], f"content_{side}": checked[1]}
+            if "loser" not in fields:
+                found |= {"path_1": checked[0], "content_1": checked[1]}
     return found
 
 

@@ -14,4 +14,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stab
 def load_family(model: CheckpointConfig, mixed_precision: str, guidance_scale: float | None = None) -> Family:
     """The family of a recipe. `guidance_scale` None: the family's own default."""
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    return FAMILIES[model.family](path=Path(model.path), dtype=compute_dtype(mixed_precision), **guidance)
+    denoiser = Path(model.denoiser) if model.denoiser else None
+    return FAMILIES[model.family](
+        path=Path(model.path), denoiser=denoiser, dtype=compute_dtype(mixed_precision), **guidance
+    )

@@ -62,6 +62,11 @@ class Family(Protocol):
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def denoiser_path(self) -> Path:
+        """The folder of the denoiser to begin with: `path`/`denoiser_folder`, or another that was trained from it."""
+
     @property
     def dtype(self) -> torch.dtype: ...
     @property

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from rlhf.algorithms.process import RectifiedFlow
 from rlhf.data.images import kontext_size
-from rlhf.models.folder import latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels
+from rlhf.models.folder import check_trained, latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels
 from rlhf.types import Condition
 
 
@@ -50,6 +50,8 @@ class FluxKontext:
     """The family of a folder. Guidance is embedded by the network, so training uses the rollouts' own scale."""
 
     path: Path
+    denoiser: Path | None = None
+    """A trained folder in place of `path`/transformer."""
     guidance_scale: float = 3.5
     dtype: torch.dtype = torch.bfloat16
 
@@ -65,8 +67,18 @@ class FluxKontext:
     target_folders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_prefix: ClassVar[str] = "transformer"
 
+    @property
+    def denoiser_path(self) -> Path:
+        return self.denoiser or Path(self.path) / self.denoiser_folder
+
     def _json(self, folder: str, name: str) -> dict:
         return read_json(self.path, "Flux Kontext", f"{folder}/{name}")
+
+    @cached_property
+    def _transformer(self) -> dict:
+        config = self._json(self.denoiser_folder, "config.json")
+        check_trained(self.denoiser, config)
+        return config
 
     @cached_property
     def process(self) -> RectifiedFlow:
@@ -80,7 +92,7 @@ class FluxKontext:
 
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
-            denoiser = FluxTransformer2DModel.from_config(self._json(self.denoiser_folder, "config.json"))
+            denoiser = FluxTransformer2DModel.from_config(self._transformer)
         return torch.nn.Module.to(
             denoiser, dtype
         )  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
@@ -88,10 +100,10 @@ class FluxKontext:
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> FluxTransformer2DModel:
-        if folder is None:
-            self._json(self.denoiser_folder, "config.json")
-            folder = Path(self.path) / self.denoiser_folder
-        return load_trained(FluxTransformer2DModel, folder, lora, self.lora_prefix, device, self.dtype)
+        assert self._transformer  # says what is wrong with the folder before diffusers does
+        return load_trained(
+            FluxTransformer2DModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
+        )
 
     def load_codec(self, device: str) -> "KontextCodec":
         self._json("vae", "config.json")

@@ -21,6 +21,20 @@ def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
+    """What is wrong with the folder of a trained denoiser, whose base has this config; empty if nothing is."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return "holds no config.json with *.safetensors"
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    return "" if name == config["_class_name"] else f"is a {name}, but the base model has a {config['_class_name']}"
+
+
+def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
+    """Raise ValueError where `model.denoiser`, if it is given, is none for a model with this config."""
+    if folder is not None and (fault := trained_fault(folder, config)):
+        raise ValueError(f"model.denoiser = {str(folder)!r} {fault}; give a trained folder, e.g. RUN/final/unet")
+
+
 def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dtype) -> Any:
     """A part of the checkpoint that never trains."""
     return cls.from_pretrained(path, subfolder=folder, dtype=dtype).to(device).eval().requires_grad_(False)

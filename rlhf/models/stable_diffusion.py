@@ -25,7 +25,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.algorithms.ddpm import DDPM
-from rlhf.models.folder import latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels, vae_factor
+from rlhf.models.folder import (
+    check_trained,
+    latent_shape,
+    load_frozen,
+    load_trained,
+    read_json,
+    to_images,
+    to_pixels,
+    vae_factor,
+)
 from rlhf.types import Condition
 
 UNET_LIMITS = {
@@ -46,8 +55,10 @@ class StableDiffusion:
     """The family of a folder. Training sees the conditional branch alone; a sampler is guided by both (CFG)."""
 
     path: Path
-    guidance_scale: float = 7.5
-    """As in the pipelines: 1 or less runs the conditional branch only."""
+    denoiser: Path | None = None
+    """A trained folder in place of `path`/unet."""
+    guidance_scale: float | None = None
+    """1 or less runs the conditional branch only; None: as in the pipelines, 7.5, XL 5."""
     dtype: torch.dtype = torch.bfloat16
 
     # What diffusers recomputes one by one. Its down and up blocks hold up to thirty of these: a billion parameters in XL.
@@ -57,6 +68,10 @@ class StableDiffusion:
     source_folders: ClassVar[tuple[str, ...]] = ()
     target_folders: ClassVar[tuple[str, ...]] = ("vae",)
     lora_prefix: ClassVar[str] = "unet"
+
+    @property
+    def denoiser_path(self) -> Path:
+        return self.denoiser or Path(self.path) / self.denoiser_folder
 
     def _json(self, name: str) -> dict[str, Any]:
         return read_json(self.path, "Stable Diffusion", name)
@@ -73,6 +88,7 @@ class StableDiffusion:
             raise ValueError(
                 f"{self.path}/unet/config.json: in_channels, out_channels and the VAE's latents must be equal"
             )
+        check_trained(self.denoiser, config)
         return config
 
     @cached_property
@@ -107,8 +123,9 @@ class StableDiffusion:
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
         assert self._unet  # says what is wrong with the folder before diffusers does
-        folder = folder or Path(self.path) / self.denoiser_folder
-        return load_trained(UNet2DConditionModel, folder, lora, self.lora_prefix, device, self.dtype)
+        return load_trained(
+            UNet2DConditionModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
+        )
 
     def load_codec(self, device: str) -> "StableDiffusionCodec":
         # force_upcast: XL's VAE overflows fp16 and bands in bf16. It is small beside the UNet, so its word is law.
@@ -153,7 +170,8 @@ class StableDiffusion:
 
     def guided(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """u + s·(c − u) with u for empty text and c for the prompt (Ho and Salimans, arXiv 2207.12598; s = 1 + their w)."""
-        if self.guidance_scale <= 1:
+        scale = self.guidance_scale if self.guidance_scale is not None else 5.0 if self.xl else 7.5
+        if scale <= 1:
             return self.predict(denoiser, x_t, t, condition)
         names = [name for name in condition if not name.startswith("negative_")]
         empty = {name: condition[f"negative_{name}"] for name in names}
@@ -161,7 +179,7 @@ class StableDiffusion:
             empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
         both = {name: torch.cat([empty[name], condition[name]]) for name in names}
         u, c = self.predict(denoiser, torch.cat([x_t] * 2), torch.cat([t] * 2), both).chunk(2)
-        return u + self.guidance_scale * (c - u)
+        return u + scale * (c - u)
 
 
 class StableDiffusionCodec:

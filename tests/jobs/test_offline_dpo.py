@@ -1,5 +1,6 @@
 """The whole offline job: real pairs of photos, two ranks, a judge that relabels, replay of an online run, and its stops."""
 
+import json
 import warnings
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from actors.pair_encoders import PairFeed
 from actors.reporting import Reporter
 from jobs import offline_dpo, online_dpo
 from jobs.preprocess import read_data
+from rlhf.data.cache import read_manifest
 from rlhf.data.schema import BadInput
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.rewards.images import decode_image
@@ -65,7 +67,7 @@ def test_two_ranks_learn_from_photos_that_a_judge_relabelled_and_a_resume_change
             tmp_path,
             stable_diffusion,
             grocery,
-            run={"name": name},
+            run={"name": name, "export_every": 2, "keep_checkpoints": 1},
             data={"choice_model": "green"} | data,
             judges=judges,
             serve={"port": SERVE_PORT},
@@ -86,9 +88,9 @@ def test_two_ranks_learn_from_photos_that_a_judge_relabelled_and_a_resume_change
     steps = [row for row in rows if "train/loss" in row]
     assert len(steps) == 4 and steps[0]["train/loss"] == pytest.approx(np.log(2)) != steps[3]["train/loss"]
     assert [row["step"] for row in rows if "eval/implicit_acc" in row] == [0, 2, 4]
-    for folder in ("unet", "ema_unet"):
-        unet = diffusers.UNet2DConditionModel.from_pretrained(straight / "final" / folder)
-        names = SafetensorsFolder(straight / "final" / folder).names()
+    for folder in ("exports/step_000002/unet", "exports/step_000004/unet", "final/unet", "final/ema_unet"):
+        unet = diffusers.UNet2DConditionModel.from_pretrained(straight / folder)
+        names = SafetensorsFolder(straight / folder).names()
         assert names == set(unet.state_dict())
 
     monkeypatch.setattr(offline_dpo, "Reporter", StopsAt)
@@ -98,8 +100,9 @@ def test_two_ranks_learn_from_photos_that_a_judge_relabelled_and_a_resume_change
     monkeypatch.setattr(offline_dpo, "Reporter", Reporter)
     resumed = offline_dpo.run(config("broken"))
     assert metric_rows(resumed) == rows
-    one, other = (load_file(next((path / "final" / "unet").glob("*.safetensors"))) for path in (straight, resumed))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for folder in ("exports/step_000002/unet", "exports/step_000004/unet", "final/unet"):
+        one, other = (load_file(next((path / folder).glob("*.safetensors"))) for path in (straight, resumed))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @slow
@@ -208,11 +211,19 @@ def test_an_online_runs_pairs_replay_with_the_same_losses(cluster, judge_server,
 
 
 @slow
-def test_kontext_trains_offline_from_a_jsonl_by_sft(cluster, kontext, tmp_path):
+@pytest.mark.parametrize("latents", ["cached", "on_the_fly"])
+def test_kontext_trains_offline_from_a_jsonl_by_sft(cluster, kontext, tmp_path, latents):
+    """Losers may be there or not: neither is looked at by the loss, and none is encoded."""
+    file = write_jsonl(tmp_path, 12, source=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[::2]:
+        del line["loser"]
+    file.write_text("\n".join(map(json.dumps, lines)))
     config = offline_config(
         tmp_path,
         kontext,
-        write_jsonl(tmp_path, 12, source=True),
+        file,
+        data={"latents": latents},
         objective="sft",
         model={"family": "flux_kontext", "height": 48, "width": 32},
         eval={"path": None},
@@ -222,6 +233,8 @@ def test_kontext_trains_offline_from_a_jsonl_by_sft(cluster, kontext, tmp_path):
     steps = [row for row in metric_rows(path) if "train/loss" in row]
     assert len(steps) == 4 and all(row["train/loss_scale"] > 0 and "train/implicit_acc" not in row for row in steps)
     assert not (path / "checkpoint_000004" / "state" / "reference.safetensors").exists()
+    targets = [place for place in read_manifest(config.data.cache).places.values() if place.names == ("latents",)]
+    assert len(targets) == (2 * 12 if latents == "cached" else 0), "winners as they are and mirrored"
     diffusers.FluxTransformer2DModel.from_pretrained(path / "final" / "transformer")
 
 

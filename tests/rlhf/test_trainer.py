@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf.config import TrainerConfig
 from rlhf.loss_scale import LossScale
@@ -233,21 +234,21 @@ def export(mesh, path, folder, lora):
         trainer.step([worlds.pairs(1, seed=step)])
     trainer.export(folder / "policy")
     trainer.export(folder / "ema", which="ema")
-    whole = {name: p.full_tensor().bfloat16() for name, p in trainer.trained.items()}
-    return whole
+    trainer.export(folder / "half", dtype=torch.bfloat16)
+    return {name: p.full_tensor() for name, p in trainer.trained.items()}
 
 
 def test_full_export_loads_in_diffusers(two_ranks, kontext, tmp_path):
     from diffusers import FluxTransformer2DModel
 
     whole, _ = two_ranks.run(export, kontext, tmp_path, False)
-    model, report = FluxTransformer2DModel.from_pretrained(
-        tmp_path / "policy", dtype=torch.bfloat16, output_loading_info=True
-    )
+    model, report = FluxTransformer2DModel.from_pretrained(tmp_path / "policy", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.equal(p, whole[name]) for name, p in model.named_parameters())
-    ema = FluxTransformer2DModel.from_pretrained(tmp_path / "ema", dtype=torch.bfloat16)
+    ema = FluxTransformer2DModel.from_pretrained(tmp_path / "ema")
     assert not all(torch.equal(p, whole[name]) for name, p in ema.named_parameters())
+    half = load_file(tmp_path / "half" / "diffusion_pytorch_model.safetensors")
+    assert half.keys() == whole.keys() and all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
 
 
 def test_lora_export_loads_in_the_pipeline(two_ranks, kontext, tmp_path, caplog):
@@ -262,14 +263,14 @@ def test_lora_export_loads_in_the_pipeline(two_ranks, kontext, tmp_path, caplog)
     assert not [r.message for r in caplog.records if "unexpected keys" in r.message or "missing keys" in r.message]
     loaded = {n: p for n, p in pipeline.transformer.named_parameters() if lora.is_adapter(n)}
     assert loaded.keys() == whole.keys()
-    assert all(torch.equal(loaded[name].bfloat16(), whole[name]) for name in whole)
+    assert all(torch.equal(loaded[name], whole[name].to(loaded[name].dtype)) for name in whole)
     layer = pipeline.transformer.transformer_blocks[0].attn.to_q
     assert layer.scaling[lora.POLICY] == worlds.LORA.alpha / worlds.LORA.rank
 
     family = worlds.family(kontext)
     ours = family.load_denoiser("cpu")
     lora.add_adapters(ours, worlds.LORA, family.lora_targets, (lora.POLICY,), torch.bfloat16)
-    ours.load_state_dict(whole, strict=False)
+    ours.load_state_dict({name: value.bfloat16() for name, value in whole.items()}, strict=False)
     batch = worlds.pairs(2)
     pipeline.transformer.to(torch.bfloat16)
     with torch.no_grad():

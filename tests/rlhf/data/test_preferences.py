@@ -21,9 +21,10 @@ BROKEN = {
 }
 
 
-def check(file, needs_source=False, items=None):
+def check(file, **needs):
+    needs = {"needs_source": False, "items": None, **needs}
     blocks = blocks_of(file)
-    return gather(blocks, [check_block(i, b, needs_source=needs_source, items=items) for i, b in enumerate(blocks)])
+    return gather(blocks, [check_block(i, b, **needs) for i, b in enumerate(blocks)])
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -115,6 +116,23 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
         *((1, "loser"), (2, "winner"), (3, "winner"), (4, "source"), (5, "source"), (6, "prompt"), (7, None), (8, None))
     ]
     assert len(index) == 1
+
+
+def test_a_line_without_a_loser_is_its_winner_twice_where_none_is_needed(tmp_path):
+    file = write_jsonl(tmp_path, 2)
+    first, second = map(json.loads, file.read_text().splitlines())
+    file.write_text(
+        "\n".join(map(json.dumps, [{"prompt": "x", "winner": first["winner"]}, second, second | {"loser": 1}]))
+    )
+    _, problems = check(file)
+    assert [(p.line, p.field) for p in problems] == [(1, "loser"), (3, "loser")]
+    index, problems = check(file, needs_loser=False)
+    assert [(p.line, p.field) for p in problems] == [(3, "loser")], "a loser that is given must be one"
+    assert (
+        index[0].path_1 == index[0].path_0 == str(tmp_path / first["winner"])
+        and index[0].content_1 == index[0].content_0
+    )
+    assert index[1].path_1 == str(tmp_path / second["loser"])
 
 
 def test_a_table_has_no_sources_for_an_edit_family_and_says_what_has(tmp_path):

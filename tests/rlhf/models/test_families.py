@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from rlhf.config import ModelConfig
+from rlhf.algorithms.objectives import SFT
+from rlhf.config import CheckpointConfig, ModelConfig, TrainerConfig
 from rlhf.data.cache import ConditionCache, commit, write_part
-from rlhf.models import FAMILIES, lora
+from rlhf.models import FAMILIES, load_family, lora
 from rlhf.sampling import sample
+from rlhf.trainer import Trainer
 from rlhf.types import PairBatch, Prompt, noise_from
 from rlhf.weights import SafetensorsFolder
 from tests import worlds
@@ -265,6 +267,36 @@ def test_a_full_export_loads_in_diffusers(trained, folders, kind):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for loaded in (plain, model):
         assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
+
+
+def beginning(mesh, family, adapters):
+    config = TrainerConfig(learning_rate=1e-3, lora=worlds.LORA if adapters else None)
+    trainer = Trainer(family=family, config=config, objective=SFT(), mesh=mesh, seed=1)
+    return {
+        lora.base_name(name): p.full_tensor()
+        for name, p in trainer.policy.named_parameters()
+        if not lora.is_adapter(name)
+    }
+
+
+@HOW
+@KINDS
+def test_training_can_begin_with_a_trained_folder(trained, one_rank, folders, kind, adapters):
+    *_, folder = trained(kind, False)
+    model = CheckpointConfig(family=kind.split()[0], path=str(folders[kind]), denoiser=str(folder))
+    (begun,) = one_rank.run(beginning, load_family(model, "bf16"), adapters)
+    saved = SafetensorsFolder(folder)
+    exported = {name: saved.rows(name, 0, tensor.shape[0], tensor.shape) for name, tensor in begun.items()}
+    assert begun.keys() == saved.names()
+    assert all(torch.equal(begun[name], exported[name].to(begun[name].dtype)) for name in begun)
+
+
+@KINDS
+def test_a_trained_folder_of_something_else_is_refused(folders, kind):
+    for place, what in (("vae", "is a AutoencoderKL, but the base model has a"), ("nowhere", "holds no config.json")):
+        model = CheckpointConfig(family=kind.split()[0], path=str(folders[kind]), denoiser=str(folders[kind] / place))
+        with pytest.raises(ValueError, match=rf"model.denoiser = .*{place}' {what}"):
+            load_family(model, "bf16").empty_denoiser(torch.float32)
 
 
 @KINDS

@@ -52,10 +52,11 @@ def loaded(folder):
     return pipeline, family.load_denoiser("cpu"), family.load_codec("cpu").encode_text(TEXTS)
 
 
-def ours_and_theirs(folder, scheduler=None, height=64, width=64, guidance_scale=7.5, **options):
+def ours_and_theirs(folder, scheduler=None, height=64, width=64, **options):
     """x0 of our sampler and of the pipeline, from the same texts and noise; `scheduler`: a copy with another one."""
     pipeline, denoiser, condition = loaded(folder)
-    family = StableDiffusion(path=scheduler or folder, guidance_scale=guidance_scale, dtype=torch.float32)
+    guidance = {name: value for name, value in options.items() if name == "guidance_scale"}  # else the pipeline's own
+    family = StableDiffusion(path=scheduler or folder, dtype=torch.float32, **guidance)
     config = family.process.config
     pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     noise = noise_from(1, (2, *family.latent_shape(height, width)))
@@ -66,7 +67,6 @@ def ours_and_theirs(folder, scheduler=None, height=64, width=64, guidance_scale=
         height=height,
         width=width,
         num_inference_steps=6,
-        guidance_scale=guidance_scale,
         output_type="latent",
         **options,
     ).images
