@@ -54,6 +54,11 @@ SEED_FLAGS = {
     "sft": "objective",
     "use_adafactor": "trainer.optimizer",
     "use_8bit_adam": "trainer.optimizer",
+    "sdxl": "model.path",
+    "unet_init": "model.denoiser",
+    "train_data_dir": "data.path",
+    "cache_dir": "data.cache",
+    "dataloader_num_workers": "preprocess.encoders",
 }
 """Flags of the scripts this system replaces, for the "did you mean" of an unknown key."""
 

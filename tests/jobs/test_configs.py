@@ -13,9 +13,12 @@ from rlhf.rewards.ctr_config import TrainCTRConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))
-SCHEMAS = {"train_ctr.toml": TrainCTRConfig, "serve.toml": ServeJobConfig, "evaluate.toml": EvaluateConfig} | {
-    name: OfflineDPOConfig for name in RECIPES if name.startswith("offline_dpo")
-}
+SCHEMAS = {
+    "train_ctr.toml": TrainCTRConfig,
+    "serve.toml": ServeJobConfig,
+    "evaluate.toml": EvaluateConfig,
+    "evaluate_sd.toml": EvaluateConfig,
+} | {name: OfflineDPOConfig for name in RECIPES if name.startswith("offline_dpo")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
