@@ -15,6 +15,7 @@ Left out: what is inside a checkpoint (`trainer.py`), and copying to remote stor
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -25,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-MAY_DIFFER = ("run.", "tracking.", "cluster.", "serve.", "preprocess.")
-"""Tables of the configuration that a resume may change: they say where and how to run, not what."""
+MAY_DIFFER = ("run.", "tracking.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s")
+"""What a resume may change of the configuration: where and how to run, not what."""
+SPLIT = ("trainer.ranks", "trainer.train_batch_size", "trainer.gradient_accumulation_steps")
+"""How the pairs of an update are split may change too, if their product stays: a cluster may have lost a node."""
 MUST_AGREE = ("run.seed",)
 """But for these: with another seed the resumed half would not continue the first."""
 
@@ -312,7 +315,7 @@ def _row_step(line: str) -> int | None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = _with_whole_batch(dict(_flat(old))), _with_whole_batch(dict(_flat(new)))
     every = sorted(before.keys() | after.keys())
     keys = [key for key in every if key in MUST_AGREE or not key.startswith(MAY_DIFFER)]
     return [
@@ -320,6 +323,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in keys
         if before.get(key) != after.get(key)
     ]
+
+
+def _with_whole_batch(flat: dict[str, Any]) -> dict[str, Any]:
+    """The product of SPLIT in place of its factors."""
+    if not flat.keys() >= set(SPLIT):
+        return flat
+    kept = {key: value for key, value in flat.items() if key not in SPLIT}
+    return kept | {" × ".join(SPLIT): math.prod(flat[key] for key in SPLIT)}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

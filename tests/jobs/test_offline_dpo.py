@@ -180,6 +180,34 @@ def test_an_encoder_that_is_gone_is_rebuilt_with_the_ranks_and_no_step_is_lost(
 
 
 @slow
+def test_a_run_goes_on_with_the_same_pairs_on_fewer_ranks(cluster, stable_diffusion, tmp_path, monkeypatch):
+    data = write_parquet(tmp_path / "pairs.parquet", [row(i, i % 2) for i in range(24)])
+
+    def config(name, **trainer):
+        return offline_config(
+            tmp_path,
+            stable_diffusion,
+            data,
+            run={"name": name},
+            eval={"path": None},
+            model={"height": 32, "width": 32},
+            trainer={"train_batch_size": 2, "mixed_precision": "no"} | trainer,
+        )
+
+    straight = offline_dpo.run(config("straight"))
+    monkeypatch.setattr(offline_dpo, "Reporter", StopsAt)
+    StopsAt.step = 3
+    with pytest.raises(OSError, match="no space left"):
+        offline_dpo.run(config("shrunk"))
+    monkeypatch.setattr(offline_dpo, "Reporter", Reporter)
+    shrunk = offline_dpo.run(config("shrunk", ranks=1, gradient_accumulation_steps=4))
+    for one, other in zip(metric_rows(straight), metric_rows(shrunk), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5), one["step"]
+    one, other = (load_file(next((path / "final" / "unet").glob("*.safetensors"))) for path in (straight, shrunk))
+    assert all((one[name] - other[name]).abs().max() <= 1e-4 for name in one), "a tenth of one step of Adam"
+
+
+@slow
 def test_an_online_runs_pairs_replay_with_the_same_losses(cluster, judge_server, kontext, tmp_path):
     """Same latents, conditions, (t, noise) and versions: then every loss is the online one, also after a refresh."""
     write_photos(tmp_path)

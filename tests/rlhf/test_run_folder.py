@@ -291,3 +291,14 @@ def test_exports_stay_when_checkpoints_go_and_undone_ones_are_set_aside(claim):
     folder.begin_export(30)
     with pytest.raises(FileExistsError, match=r"step_000030 exists already"):
         folder.finish_export(30)
+
+
+def test_an_updates_pairs_may_be_split_otherwise_but_not_be_more_or_fewer(claim):
+    def split(ranks, batch, accumulation):
+        values = f"ranks = {ranks}\ntrain_batch_size = {batch}\ngradient_accumulation_steps = {accumulation}\n"
+        return f"{CONFIG}[trainer]\n{values}num_gpus = {1 / ranks}\n"
+
+    trained(claim(split(8, 2, 4)))
+    claim(split(4, 1, 16)).release()
+    with pytest.raises(ValueError, match=r"trainer.ranks × .*steps: was 64, now 32\n"):
+        claim(split(4, 2, 4))
