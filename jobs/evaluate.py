@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig, prompts: Prompts) -> Path:
             reason = next(failure.reason for failure in reversed(failed) if failure.judge == unscored[0])
             raise JudgeUnreliable(f"judge {unscored[0]!r} scored no pair of pictures; the last reason: {reason}")
         evaluation = Evaluation(
-            model=config.model.path,
+            model=config.model.denoiser or config.model.path,
             tuned=str(config.tuned.denoiser or config.tuned.lora),
             steps=config.sampling.steps,
             seed=config.seed,

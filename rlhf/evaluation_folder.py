@@ -45,6 +45,7 @@ def painting(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Any
         "seed": config.seed,
         "data.fit": config.data.fit,
         "the weights at model.path": fingerprint(Path(config.model.path)),
+        "the weights at model.denoiser": fingerprint(Path(config.model.denoiser)) if config.model.denoiser else None,
         "the tuned weights": fingerprint(Path(str(config.tuned.denoiser or config.tuned.lora))),
         "the prompts": digest.hexdigest(),
     }

@@ -9,7 +9,7 @@ from rlhf.types import Prompt
 
 @pytest.fixture
 def world(tmp_path):
-    for name in ("base", "tuned"):
+    for name in ("base", "sft", "tuned"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(name.encode())
     return tmp_path
@@ -20,7 +20,7 @@ def recipe(world, seed=0, judge="hps"):
         {
             "out": str(world / "out"),
             "seed": seed,
-            "model": {"family": "stable_diffusion", "path": str(world / "base")},
+            "model": {"family": "stable_diffusion", "path": str(world / "base"), "denoiser": str(world / "sft")},
             "tuned": {"denoiser": str(world / "tuned")},
             "data": {"path": "unread"},
             "reward": {"weights": {judge: 1}},
@@ -48,6 +48,18 @@ def test_other_pictures_are_refused_and_what_differs_is_named(world):
     with (
         pytest.raises(ValueError, match="begun with other values of seed, the prompts, the tuned weights;"),
         claim(recipe(world, seed=1), [other], ""),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("folder", "named"), [("base", "model.path"), ("sft", "model.denoiser"), ("tuned", "tuned")])
+def test_weights_that_were_replaced_where_they_lie_are_others(world, folder, named):
+    with claim(recipe(world), [PROMPT], ""):
+        pass
+    (world / folder / "weights.safetensors").write_bytes(b"trained on")
+    with (
+        pytest.raises(ValueError, match=rf"begun with other values of the .*{named}"),
+        claim(recipe(world), [PROMPT], ""),
     ):
         pass
 
