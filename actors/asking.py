@@ -111,11 +111,14 @@ class Asking:
             except TimeoutError:
                 reason = f"no answer in judges.timeout_s = {judges.timeout_s:g} s"
             except Exception as error:  # whatever a judge does wrong is a failure with a reason, never a score
-                cause = getattr(error, "cause", None) or error
-                reason = (
-                    f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else cause!r}"
-                )
+                reason = last_line(error)
         return Failure(judge=name, reason=f"{reason} (after {judges.retries + 1} tries)")
+
+
+def last_line(error: Exception) -> str:
+    """The last line of what went wrong: Ray's messages hold whole tracebacks."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {(str(cause).strip() or repr(cause)).splitlines()[-1]}"
 
 
 class Scorer:

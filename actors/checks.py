@@ -114,10 +114,18 @@ def _digest(files: Sequence[Path], needs_source: bool, needs_loser: bool, items:
     )
 
 
-def in_threads(blocks: Sequence[Block], check: Check) -> list[Checked]:
+def in_threads(log: Callable[[str], None], blocks: Sequence[Block], check: Check) -> list[Checked]:
     """In this process, for a dry run."""
+    log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
+    found: list[Checked] = []
+    shown = monotonic()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(check, range(len(blocks)), blocks))
+        for one in pool.map(check, range(len(blocks)), blocks):
+            found.append(one)
+            if monotonic() - shown > PROGRESS_EVERY_S:
+                shown = monotonic()
+                log(f"checked {len(found)}/{len(blocks)} blocks")
+    return found
 
 
 def on_cluster(
@@ -138,9 +146,10 @@ def on_cluster(
     cpus = int(ray.cluster_resources().get("CPU", 1))
     tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(rows))))
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
+    dataset = dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks)
     answers: dict[int, str] = {}
     shown = monotonic()
-    for row in streaming.stream(dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks), settings.timeout_s):
+    for row in streaming.stream(dataset, "the check of the pairs", settings.timeout_s):
         answers[row["number"]] = row["found"]
         if monotonic() - shown > PROGRESS_EVERY_S:
             shown = monotonic()

@@ -63,7 +63,7 @@ def encode(
     first: tuple[float, int] | None = None  # start-up does not count for the rate
     log(f"preprocess: encoding {len(texts)} instructions and {len(pictures)} pictures")
     try:
-        for row in streaming.stream(dataset, settings.timeout_s):
+        for row in streaming.stream(dataset, "preprocess", settings.timeout_s):
             parts.append(_part_from_json(row["part"]))
             done += len(parts[-1].places)
             now = monotonic()

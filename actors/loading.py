@@ -1,7 +1,7 @@
 """What there is to encode, and the Ray Data task that reads pictures for the encoders.
 
-Kept apart from `actors.encoders` because every loader process imports this module: it costs numpy and Pillow, not torch
-and diffusers. Left out: keeping decoded pictures, which are read once.
+Kept apart from `actors.encoders` because every loader process imports this module: it costs no diffusers and
+no encoder. Left out: keeping decoded pictures, which are read once.
 """
 
 import json

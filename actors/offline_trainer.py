@@ -69,7 +69,9 @@ class OfflineWorker(TrainerWorker):
         for draw in range(self.config.eval.draws):
             first = self.rank * mine
             chosen = visits[first : first + mine]
-            batches += self._micro_batches(self._held_out, chosen, HELD_OUT_STEP, draw * len(visits) + first)
+            batches += self._micro_batches(
+                self._held_out, chosen, HELD_OUT_STEP, draw * self.config.eval.max_pairs + first
+            )
         return self.trainer.evaluate(batches)
 
     def _micro_batches(

@@ -16,6 +16,7 @@ import numpy as np
 import ray
 import torch
 
+from actors.asking import last_line
 from actors.placement import Role
 from rlhf.data.images import load_image
 from rlhf.evaluation import SIDES, Side
@@ -170,9 +171,3 @@ def _batches(config: EvaluateConfig, prompts: Sequence[Prompt], side: Side) -> I
     for orders in sizes.values():
         for start in range(0, len(orders), config.sampling.batch_size):
             yield orders[start : start + config.sampling.batch_size]
-
-
-def last_line(error: Exception) -> str:
-    """The last line of what went wrong: Ray's messages hold whole tracebacks."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {(str(cause).strip() or repr(cause)).splitlines()[-1]}"

@@ -91,7 +91,7 @@ class PairFeed:
     def take(self, step: int) -> list[list[ray.ObjectRef]]:
         """For every rank, references to its pairs of update `step` (from 1), some pairs each. Waits until they are done.
 
-        Raises: PreprocessFailed with the cause; TrainerLost where an encoder is gone or past `preprocess.timeout_s`, so that
+        Raises: PreprocessFailed with the cause; TrainerLost where an encoder is gone or past `trainer.timeout_s`, so that
         all are built anew from the last checkpoint.
         """
         for ahead in range(step, min(step + STEPS_AHEAD, self._config.trainer.max_train_steps) + 1):
@@ -100,10 +100,10 @@ class PairFeed:
         parts = self._ahead.pop(step)
         waiting = [done for part in parts for done, _ in part]
         try:
-            ray.get(waiting, timeout=self._config.preprocess.timeout_s)
+            ray.get(waiting, timeout=self._config.trainer.timeout_s)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
             raise TrainerLost(
-                f"step {step}: an encoder is gone, or gave nothing in preprocess.timeout_s: {error}"
+                f"step {step}: an encoder is gone, or gave nothing in trainer.timeout_s: {error}"
             ) from error
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import ray
 
-from actors.asking import FIRST_BACKOFF_S, Failure
+from actors.asking import FIRST_BACKOFF_S, Failure, last_line
 from actors.judges import reward_text
-from actors.painters import last_line, picture_file, source_file
+from actors.painters import picture_file, source_file
 from actors.placement import JUDGES_CPUS, Role
 from actors.reading import Reader
 from rlhf.algorithms.reliability import FailureRates

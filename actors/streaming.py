@@ -43,8 +43,10 @@ class StopOnRequest:
     def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
-def stream(dataset: ray.data.Dataset, timeout_s: float) -> Iterator[dict[str, Any]]:
+def stream(dataset: ray.data.Dataset, what: str, timeout_s: float) -> Iterator[dict[str, Any]]:
     """The dataset's rows as they come; a row with an `error` ends it. Ray Data runs in a thread and the deadline is here.
+
+    `what`: what is done, for messages.
 
     Raises: PreprocessFailed.
     """
@@ -65,14 +67,14 @@ def stream(dataset: ray.data.Dataset, timeout_s: float) -> Iterator[dict[str, An
     try:
         while (result := results.get(timeout=max(0.0, deadline - monotonic()))) is not None:
             if isinstance(result, BaseException):
-                raise PreprocessFailed(f"preprocess failed: {result}") from result
+                raise PreprocessFailed(f"{what} failed: {result}") from result
             if result["error"]:
-                raise PreprocessFailed(f"preprocess failed: {result['error']}")
+                raise PreprocessFailed(f"{what} failed: {result['error']}")
             yield result
     except queue.Empty:
         raise PreprocessFailed(
-            f"not finished after preprocess.timeout_s = {timeout_s:g} s; what is encoded is kept. The cluster has "
-            f"{ray.available_resources().get('CPU', 0):g} CPUs free; start it again, or raise the limit"
+            f"{what} is not finished after preprocess.timeout_s = {timeout_s:g} s. The cluster has "
+            f"{ray.available_resources().get('CPU', 0):g} CPUs free; raise the limit, or start again: what is encoded is kept"
         ) from None
     finally:
         requested.set()

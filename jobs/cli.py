@@ -31,7 +31,7 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 COMMAND_LINE = "command line"
 
-SEED_FLAGS = {
+OLD_FLAGS = {
     "pretrained_model_name_or_path": "model.path",
     "data_json_path": "data.path",
     "jsonl_path": "data.path",
@@ -181,8 +181,8 @@ def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -
 
 
 def _nearest(name: str, keys: dict[str, Key]) -> str:
-    if SEED_FLAGS.get(name) in keys:
-        return f"did you mean {SEED_FLAGS[name]}?"
+    if OLD_FLAGS.get(name) in keys:
+        return f"did you mean {OLD_FLAGS[name]}?"
     leaves = [key for key in keys if keys[key].section is None]
     section, _, last = name.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in leaves if section and key.rpartition(".")[0] == section}

@@ -65,10 +65,10 @@ def dry_run(config: OfflineDPOConfig) -> None:
     print(resolved_toml(config))
     say_batch(config)
     deploy.check_sources(config.judges, config.judge_names)
-    print(read_pair_sets(config, checks.in_threads).report())
     needed, free = placement.offline_roles(config), free_resources(config.cluster)
     print(placement.table(needed, free))
     check_disk(config)
+    print(read_pair_sets(config, partial(checks.in_threads, say)).report())
     placement.check(needed, free)
 
 
@@ -76,14 +76,14 @@ def run(config: OfflineDPOConfig) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
     deploy.check_sources(config.judges, config.judge_names)
     with cluster(config.cluster, namespace=config.run.name), ExitStack() as stack:
+        needed, free = placement.offline_roles(config), free_resources(config.cluster)
+        say(placement.table(needed, free))
+        placement.check(needed, free)
         pairs = read_pair_sets(config, partial(checks.on_cluster, config.preprocess, say))
         say(pairs.report())
         folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
         stack.callback(folder.release)
         say(f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}")
-        needed, free = placement.offline_roles(config), free_resources(config.cluster)
-        say(placement.table(needed, free))
-        placement.check(needed, free)
         placement.check_shared("run.dir", folder.path)
         check_disk(config, folder.path)
         say_batch(config)
@@ -115,9 +115,12 @@ def train(config: OfflineDPOConfig, folder: RunFolder, pairs: PairSets, about_da
                 feed = None
                 if config.data.latents == "on_the_fly" and pairs.index is not None:
                     sizes = tuple(pairs.index.block_sizes().tolist())
-                    feed = PairFeed(config, pairs.train.file, training_stream(config.data, sizes, config.run.seed))
+                    feed = PairFeed(
+                        config, pairs.training.place.path, training_stream(config.data, sizes, config.run.seed)
+                    )
                     inner.callback(feed.close)
-                trainer = OfflineTrainer(config, folder.fence, group, pairs.train, pairs.held_out, feed)
+                held_out = pairs.evaluation.place if pairs.evaluation else None
+                trainer = OfflineTrainer(config, folder.fence, group, pairs.training.place, held_out, feed)
                 inner.callback(trainer.kill)
                 offline_dpo(config, folder, trainer, tracker)
                 tracker.close()

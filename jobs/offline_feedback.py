@@ -82,7 +82,7 @@ def relabel_by_judge(config: OfflineDPOConfig, pairs: PairSets, name: str, say: 
 def _work(config: OfflineDPOConfig, pairs: PairSet, metric: str, record: str) -> Work:
     if pairs.index is None:
         raise ValueError("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
-    digest, place = _digest(config, pairs, pairs.index), pairs.place.file
+    digest, place = _digest(config, pairs, pairs.index), pairs.place.path
     return Work(
         pairs=pairs,
         index=pairs.index,
@@ -137,4 +137,4 @@ def _labelled(config: OfflineDPOConfig, work: Work, answer: Feedback, say: Say) 
     write_index(work.labelled, index)
     assert work.pairs.checked is not None
     checked = replace(work.pairs.checked, file=work.labelled, index=index)
-    return replace(work.pairs, place=replace(work.pairs.place, file=work.labelled), checked=checked)
+    return replace(work.pairs, place=replace(work.pairs.place, path=work.labelled), checked=checked)

@@ -45,14 +45,6 @@ class PairSets:
     evaluation: PairSet | None
 
     @property
-    def train(self) -> PairsPlace:
-        return self.training.place
-
-    @property
-    def held_out(self) -> PairsPlace | None:
-        return self.evaluation.place if self.evaluation else None
-
-    @property
     def index(self) -> PairIndex | None:
         return self.training.index
 
@@ -64,7 +56,7 @@ class PairSets:
         return (
             self.index.digest()
             if self.index is not None
-            else fingerprint(self.train.file.parent, [self.train.file.name])
+            else fingerprint(self.training.place.path.parent, [self.training.place.path.name])
         )
 
     def report(self) -> str:
@@ -85,6 +77,7 @@ class PairSets:
 def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
     family = load_family(config.model, config.trainer.mixed_precision)
+    family.check()
     sides: Sides = "both" if config.objective == "dpo" else "winners"
     latent_shape = family.latent_shape(config.model.height, config.model.width)
     keys = _keys(config, family)
@@ -115,7 +108,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
                 check_all=check_all,
             )
             found.append(
-                PairSet(place=PairsPlace(file=checked.file, keys=keys, sides=sides), checked=checked, items=items)
+                PairSet(place=PairsPlace(path=checked.file, keys=keys, sides=sides), checked=checked, items=items)
             )
         except BadInput as error:
             problems += error.problems
@@ -142,7 +135,7 @@ def _keys(config: OfflineDPOConfig, family: Family) -> PairKeys:
 
 def refuse_too_few(config: OfflineDPOConfig, held_out: PairSet) -> None:
     """Raise ValueError where the pairs held out do not fill one batch of every rank."""
-    count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.file)
+    count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.path)
     if not held_out_visits(config.eval, config.trainer, count):
         need = config.trainer.ranks * config.trainer.train_batch_size
         raise ValueError(
@@ -184,7 +177,7 @@ def _record(
             f"{', '.join(impossible)} cannot be; set hflip = false, caption_dropout = 0 and leave the others out"
         )
     check_record(folder, read_manifest(data.cache), data.cache, keys, latent_shape)
-    return PairSet(place=PairsPlace(file=folder), checked=None, items={})
+    return PairSet(place=PairsPlace(path=folder), checked=None, items={})
 
 
 def say_batch(config: OfflineDPOConfig) -> None:

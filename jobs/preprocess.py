@@ -1,4 +1,4 @@
-"""Encode a recipe's prompts into its cache: `python -m jobs.preprocess --config jobs/configs/X.toml [--dry-run]`.
+"""Encode an online recipe's prompts into its cache: `python -m jobs.preprocess --config jobs/configs/X.toml [--dry-run]`.
 
 Reads and checks all input first, then encodes what the cache lacks; a second run starts no encoder. `jobs.online_dpo`
 calls `read_data` and `preprocess` itself, so running this job is only worth it to prepare a cache beforehand, for

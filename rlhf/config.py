@@ -1,7 +1,7 @@
 """The configuration of a run: frozen, typed, and strict.
 
 Each table of a TOML recipe is one class here. An unknown key is an error that names the nearest valid one, a rule between
-two keys names both values, and the defaults are the seed document's (H×W 1312×784, 16 steps, β 5000, …).
+two keys names both values, and the defaults are the old script's (H×W 1312×784, 16 steps, β 5000, …).
 """
 
 import math
@@ -20,7 +20,7 @@ class RunConfig(Section):
     seed: int = Field(42, ge=0)
     resume: Literal["auto", "never"] = "auto"
     save_every: int = Field(100, ge=1)
-    """Steps between committed checkpoints (the seed's --checkpointing_steps)."""
+    """Steps between committed checkpoints (the old script's --checkpointing_steps)."""
     keep_checkpoints: int = Field(2, ge=1)
     """Older ones are removed; what is exported stays."""
     export_every: int = Field(0, ge=0)
@@ -279,10 +279,15 @@ class EditConfig(Section):
 
 class PreprocessConfig(Section):
     encoders: int = Field(1, ge=1)
+    """Processes that hold the text encoders and the VAE."""
     batch_size: int = Field(8, ge=1)
+    """Texts, or pictures (on the fly: pairs), encoded at once; short batches are padded."""
     num_cpus: float = Field(0.3, ge=0)
+    """Of each encoder."""
     num_gpus: float = Field(0.0, ge=0)
+    """Of each encoder; 0: on the CPU."""
     timeout_s: float = Field(7200.0, gt=0)
+    """All of the encoding before training and, offline, before it all of the check of the pairs."""
 
 
 class OnlineDPOConfig(Section):

@@ -38,7 +38,7 @@ def family_of(model: EvaluatedModelConfig) -> Family:
 def read_evaluation(config: EvaluateConfig) -> Prompts:
     """The prompts of a recipe. Raises BadInput with every problem of prompts and weights, ValueError for `model.path`."""
     family = family_of(config.model)
-    assert family.process and family.latent_shape(64, 64)  # says what is wrong with model.path before anything else
+    family.check()
     problems = weight_problems(config, family)
     try:
         found = _edits(config, family) if sees_source(family) else _texts(config, family)

@@ -59,6 +59,7 @@ class HeldOutConfig(Section):
     split: str = "validation_unique"
     every: int = Field(100, ge=1)
     max_pairs: int = Field(256, ge=1)
+    """Of the first so many, as many as fill batches of every rank."""
     draws: int = Field(4, ge=1)
     """(t, noise) draws per pair, always the same ones."""
 

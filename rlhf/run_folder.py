@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-MAY_DIFFER = ("run.", "tracking.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s")
+MAY_DIFFER = ("run.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s")
 """What a resume may change of the configuration: where and how to run, not what."""
 SPLIT = ("trainer.ranks", "trainer.train_batch_size", "trainer.gradient_accumulation_steps")
 """How the pairs of an update are split may change too, if their product stays: a cluster may have lost a node."""

@@ -1,4 +1,4 @@
-"""The CTR app: what every reward's app has, and the seed's POST /ctr/predict (multipart)."""
+"""The CTR app: what every reward's app has, and the old script's POST /ctr/predict (multipart)."""
 
 from typing import Annotated
 

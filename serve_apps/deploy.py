@@ -63,7 +63,7 @@ class Deployed:
 
 
 def route(judge: str) -> str:
-    """/hpsv2, /ctr, /filter, …: the seed's names, and the judge's own for the rest."""
+    """/hpsv2, /ctr, /filter, …: the old script's names, and the judge's own for the rest."""
     return "/hpsv2" if judge == "hps" else f"/{judge}"
 
 

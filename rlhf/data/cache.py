@@ -189,7 +189,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         return Manifest(files={}, places={})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged ({error!r}); delete it and run preprocess again") from error
+        raise CacheError(f"{path} is damaged ({error!r}); delete it and start again, to encode it anew") from error
     return Manifest(files=present, places=places)
 
 
@@ -248,7 +248,9 @@ class ConditionCache:
                 raise ValueError(f"checksum {checksum.hexdigest()}, expected {place.checksum}")
         except (pa.ArrowException, ValueError, TypeError, OSError) as error:
             path = self.folder / place.file
-            raise CacheError(f"{path} is damaged at row {key} ({error}); delete it and run preprocess again") from error
+            raise CacheError(
+                f"{path} is damaged at row {key} ({error}); delete it and start again, to encode it anew"
+            ) from error
         self._verified.add(key)
         return views
 
@@ -256,7 +258,7 @@ class ConditionCache:
         if key not in self._manifest.places:
             self._manifest = read_manifest(self.folder)
         if key not in self._manifest.places:
-            raise CacheError(f"row {key} is not in the cache {self.folder}; run jobs.preprocess with this recipe")
+            raise CacheError(f"row {key} is not in the cache {self.folder}; start again: what is missing is encoded")
         return self._manifest.places[key]
 
     def _reader(self, file: str) -> pa.ipc.RecordBatchFileReader:
@@ -266,13 +268,13 @@ class ConditionCache:
         path = self.folder / file
         size, expected = _size(path), self._manifest.files[file]
         if size != expected:
-            raise CacheError(f"{path} has {size} bytes, not {expected}; delete it and run preprocess again")
+            raise CacheError(f"{path} has {size} bytes, not {expected}; delete it and start again, to encode it anew")
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except (pa.ArrowException, OSError) as error:
-            raise CacheError(f"{path} is damaged ({error}); delete it and run preprocess again") from error
+            raise CacheError(f"{path} is damaged ({error}); delete it and start again, to encode it anew") from error
         if not reader.schema.equals(SCHEMA, check_metadata=True):
-            raise CacheError(f"{path} does not have the cache's schema; delete it and run preprocess again")
+            raise CacheError(f"{path} does not have the cache's schema; delete it and start again, to encode it anew")
         self._files[file] = reader
         while len(self._files) > self._open_files:
             self._files.popitem(last=False)

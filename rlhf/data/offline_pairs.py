@@ -1,7 +1,8 @@
 """Pairs for training offline: a place in the stream becomes tensors, from the cache, from encoder actors, or from a record.
 
-Two kinds answer alike. `PicturePairs` are the rows of an index; their latents are in the cache or are handed in by whoever
-encodes on the fly. `StoredPairs` are the pairs/ folder of an online run, which holds the sampler's own latents.
+Three kinds answer alike. `PicturePairs` are the rows of an index, with latents in the cache; `HandedPairs` are the same with
+latents of an encoder that works beside the trainer. `StoredPairs` are the pairs/ folder of an online run, which holds the
+sampler's own latents.
 
 Shapes: B pairs, C latent channels, h w latents.
 """
@@ -172,16 +173,16 @@ class StoredPairs:
 class PairsPlace:
     """Where a rank finds pairs: an index with the keys of its pictures, or the folder of a record."""
 
-    file: Path
+    path: Path
     keys: PairKeys | None = None
-    """None: `file` is a record."""
+    """None: `path` is a record."""
     sides: Sides = "both"
 
     def open(self, cache: ConditionCache) -> OfflinePairs:
         return (
-            PicturePairs(read_index(self.file), cache, self.keys, self.sides)
+            PicturePairs(read_index(self.path), cache, self.keys, self.sides)
             if self.keys
-            else StoredPairs(self.file, cache)
+            else StoredPairs(self.path, cache)
         )
 
 

@@ -58,7 +58,7 @@ def find_files(path: Path, split: str, key: str = "data.path") -> list[Path]:
 
     Raises: BadInput.
     """
-    remedy = f"set {key} to a .parquet, .arrow or .jsonl file, or to a folder of them"
+    remedy = f"set {key} to a .parquet, .arrow or .jsonl file, or to a folder of .parquet or .arrow files"
     if path.is_file():
         if path.suffix not in READERS:
             raise BadInput([_whole(path, f"is a {path.suffix or 'nameless'} file, no table of pairs", remedy)])
@@ -203,9 +203,7 @@ def _jsonl_blocks(file: Path) -> list[Block]:
                     starts.append(position)
                 count, position = count + 1, position + len(line)
     except OSError as error:
-        raise BadInput(
-            [_whole(file, f"cannot be read: {error.strerror}", "set data.path to a readable file")]
-        ) from error
+        raise BadInput([_whole(file, f"cannot be read: {error.strerror}", "give a readable file")]) from error
     return [
         Block(
             file=str(file),

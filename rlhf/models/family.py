@@ -72,6 +72,9 @@ class Family(Protocol):
     @property
     def process(self) -> Process: ...
 
+    def check(self) -> None:
+        """Raise ValueError where `path`, or the denoiser to begin with, is no folder of this family. Reads JSON files only."""
+
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The trainable network on the meta device: shapes without memory."""
 

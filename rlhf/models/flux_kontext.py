@@ -90,6 +90,13 @@ class FluxKontext:
             max_tokens=config.get("max_image_seq_len", 4096),
         )
 
+    @cached_property
+    def _vae(self) -> dict:
+        return self._json("vae", "config.json")
+
+    def check(self) -> None:
+        _ = self._transformer, self._vae, self.process
+
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
             denoiser = FluxTransformer2DModel.from_config(self._transformer)
@@ -100,20 +107,20 @@ class FluxKontext:
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> FluxTransformer2DModel:
-        assert self._transformer  # says what is wrong with the folder before diffusers does
+        self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
             FluxTransformer2DModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
         )
 
     def load_codec(self, device: str) -> "KontextCodec":
-        self._json("vae", "config.json")
+        self.check()
         return KontextCodec(self.path, device, self.dtype)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         return kontext_size(height, width)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return latent_shape(self._json("vae", "config.json"), height, width, patch=2)
+        return latent_shape(self._vae, height, width, patch=2)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // 4

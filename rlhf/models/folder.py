@@ -32,7 +32,9 @@ def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
 def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
     """Raise ValueError where `model.denoiser`, if it is given, is none for a model with this config."""
     if folder is not None and (fault := trained_fault(folder, config)):
-        raise ValueError(f"model.denoiser = {str(folder)!r} {fault}; give a trained folder, e.g. RUN/final/unet")
+        raise ValueError(
+            f"model.denoiser = {str(folder)!r} {fault}; give a trained folder of this family, from a run's final/"
+        )
 
 
 def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ Time ids are the size of the picture itself, uncropped, so they are made in `pre
 unguided branch is encoded with every prompt, so that samplers need no text encoder.
 Left out: guidance_rescale, XL's refiner, inpainting and distilled UNets, VAEs with latents_mean, negative prompts.
 
-Shapes: B batch, C latent channels (4), h w latents (H/8, W/8), L text tokens (77), D text width (768; XL 768 + 1280).
+Shapes: B batch, C latent channels (4), h w latents (H/8, W/8), L text tokens (77), D text width (768; 2.x 1024; XL 768 + 1280).
 """
 
 from collections.abc import Sequence
@@ -116,13 +116,16 @@ class StableDiffusion:
         """Whether the unguided branch sees zeros in place of the encoded empty text."""
         return self.xl and self._json("model_index.json").get("force_zeros_for_empty_prompt", True)
 
+    def check(self) -> None:
+        _ = self._unet, self._vae, self.process
+
     def empty_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         with torch.device("meta"):
             denoiser = UNet2DConditionModel.from_config(self._unet)
         return torch.nn.Module.to(denoiser, dtype)
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
-        assert self._unet  # says what is wrong with the folder before diffusers does
+        self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
             UNet2DConditionModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
         )

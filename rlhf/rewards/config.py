@@ -18,7 +18,7 @@ SHORTHANDS: dict[str, dict[str, float]] = {
     "ctr": {"ctr": 1.0},
     "hps_ctr": {"hps": 1.0, "ctr": 1.0},
 }
-"""The seed's `--reward_type` values as weights."""
+"""The old script's `--reward_type` values as weights."""
 
 
 class HPSRewardConfig(Section):
@@ -33,7 +33,7 @@ class RewardConfig(Section):
     """Shorthand for `weights`; with neither: hps_ctr."""
     scaling: Literal["running", "fixed"] = "running"
     """`running`: each reward over its pooled within-group deviation.
-    `fixed`: the seed's clip((hps−0.15)/0.2, 0, 1) with ctr, averaged by weight; or one reward as it is."""
+    `fixed`: the old script's clip((hps−0.15)/0.2, 0, 1) with ctr, averaged by weight; or one reward as it is."""
     hps: HPSRewardConfig = HPSRewardConfig()
 
     @property
@@ -53,7 +53,7 @@ class RewardConfig(Section):
             raise ValueError("weights = {} names no reward; give at least one, e.g. {hps = 1}")
         if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
             raise ValueError(
-                f'scaling = "fixed" is the seed\'s formula for hps with ctr, but weights = {self.mix}; use "running"'
+                f'scaling = "fixed" is the old script\'s formula for hps with ctr, but weights = {self.mix}; use "running"'
             )
         return self
 

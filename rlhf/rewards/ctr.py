@@ -1,13 +1,13 @@
 """Click-through-rate model: a picture and the product on it → the predicted share of views that click.
 
-The seed's architecture: item text through a BERT, picture through a ConvNeXtV2, each projected to width 256, the two
+The old script's architecture: item text through a BERT, picture through a ConvNeXtV2, each projected to width 256, the two
 tokens with modality embeddings through a small transformer, concatenated → one number. The backbones are whatever
 `AutoModel` loads, so the published Chinese-BERT-wwm-ext + ConvNeXtV2-Huge-22k-512 and a small pair trained from scratch
 on a CPU are one code path.
 
 With `filters` the network is wide and deep (Cheng et al. 2016, arXiv:1606.07792): beside the deep logit stands a linear
 one of the text's tokens and of mean and deviation of learned filters over the picture. A thousand rows teach that
-additive part at once, which the deep part needs far more rows to find; the small model has it, the seed's has not.
+additive part at once, which the deep part needs far more rows to find; the small model has it, the old script's has not.
 
 A checkpoint is a folder: `config.json` (`CTRModelConfig`), `model.safetensors`, `tokenizer/`. The output goes through a
 sigmoid, so that it is a rate whatever the loss.
@@ -55,7 +55,7 @@ class CTRModelConfig(BaseModel):
     heads: int = 4
     dropout: float = 0.2
     filters: int = 0
-    """Learned filters of the wide part; 0: none, as in the seed's model."""
+    """Learned filters of the wide part; 0: none, as in the old script's model."""
 
 
 class CTRModel(nn.Module):
@@ -180,7 +180,7 @@ class CTRReward:
 
 
 def describe(item: Item) -> str:
-    """The seed's text of an item, which the text backbone reads."""
+    """The old script's text of an item, which the text backbone reads."""
     return f"菜品:{item.food_name} 类型:{item.food_type} 城市:{item.city_name} 店铺:{item.shop_name}"
 
 
@@ -197,7 +197,7 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_
 
 
 def transform(image: np.ndarray, size: int) -> Tensor:
-    """The seed's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
+    """The old script's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
     check_array(image)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     height, width = tensor.shape[1:]
@@ -211,7 +211,7 @@ def transform(image: np.ndarray, size: int) -> Tensor:
 
 
 def compound_loss(predicted: Tensor, rate: Tensor) -> Tensor:
-    """The seed's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
+    """The old script's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
 
     w = CLICKED_WEIGHT where y > 0, else 1; Var is the population variance, so that it is defined for B = 1.
     """

@@ -1,4 +1,4 @@
-"""Trains a CTR model: pretrained backbones at the seed's learning rates, or the small pair from scratch.
+"""Trains a CTR model: pretrained backbones at the old script's learning rates, or the small pair from scratch.
 
 Rows → tokenizer and model → epochs of AdamW under a cosine → the weights of the epoch that was best on validation
 products → figures of held-out rows. A `Learner` is one rank of it; `fit` drives a learner, or a group of ranks behind the

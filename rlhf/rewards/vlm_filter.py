@@ -1,6 +1,6 @@
 """The quality filter's words: what a vision-language model is asked of an edit, and how its answer becomes a verdict.
 
-The seed's three checks (garbled text or logos, broken structure of the subject, artefacts) and, with the source photo,
+The old script's three checks (garbled text or logos, broken structure of the subject, artefacts) and, with the source photo,
 whether the subject was kept. The answer is constrained to one of two words, and the verdict is the probability of PASS
 at the first token against a threshold; a reason is asked for only after FAIL. Text inside a picture can talk to the
 model, so the prompt says to ignore it and the constraint leaves it nothing else to say.

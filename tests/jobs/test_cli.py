@@ -247,7 +247,7 @@ WRONG_JUDGES = {
     "no_weight": (["--reward.weights", "{hps = 0}"], "should be greater than 0"),
     "no_rewards": (["--reward.weights", "{}"], "names no reward"),
     "twice": (["--reward.weights", "{hps = 1}", "--reward.type", "hps"], "unset one of them"),
-    "fixed_mix": (["--reward.weights", "{hps = 1, clip = 1}", "--reward.scaling", "fixed"], "the seed's formula"),
+    "fixed_mix": (["--reward.weights", "{hps = 1, clip = 1}", "--reward.scaling", "fixed"], "the old script's formula"),
     "replicas": (
         ["--judges.hps.replicas", "3", "--judges.hps.max_replicas", "2"],
         "max_replicas = 2 is below replicas = 3",

@@ -49,7 +49,7 @@ def test_one_gpu_shares_one_gpu():
 @pytest.mark.parametrize(
     ("name", "accumulated", "warmup", "optimizer"), [("sd15", 32, 500, "adamw"), ("sdxl", 128, 200, "adafactor")]
 )
-def test_the_papers_two_runs(name, accumulated, warmup, optimizer):
+def test_the_two_runs_of_diffusion_dpo(name, accumulated, warmup, optimizer):
     """Diffusion-DPO, arXiv 2311.12908, and its launchers: 2048 pairs a step, β 5000, 1e-8 × 2048, 2000 steps."""
     config = parse(OfflineDPOConfig, ["--config", str(FOLDER / f"offline_dpo_{name}.toml")]).config
     trainer = config.trainer

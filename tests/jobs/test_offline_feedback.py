@@ -1,5 +1,7 @@
 """Whose scores may be used again, and what is left of a recipe's pairs after a judge could not score some."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from rlhf.run_folder import RunFolder
 from tests.jobs.offline_world import offline_config
 from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
 
+IN_THREADS = partial(checks.in_threads, str)
 JUDGE = {"python": {"green": {"function": "tests.jobs.light:greenness"}}}
 
 
@@ -34,13 +37,13 @@ def test_the_judges_winners_come_with_records_and_the_share_swapped(stable_diffu
     config = offline_config(
         tmp_path, stable_diffusion, train, data={"choice_model": "green"}, judges=JUDGE, eval={"path": None}
     )
-    pairs = read_pair_sets(config, checks.in_threads)
+    pairs = read_pair_sets(config, IN_THREADS)
     scored_beforehand(config, pairs, failed=3)
     labelled = relabel_by_judge(config, pairs, "name", str)
     # Of rows 3 … 11 the odd ones had preferred the first picture.
     assert labelled.swapped == {"feedback/swapped": 5 / 9}
     assert labelled.pairs.index.table["winner"].to_pylist() == [1] * 9
-    assert labelled.pairs.train.file != pairs.train.file
+    assert labelled.pairs.training.place != pairs.training.place
     labelled.write_records(tmp_path)
     assert (tmp_path / "feedback.parquet").is_file()
 
@@ -50,7 +53,7 @@ def test_too_few_held_out_pairs_are_told_also_after_the_judge_failed_on_some(sta
     held_out = write_parquet(tmp_path / "test.parquet", [row(100 + i) for i in range(8)])
     data, evaluation = {"choice_model": "green"}, {"path": str(held_out)}
     config = offline_config(tmp_path, stable_diffusion, train, data=data, judges=JUDGE, eval=evaluation)
-    pairs = read_pair_sets(config, checks.in_threads)
+    pairs = read_pair_sets(config, IN_THREADS)
     scored_beforehand(config, pairs, failed=1)
     with pytest.raises(ValueError, match=r"has 7 pairs, .* is 8: too few"):
         relabel_by_judge(config, pairs, "name", str)
@@ -61,7 +64,7 @@ def test_no_pair_left_is_told(stable_diffusion, tmp_path):
     config = offline_config(
         tmp_path, stable_diffusion, train, data={"choice_model": "green"}, judges=JUDGE, eval={"path": None}
     )
-    pairs = read_pair_sets(config, checks.in_threads)
+    pairs = read_pair_sets(config, IN_THREADS)
     scored_beforehand(config, pairs, failed=4)
     with pytest.raises(ValueError, match="'green' scored none of 4 pairs"):
         relabel_by_judge(config, pairs, "name", str)
@@ -76,7 +79,7 @@ def test_scores_hold_for_the_items_that_the_judge_was_told_of(stable_diffusion, 
         items.write_text(header + "".join(rows))
         data = {"choice_model": "green", "item_metadata": str(items)}
         config = offline_config(tmp_path, stable_diffusion, file, data=data, judges=JUDGE, eval={"path": None})
-        return _work(config, read_pair_sets(config, checks.in_threads).training, "metric", "record").kept.name
+        return _work(config, read_pair_sets(config, IN_THREADS).training, "metric", "record").kept.name
 
     rows = [f"{i},Apple,Fruit,Utrecht,Shop\n" for i in range(4)]
     first = kept(rows)
@@ -96,9 +99,9 @@ def test_a_run_does_not_go_on_with_other_pairs_but_a_start_that_did_nothing_may(
     for lines in (4, 3):  # the second has other pairs, and no step was done with the first
         text = file.read_text().splitlines()
         file.write_text("\n".join(text[:lines]))
-        refuse_other_pairs(read_pair_sets(config, checks.in_threads), claim())
+        refuse_other_pairs(read_pair_sets(config, IN_THREADS), claim())
     (claim().path / "metrics.jsonl").write_text('{"step": 1}\n')
-    refuse_other_pairs(read_pair_sets(config, checks.in_threads), claim())
+    refuse_other_pairs(read_pair_sets(config, IN_THREADS), claim())
     file.write_text("\n".join(text[:2]))
     with pytest.raises(ValueError, match=r"the pairs are not those that .* began with .* 3, are .* 2\)"):
-        refuse_other_pairs(read_pair_sets(config, checks.in_threads), claim())
+        refuse_other_pairs(read_pair_sets(config, IN_THREADS), claim())

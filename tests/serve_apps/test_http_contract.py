@@ -1,4 +1,4 @@
-"""The HTTP contract (serve_apps/README.md) against the running apps, with the payloads of the seed's clients."""
+"""The HTTP contract (serve_apps/README.md) against the running apps, with the payloads of the old script's clients."""
 
 import asyncio
 import base64

@@ -85,7 +85,7 @@ def test_rows_of_two_geometries_do_not_stack(folder):
 
 
 def test_a_row_that_is_not_there(folder):
-    with pytest.raises(CacheError, match=r"row z is not in the cache .*; run jobs.preprocess"):
+    with pytest.raises(CacheError, match=r"row z is not in the cache .*; start again"):
         ConditionCache(folder).condition([prompt("a", "z")])
 
 
@@ -146,7 +146,7 @@ def test_a_file_cut_short_after_the_manifest_was_read(folder):
     fresh._manifest = read_manifest(folder)
     file = folder / read_manifest(folder).places["x"].file
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CacheError, match=r"part-.*\.arrow has \d+ bytes, not \d+; delete it and run preprocess again"):
+    with pytest.raises(CacheError, match=r"part-.*\.arrow has \d+ bytes, not \d+; delete it and start again"):
         fresh.condition([prompt("a", "x")])
 
 
@@ -160,7 +160,7 @@ def test_every_flipped_byte_of_a_row_is_an_error_or_harmless(folder):
         try:
             condition = ConditionCache(folder).condition([prompt("a", "x")])
         except CacheError as error:
-            assert "delete it and run preprocess again" in str(error)
+            assert "delete it and start again" in str(error)
             found += 1
         else:
             assert torch.equal(condition["source_latents"][0], source_row(2)["source_latents"])
@@ -171,7 +171,7 @@ def test_every_flipped_byte_of_a_row_is_an_error_or_harmless(folder):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "files": {}, "rows": {"a": [1]}}'])
 def test_a_damaged_manifest_is_a_clear_error(folder, text):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(CacheError, match=r"manifest\.json is damaged .*; delete it and run preprocess again"):
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged .*; delete it and start again"):
         read_manifest(folder)
 
 

@@ -1,4 +1,4 @@
-"""The CTR model: the seed's text, transform, losses and shapes; checkpoints that load back to the same bits."""
+"""The CTR model: the old script's text, transform, losses and shapes; checkpoints that load back to the same bits."""
 
 import math
 

@@ -276,7 +276,7 @@ def test_pretrained_backbones_are_loaded_and_learn_at_their_own_rates(clicks, ba
     for name in ("text", "image"):
         state = type(getattr(model, name)).from_pretrained(getattr(backbones, name)).state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in getattr(model, name).state_dict().items())
-    assert model.wide is None, "the seed's architecture has no wide part"
+    assert model.wide is None, "the old script's architecture has no wide part"
     rates = [group["lr"] for group in ctr_build.parameter_groups(model, backbones, CTRTrainConfig())]
     assert rates == [1e-3, 2e-5, 5e-6]
     scratch, _ = ctr_build.create(clicks, SMALL)
