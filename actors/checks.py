@@ -6,13 +6,13 @@ check once. A JSONL is checked every time: its pictures are files of their own, 
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -35,6 +35,7 @@ from rlhf.data.schema import BadInput, Problem
 from rlhf.types import Item
 
 CHECKER_CPUS = 0.1
+T = TypeVar("T")
 PROGRESS_EVERY_S = 10.0
 Check = Callable[[int, Block], Checked]
 CheckAll = Callable[[Sequence[Block], Check], list[Checked]]
@@ -116,16 +117,19 @@ def _digest(files: Sequence[Path], needs_source: bool, needs_loser: bool, items:
 
 def in_threads(log: Callable[[str], None], blocks: Sequence[Block], check: Check) -> list[Checked]:
     """In this process, for a dry run."""
-    log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
-    found: list[Checked] = []
-    shown = monotonic()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for one in pool.map(check, range(len(blocks)), blocks):
-            found.append(one)
-            if monotonic() - shown > PROGRESS_EVERY_S:
-                shown = monotonic()
-                log(f"checked {len(found)}/{len(blocks)} blocks")
-    return found
+        return list(_told(log, blocks, pool.map(check, range(len(blocks)), blocks)))
+
+
+def _told(log: Callable[[str], None], blocks: Sequence[Block], found: Iterable[T]) -> Iterator[T]:
+    """What is `found`, one per block, with a line of progress now and then."""
+    log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
+    shown = monotonic()
+    for done, one in enumerate(found, start=1):
+        yield one
+        if monotonic() - shown > PROGRESS_EVERY_S:
+            shown = monotonic()
+            log(f"checked {done}/{len(blocks)} blocks")
 
 
 def on_cluster(
@@ -134,7 +138,6 @@ def on_cluster(
     """By tasks of Ray Data, on every node that sees the files. Raises: PreprocessFailed."""
     streaming.prepare()
     rows = [{"number": number, "block": json.dumps(asdict(block))} for number, block in enumerate(blocks)]
-    log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
         found = check(row["number"], Block(**json.loads(row["block"])))
@@ -147,13 +150,8 @@ def on_cluster(
     tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(rows))))
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
     dataset = dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks)
-    answers: dict[int, str] = {}
-    shown = monotonic()
-    for row in streaming.stream(dataset, "the check of the pairs", settings.timeout_s):
-        answers[row["number"]] = row["found"]
-        if monotonic() - shown > PROGRESS_EVERY_S:
-            shown = monotonic()
-            log(f"checked {len(answers)}/{len(blocks)} blocks")
+    stream = streaming.stream(dataset, "the check of the pairs", settings.timeout_s)
+    answers = {row["number"]: row["found"] for row in _told(log, blocks, stream)}
     return [_checked(json.loads(answers[number])) for number in range(len(blocks))]
 
 
