@@ -17,7 +17,7 @@ import ray
 import torch
 
 from actors.asking import last_line
-from actors.placement import Role
+from actors.placement import ModelSizes, Role
 from rlhf.data.images import load_image
 from rlhf.evaluation import SIDES, Side
 from rlhf.evaluation_config import EvaluateConfig
@@ -54,18 +54,13 @@ def source_file(index: int) -> str:
 
 def painter_role(config: EvaluateConfig) -> Role:
     """What the painters need: the denoiser, text encoders and VAE in each."""
-    family = family_of(config.model)
-    denoiser = sum(parameter.numel() for parameter in family.empty_denoiser(family.dtype).parameters())
-    denoiser *= family.dtype.itemsize
-    folders = [Path(family.path) / name for name in ("vae", *family.text_folders)]
-    codec = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-    painters = config.painters
+    model, painters = ModelSizes(family_of(config.model)), config.painters
     return Role(
         name="painter (before the judges)",
         count=painters.count,
         num_cpus=painters.num_cpus,
         num_gpus=painters.num_gpus,
-        nbytes=denoiser + codec,
+        nbytes=model.compute_bytes * model.parameters + model.encoders + model.vae,
     )
 
 

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf.config import LoRAConfig, OnlineDPOConfig
 from rlhf.models import load_family
+from rlhf.models.family import Family
 from rlhf.offline_config import OfflineDPOConfig, TrainingConfig
 from rlhf.rewards.config import JudgesConfig
 from rlhf.section import local_paths
@@ -55,7 +56,7 @@ def _judge_bytes(path: str) -> float:
 
 def roles(config: OnlineDPOConfig) -> list[Role]:
     """What an online run needs beside its driver."""
-    samplers, model = config.samplers, _Model(config)
+    samplers, model = config.samplers, _sizes(config)
     found = [
         trainer_role(config),
         Role(
@@ -77,17 +78,16 @@ def offline_roles(config: OfflineDPOConfig) -> list[Role]:
     return [trainer_role(config), encoder_role(config, before=config.data.latents == "cached"), *judges]
 
 
-class _Model:
-    """Sizes of a recipe's model, from its folder, without loading anything."""
+class ModelSizes:
+    """Sizes of a model, from its folder, without loading anything: parameters, and bytes of its frozen parts."""
 
-    def __init__(self, config: TrainingConfig):
-        family = load_family(config.model, config.trainer.mixed_precision)
+    def __init__(self, family: Family):
         self.lora_targets, self.denoiser = family.lora_targets, family.empty_denoiser(torch.bfloat16)
         self.parameters = sum(p.numel() for p in self.denoiser.parameters())
         blocks = (module for module in self.denoiser.modules() if isinstance(module, family.blocks))
         self.block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
         self.compute_bytes = family.dtype.itemsize
-        folder = Path(config.model.path)
+        folder = Path(family.path)
         self.vae = _folder_bytes(folder / "vae")
         self.encoders = sum(_folder_bytes(folder / name) for name in family.text_folders)
 
@@ -100,12 +100,16 @@ class _Model:
         return self.adapter(lora) if lora else self.parameters
 
 
+def _sizes(config: TrainingConfig) -> ModelSizes:
+    return ModelSizes(load_family(config.model, config.trainer.mixed_precision))
+
+
 def trainer_role(config: TrainingConfig) -> Role:
     """State per rank, N = parameters, R = ranks: full fine-tuning 4N (master) + optimizer + 4N (gradient) + 2N (reference)
     [+ 4N EMA] over R, and one gathered block; LoRA: the bf16 base over R. Activations are not counted: they depend on the
     picture size and on gradient checkpointing.
     """
-    trainer, model = config.trainer, _Model(config)
+    trainer, model = config.trainer, _sizes(config)
     ema = 4 if trainer.ema_decay is not None else 0
     each = 4 + OPTIMIZER_BYTES[trainer.optimizer] + 4 + ema
     if trainer.lora:
@@ -127,7 +131,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
 
 def encoder_role(config: TrainingConfig, before: bool) -> Role:
     """The encoders of `preprocess`, at work before the trainer or beside it."""
-    preprocess, model = config.preprocess, _Model(config)
+    preprocess, model = config.preprocess, _sizes(config)
     return Role(
         name="encoder (preprocess, before the rest)" if before else "encoder",
         before=before,
@@ -157,7 +161,7 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
 
 def checkpoint_bytes(config: TrainingConfig) -> float:
     """Bytes of one committed checkpoint: masters, optimizer, reference, EMA."""
-    trainer, model = config.trainer, _Model(config)
+    trainer, model = config.trainer, _sizes(config)
     ema = 4 if trainer.ema_decay is not None else 0
     reference = 4 if trainer.lora else model.compute_bytes
     return float(model.trained(trainer.lora) * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + ema))
@@ -166,7 +170,7 @@ def checkpoint_bytes(config: TrainingConfig) -> float:
 def export_bytes(config: TrainingConfig) -> float:
     """Bytes of one export: the trained weights and, if they are kept, their average."""
     kinds = 2 if config.trainer.ema_decay is not None else 1
-    return float(_Model(config).trained(config.trainer.lora) * kinds * getattr(torch, config.run.export_dtype).itemsize)
+    return float(_sizes(config).trained(config.trainer.lora) * kinds * getattr(torch, config.run.export_dtype).itemsize)
 
 
 def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
