@@ -31,7 +31,7 @@ KEEP_EVERY_S = 30.0
 
 
 class FeedbackFailed(RuntimeError):
-    """The judge or a reader of pictures was lost, or one has changed; what is scored is kept."""
+    """The judge or a reader of pictures was lost, or a picture has changed; what is scored is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

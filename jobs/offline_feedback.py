@@ -45,6 +45,7 @@ class Labelled:
     swapped: dict[str, float]
     """Metric → share of the scored pairs whose winner is not the human's."""
     records: dict[str, tuple[PairIndex, Feedback]]
+    """File name → the pairs as they were, and what the judge said of them."""
 
     def write_records(self, folder: Path) -> None:
         """All scores, into a run's folder."""

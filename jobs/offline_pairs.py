@@ -103,7 +103,7 @@ def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
                 cache=Path(config.data.cache),
                 on_bad_row=config.data.on_bad_row,
                 needs_source=keys.source is not None,
-                needs_loser=config.objective == "dpo",
+                needs_loser=sides == "both",
                 items=items if config.data.item_metadata else None,
                 check_all=check_all,
             )

@@ -7,18 +7,17 @@ tests. A step is one optimizer update; row and file number s belong to the s-th 
 from pathlib import Path
 from typing import Protocol
 
-from rlhf.algorithms.online_dpo import due, export
+from rlhf.algorithms.online_dpo import Exporter, due, export
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.run_folder import RunFolder
 
 
-class Trainer(Protocol):
+class Trainer(Exporter, Protocol):
     def step(self, step: int) -> dict[str, float]: ...
     def evaluate(self) -> dict[str, float]: ...
     def refresh_reference(self) -> None: ...
     def save(self, folder: Path) -> None: ...
     def restore(self, folder: Path) -> int: ...
-    def export(self, folder: Path) -> None: ...
 
 
 class Tracker(Protocol):
