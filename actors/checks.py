@@ -19,9 +19,7 @@ import ray.data
 import xxhash
 
 from actors import streaming
-from rlhf.config import PreprocessConfig
-from rlhf.data.pair_files import Block, blocks_of, find_files
-from rlhf.data.preferences import (
+from rlhf.data.examples import (
     FORMAT,
     Checked,
     PairIndex,
@@ -31,7 +29,9 @@ from rlhf.data.preferences import (
     read_index,
     write_index,
 )
-from rlhf.data.schema import BadInput, Problem
+from rlhf.data.pair_files import Block, blocks_of, find_files
+from rlhf.data.records import BadInput, Problem
+from rlhf.tables import PreprocessConfig
 from rlhf.types import Item
 
 CHECKER_CPUS = 0.1

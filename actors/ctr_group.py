@@ -1,4 +1,4 @@
-"""The CTR training as ranks: one `rlhf.rewards.ctr_training.Learner` each, driven by `ctr_training.fit` from the driver.
+"""The CTR training as ranks: one `rlhf.rewards.ctr.training.Learner` each, driven by `ctr_training.fit` from the driver.
 
 Left out: going on after a lost rank. Training takes minutes to hours, and the same command starts it again.
 """
@@ -9,11 +9,11 @@ from time import monotonic
 
 from ray.util.placement_group import PlacementGroup
 
-from actors.rank_group import Rank, RankGroup
-from rlhf import distributed
-from rlhf.rewards.ctr_config import TrainCTRConfig
-from rlhf.rewards.ctr_data import Rows
-from rlhf.rewards.ctr_training import Learner
+from actors.ranks import Rank, RankGroup
+from rlhf.rewards.ctr.clicks import Rows
+from rlhf.rewards.ctr.config import TrainCTRConfig
+from rlhf.rewards.ctr.training import Learner
+from rlhf.shards import distributed
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import ray
 
 from actors.asking import Failure
-from rlhf.algorithms.reliability import FailureRates, JudgeUnreliable
+from rlhf.data.examples import PairIndex, Preference, pictures_of
+from rlhf.data.media import decode_image
 from rlhf.data.pair_files import Block, read_block
-from rlhf.data.preferences import PairIndex, Preference, pictures_of
-from rlhf.rewards.images import decode_image
+from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
 from rlhf.types import Item
 
 READER_CPUS = 0.1

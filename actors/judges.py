@@ -1,6 +1,6 @@
 """Judges: one async actor that asks the filter, then the rewards of what passed, and gathers one answer per candidate.
 
-`actors.asking` does the asking. Left out: what a failure means for the run (`rlhf.algorithms.rollout`).
+`actors.asking` does the asking. Left out: what a failure means for the run (`rlhf.rollouts.rollout`).
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import numpy as np
 import ray
 
 from actors.asking import Asking, Failure
-from rlhf.config import OnlineDPOConfig
-from rlhf.data.images import load_image
+from rlhf.data.media import load_image
+from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Prompt, Score, Verdict
 
 FETCH_TIMEOUT_S = 60.0

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from rlhf.data.images import Fit, fit_image
+from rlhf.data.media import Fit, decode_image, fit_image
 from rlhf.data.pair_files import Block, RawPair, read_block
-from rlhf.rewards.images import decode_image
 
 BLOCKS_HELD = 2
 """Row groups that a loader process keeps: the pictures of a work item follow each other in their file."""

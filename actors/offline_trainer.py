@@ -9,15 +9,15 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from actors.pair_encoders import PairFeed
-from actors.rank_group import FETCH_TIMEOUT_S
-from actors.trainer_group import TrainerGroup, TrainerWorker
-from rlhf.algorithms.objectives import DPO, SFT, Objective
+from actors.ranks import FETCH_TIMEOUT_S
+from actors.trainer import TrainerGroup, TrainerWorker
 from rlhf.data.offline_pairs import HandedPairs, OfflinePairs, PairsPlace, PicturePairs, batch_of
-from rlhf.data.pair_stream import Visit, held_out_visits, training_stream
+from rlhf.data.stream import Visit, held_out_visits, training_stream
+from rlhf.diffusion.objectives import DPO, SFT, Objective
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.run_folder import Fence
+from rlhf.runs.folder import Fence
 from rlhf.types import PairBatch
 
 HELD_OUT_STEP = 0
@@ -86,7 +86,7 @@ class OfflineWorker(TrainerWorker):
 
 
 class OfflineTrainer(TrainerGroup):
-    """The group that `rlhf.algorithms.offline_dpo` drives."""
+    """The group that `rlhf.loops.offline_dpo` drives."""
 
     config: OfflineDPOConfig
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from actors.rank_group import FETCH_TIMEOUT_S
-from actors.trainer_group import TrainerGroup, TrainerWorker
-from rlhf.algorithms.objectives import DPO
-from rlhf.config import OnlineDPOConfig
-from rlhf.data.collate import collate
-from rlhf.data.pairs import write_pairs
+from actors.ranks import FETCH_TIMEOUT_S
+from actors.trainer import TrainerGroup, TrainerWorker
+from rlhf.data.audit import write_pairs
+from rlhf.data.batches import collate
+from rlhf.diffusion.objectives import DPO
 from rlhf.models import load_family
 from rlhf.models.family import Family
-from rlhf.run_folder import Fence
+from rlhf.runs.folder import Fence
+from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Pair
 
 
@@ -70,7 +70,7 @@ class OnlineWorker(TrainerWorker):
 
 
 class OnlineTrainer(TrainerGroup):
-    """The group that `rlhf.algorithms.online_dpo` drives."""
+    """The group that `rlhf.loops.online_dpo` drives."""
 
     config: OnlineDPOConfig
 

@@ -18,13 +18,12 @@ import torch
 
 from actors.asking import last_line
 from actors.placement import ModelSizes, Role
-from rlhf.data.images import load_image
-from rlhf.evaluation import SIDES, Side
-from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_prompts import family_of
+from rlhf.data.media import encode_png, load_image
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.evaluation.duels import SIDES, Side
+from rlhf.evaluation.prompts import family_of
 from rlhf.models.family import sees_source
-from rlhf.rewards.images import encode_png
-from rlhf.sampling import sample
+from rlhf.models.sampling import sample
 from rlhf.types import Prompt, noise_from, seed_from
 
 

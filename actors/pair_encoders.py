@@ -13,15 +13,14 @@ import ray
 import torch
 
 from actors.streaming import PreprocessFailed
-from actors.trainer_group import TrainerLost
-from rlhf.data.images import fit_image
+from actors.trainer import TrainerLost
+from rlhf.data.examples import pictures_of, read_index
+from rlhf.data.media import decode_image, fit_image
 from rlhf.data.pair_files import read_block
-from rlhf.data.pair_stream import PairStream, Visit
-from rlhf.data.preferences import pictures_of, read_index
+from rlhf.data.stream import PairStream, Visit
 from rlhf.models import load_family
 from rlhf.models.family import sees_source
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rewards.images import decode_image
 
 STEPS_AHEAD = 2
 RESTARTS = 3

@@ -15,12 +15,12 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhf.config import LoRAConfig, OnlineDPOConfig
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.offline_config import OfflineDPOConfig, TrainingConfig
 from rlhf.rewards.config import JudgesConfig
 from rlhf.section import local_paths
+from rlhf.tables import LoRAConfig, OnlineDPOConfig
 
 GIB = 2**30
 OVERHEAD = 1.0 * GIB

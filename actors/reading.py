@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.evaluation import source_distance
-from rlhf.rewards.images import decode_image
+from rlhf.data.media import decode_image
+from rlhf.evaluation.duels import source_distance
 
 
 class Reader:

@@ -13,9 +13,9 @@ import numpy as np
 import ray
 from ray.util.metrics import Gauge
 
-from rlhf.data.images import Fit, load_image
-from rlhf.sheets import Cell, contact_sheet
-from rlhf.tracking import FileTracker
+from rlhf.data.media import Fit, load_image
+from rlhf.runs.sheets import Cell, contact_sheet
+from rlhf.runs.tracking import FileTracker
 from rlhf.types import Pair, Prompt, Score
 
 SHEET_ROWS = 8

@@ -1,4 +1,4 @@
-"""Rollouts: the shell around two state machines, the prompts' (`rlhf.algorithms.rollout`) and the samplers' (`health`).
+"""Rollouts: the shell around two state machines, the prompts' (`rlhf.rollouts.rollout`) and the samplers' (`health`).
 
 It carries out what they decide (start, load, sample, judge) and tells them what happened. Everything it waits for is an
 object reference with a handler, in one table; every wait is bounded. It holds references, scores and counters only.
@@ -13,14 +13,15 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import health
 from actors.asking import Failure
 from actors.judges import JudgeCalls, PixelsLost
-from actors.samplers import Sampler, SampleRequest
-from actors.weights import Publication
-from rlhf.algorithms import buffer, rollout
-from rlhf.algorithms.pairing import RewardScale
-from rlhf.algorithms.rollout_state import (
+from actors.publication import Publication
+from actors.sampler import Sampler, SampleRequest
+from rlhf.data.audit import candidate_seed
+from rlhf.data.prompts import PromptStream
+from rlhf.rollouts import buffer, health, rollout
+from rlhf.rollouts.pairing import RewardScale
+from rlhf.rollouts.state import (
     Enqueue,
     Judge,
     Judged,
@@ -34,9 +35,7 @@ from rlhf.algorithms.rollout_state import (
     restore,
     snapshot,
 )
-from rlhf.config import OnlineDPOConfig
-from rlhf.data.pairs import candidate_seed
-from rlhf.data.prompts import PromptStream
+from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Candidate, Pair, Prompt, Score
 
 POLL_S = 1.0

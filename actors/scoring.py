@@ -16,11 +16,11 @@ from actors.judges import reward_text
 from actors.painters import picture_file, source_file
 from actors.placement import JUDGES_CPUS, Role
 from actors.reading import Reader
-from rlhf.algorithms.reliability import FailureRates
-from rlhf.evaluation import SIDES, Duel, FailedScore, Picture, Side
-from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_prompts import family_of
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.evaluation.duels import SIDES, Duel, FailedScore, Picture, Side
+from rlhf.evaluation.prompts import family_of
 from rlhf.models.family import sees_source
+from rlhf.rollouts.reliability import FailureRates
 from rlhf.types import Prompt
 
 READER_CPUS = 0.05

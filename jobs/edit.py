@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from jobs.cli import parse, resolved_toml, run_main
-from rlhf.config import EditConfig
-from rlhf.data.images import load_image
+from rlhf.data.media import ImageError, decode_image, load_image
 from rlhf.data.prompts import read_rows
-from rlhf.data.schema import BadInput
+from rlhf.data.records import BadInput
 from rlhf.models import load_family
-from rlhf.rewards.images import ImageError, decode_image
-from rlhf.sampling import sample
+from rlhf.models.sampling import sample
+from rlhf.tables import EditConfig
 from rlhf.types import noise_from, seed_from
 
 

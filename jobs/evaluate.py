@@ -22,14 +22,14 @@ from actors.scoring import JudgingFailed, asking_role, judge_all, text_of
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
 from jobs.running import guarded
-from rlhf.algorithms.reliability import JudgeUnreliable
-from rlhf.data.schema import BadInput, Problem
-from rlhf.evaluation import Evaluation, judge_result, source_result
-from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_folder import check_out, claim
-from rlhf.evaluation_page import page
-from rlhf.evaluation_prompts import Prompts, read_evaluation
-from rlhf.run_folder import write_durably
+from rlhf.data.records import BadInput, Problem
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.evaluation.duels import Evaluation, judge_result, source_result
+from rlhf.evaluation.folder import check_out, claim
+from rlhf.evaluation.page import page
+from rlhf.evaluation.prompts import Prompts, read_evaluation
+from rlhf.rollouts.reliability import JudgeUnreliable
+from rlhf.runs.folder import write_durably
 from serve_apps import deploy
 
 STOPS = (

@@ -3,7 +3,7 @@
     python -m jobs.offline_dpo --config jobs/configs/offline_dpo_sd15.toml [--section.key VALUE …] [--dry-run]
 
 Checks every row, lets a judge relabel the pairs if `data.choice_model` names one, encodes what the cache lacks, starts the
-trainer ranks, and runs the loop of `rlhf.algorithms.offline_dpo`. The same command goes on where a stopped run left off.
+trainer ranks, and runs the loop of `rlhf.loops.offline_dpo`. The same command goes on where a stopped run left off.
 """
 
 from contextlib import ExitStack
@@ -18,20 +18,20 @@ from actors.offline_trainer import OfflineTrainer
 from actors.pair_encoders import PairFeed
 from actors.reporting import Reporter
 from actors.streaming import PreprocessFailed
-from actors.trainer_group import TrainerLost
+from actors.trainer import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
 from jobs.offline_feedback import relabel_by_judge
 from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, say_batch
 from jobs.running import check_disk, guarded, train_until_done, unique_name
-from rlhf.algorithms.offline_dpo import offline_dpo
-from rlhf.algorithms.reliability import JudgeUnreliable
 from rlhf.data.cache import CacheError
-from rlhf.data.pair_stream import training_stream
-from rlhf.data.schema import BadInput
+from rlhf.data.records import BadInput
+from rlhf.data.stream import training_stream
+from rlhf.loops.offline_dpo import offline_dpo
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.run_folder import Fenced, RunFolder, RunInUse
-from rlhf.trainer import NonFiniteLoss
+from rlhf.rollouts.reliability import JudgeUnreliable
+from rlhf.runs.folder import Fenced, RunFolder, RunInUse
+from rlhf.training.trainer import NonFiniteLoss
 from serve_apps import deploy
 
 STOPS = (

@@ -12,9 +12,10 @@ from actors.asking import Scorer
 from actors.feedback import PAIRS_PER_TASK, Feedback, Scores, read_scores, relabel, score_pairs, write_record
 from actors.placement import JUDGES_CPUS
 from jobs.offline_pairs import PairSet, PairSets, refuse_too_few
-from rlhf.data.preferences import PairIndex, write_index
+from rlhf.data.examples import PairIndex, write_index
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rewards import python, reward
+from rlhf.rewards import protocols as reward
+from rlhf.rewards import python
 from rlhf.rewards.config import JudgeConfig, PythonJudgeConfig
 from rlhf.section import local_paths
 from serve_apps import deploy

@@ -8,15 +8,15 @@ from actors.checks import CheckAll, CheckedPairs, check_pairs
 from actors.encoders import encode
 from actors.loading import Cell, Picture, Text
 from rlhf.data.cache import read_manifest
+from rlhf.data.examples import PairIndex, Preference
 from rlhf.data.fingerprint import fingerprint
 from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, Sides, check_record, is_record, record_size
-from rlhf.data.pair_stream import held_out_visits
-from rlhf.data.preferences import PairIndex, Preference
-from rlhf.data.schema import BadInput, Problem, parse_items
+from rlhf.data.records import BadInput, Problem, parse_items
+from rlhf.data.stream import held_out_visits
 from rlhf.models import load_family
 from rlhf.models.family import Family, sees_source
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.run_folder import RunFolder, write_durably
+from rlhf.runs.folder import RunFolder, write_durably
 from rlhf.types import Item
 
 Say = Callable[[str], None]

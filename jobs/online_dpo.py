@@ -3,7 +3,7 @@
     python -m jobs.online_dpo --config jobs/configs/online_dpo_hps_ctr.toml [--section.key VALUE …] [--dry-run]
 
 Checks configuration and data, encodes what the cache lacks, deploys the judges, starts samplers and trainer ranks, and
-runs the loop of `rlhf.algorithms.online_dpo`. The same command goes on where a stopped run left off.
+runs the loop of `rlhf.loops.online_dpo`. The same command goes on where a stopped run left off.
 """
 
 from contextlib import ExitStack
@@ -13,26 +13,26 @@ import ray
 from ray import serve
 
 from actors import placement
-from actors.health import SamplerLost, StaleWeights, Stalled
 from actors.judges import Judges, JudgesLost, reward_text
 from actors.online_trainer import OnlineTrainer
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
 from actors.streaming import PreprocessFailed
-from actors.trainer_group import TrainerLost
+from actors.trainer import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
 from jobs.preprocess import Data, preprocess, prompts_of, read_data
 from jobs.running import check_disk, guarded, train_until_done, unique_name
-from rlhf.algorithms.online_dpo import online_dpo
-from rlhf.algorithms.reliability import JudgeUnreliable
-from rlhf.algorithms.rollout import NothingPasses
-from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import CacheError
 from rlhf.data.prompts import PromptStream
-from rlhf.data.schema import BadInput
-from rlhf.run_folder import Fenced, RunFolder, RunInUse
-from rlhf.trainer import NonFiniteLoss
+from rlhf.data.records import BadInput
+from rlhf.loops.online_dpo import online_dpo
+from rlhf.rollouts.health import SamplerLost, StaleWeights, Stalled
+from rlhf.rollouts.reliability import JudgeUnreliable
+from rlhf.rollouts.rollout import NothingPasses
+from rlhf.runs.folder import Fenced, RunFolder, RunInUse
+from rlhf.tables import OnlineDPOConfig
+from rlhf.training.trainer import NonFiniteLoss
 from rlhf.types import Prompt
 from serve_apps import deploy
 

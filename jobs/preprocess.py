@@ -13,12 +13,12 @@ from actors.loading import Picture, Text
 from actors.streaming import PreprocessFailed
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster
-from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import CacheError, Manifest, read_manifest, source_key, text_key
 from rlhf.data.fingerprint import IncompleteModel, fingerprint
 from rlhf.data.prompts import Row, Rows, read_rows
-from rlhf.data.schema import BadInput, Problem
+from rlhf.data.records import BadInput, Problem
 from rlhf.models import load_family
+from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Prompt
 
 UNKNOWN_SHARE = 0.1

@@ -8,9 +8,9 @@ from pathlib import Path
 import xxhash
 
 from actors import placement
-from actors.trainer_group import TrainerLost
+from actors.trainer import TrainerLost
 from rlhf.offline_config import TrainingConfig
-from rlhf.run_folder import RunFolder
+from rlhf.runs.folder import RunFolder
 
 TRAINER_REBUILDS = 3
 """Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""

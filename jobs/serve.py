@@ -13,7 +13,7 @@ from ray import serve
 from actors import placement
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
-from rlhf.config import ServeJobConfig
+from rlhf.tables import ServeJobConfig
 from serve_apps import deploy
 
 POLL_S = 5.0

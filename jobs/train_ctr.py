@@ -17,10 +17,10 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from actors.ctr_group import CTRGroup
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
-from rlhf.data.schema import BadInput, Problem
-from rlhf.rewards.ctr_config import CTRTrainConfig, TrainCTRConfig
-from rlhf.rewards.ctr_data import Click, Rows, read_clicks, split
-from rlhf.rewards.ctr_training import fit, uses_binomial
+from rlhf.data.records import BadInput, Problem
+from rlhf.rewards.ctr.clicks import Click, Rows, read_clicks, split
+from rlhf.rewards.ctr.config import CTRTrainConfig, TrainCTRConfig
+from rlhf.rewards.ctr.training import fit, uses_binomial
 from rlhf.types import seed_from
 
 

@@ -1,12 +1,12 @@
-"""The recipe of `jobs.offline_dpo`: learning from preferences that are already there. See `rlhf.config` for the rest."""
+"""The recipe of `jobs.offline_dpo`: learning from preferences that are already there. See `rlhf.tables` for the rest."""
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf.config import DPOConfig, ModelConfig, OnlineDPOConfig, PreprocessConfig, RunConfig, TrainerConfig
 from rlhf.rewards.config import JudgesConfig, ServeConfig
 from rlhf.section import ClusterConfig, LocalPath, Section
+from rlhf.tables import DPOConfig, ModelConfig, OnlineDPOConfig, PreprocessConfig, RunConfig, TrainerConfig
 
 
 class OfflineRunConfig(RunConfig):

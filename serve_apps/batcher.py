@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
+from rlhf.data.media import check_array
 from rlhf.rewards.config import JudgeConfig
-from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import JudgeError, JudgeUnreachable, Reward
+from rlhf.rewards.protocols import JudgeError, JudgeUnreachable, Reward
 from rlhf.types import Item
 from serve_apps.metrics import JudgeMetrics
 

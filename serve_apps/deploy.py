@@ -27,7 +27,7 @@ from ray.serve.schema import ApplicationStatus
 
 from rlhf.rewards import python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
-from rlhf.rewards.reward import fingerprint
+from rlhf.rewards.protocols import fingerprint
 from rlhf.section import local_paths
 from serve_apps.batcher import options
 from serve_apps.ctr import CTRApp

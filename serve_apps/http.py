@@ -3,7 +3,7 @@
 Errors become statuses in one place: bad pictures 400/413/415, missing or wrong fields 422, a judge that gave no usable
 answer 502, a defect 500, never a 200 with a made-up value. Overload is Serve's own backpressure: 503 with Retry-After.
 
-Left out: what a route does (each app's file) and decoding itself (`rlhf.rewards.images`).
+Left out: what a route does (each app's file) and decoding itself (`rlhf.data.media`).
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf.rewards.images import ImageError, decode_base64_image, decode_image
-from rlhf.rewards.reward import JudgeError
+from rlhf.data.media import ImageError, decode_base64_image, decode_image
+from rlhf.rewards.protocols import JudgeError
 
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mM8EaDBwMDAxMDAwMDAAAAPygFEi5XGRAAAAABJRU5ErkJggg=="

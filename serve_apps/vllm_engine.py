@@ -14,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from rlhf.data.media import check_array
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import JudgeError, fingerprint
-from rlhf.rewards.vlm_filter import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
+from rlhf.rewards.filters import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
+from rlhf.rewards.protocols import JudgeError, fingerprint
 from rlhf.types import Verdict
 
 TOP_LOGPROBS = 20

@@ -13,11 +13,11 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
+from rlhf.data.media import MAX_BYTES
 from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.images import MAX_BYTES
-from rlhf.rewards.reward import Filter
-from rlhf.rewards.vlm_filter import shrink
+from rlhf.rewards.filters import shrink
+from rlhf.rewards.protocols import Filter
 from rlhf.types import Verdict
 from serve_apps.batcher import PROBE_AGE_S
 from serve_apps.http import EXAMPLE_IMAGE, MAX_TEXT, PICTURE_ERRORS, Health, Secrets, create_api, decode_field

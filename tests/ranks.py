@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 
 def _serve(rank: int, world: int, store_file: str, connection) -> None:
-    from rlhf import distributed
+    from rlhf.shards import distributed
 
     torch.set_num_threads(1)
     mesh = distributed.start(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.algorithms.objectives import DPO
-from rlhf.config import LoRAConfig, TrainerConfig
+from rlhf.diffusion.objectives import DPO
 from rlhf.models import FAMILIES, tiny
-from rlhf.trainer import Trainer
+from rlhf.tables import LoRAConfig, TrainerConfig
+from rlhf.training.trainer import Trainer
 from rlhf.types import PairBatch
 
 needs_bitsandbytes = pytest.mark.skipif(

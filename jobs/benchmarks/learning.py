@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 
 from jobs.benchmarks.curves import Curve, plot
-from rlhf import distributed, weights
-from rlhf.algorithms.objectives import DPO
-from rlhf.algorithms.pairing import RewardScale, RolloutGroup, make_pair
-from rlhf.config import TrainerConfig
-from rlhf.data.collate import collate, latents_from_array, latents_to_array
-from rlhf.data.pairs import candidate_seed
+from rlhf.data.audit import candidate_seed
+from rlhf.data.batches import collate, latents_from_array, latents_to_array
+from rlhf.diffusion.objectives import DPO
 from rlhf.models import FAMILIES
 from rlhf.models.family import Codec, Family
+from rlhf.models.sampling import sample
 from rlhf.models.tiny import write_flux_kontext
-from rlhf.sampling import sample
-from rlhf.trainer import Trainer
+from rlhf.rollouts.pairing import RewardScale, RolloutGroup, make_pair
+from rlhf.shards import buffers, distributed
+from rlhf.tables import TrainerConfig
+from rlhf.training.trainer import Trainer
 from rlhf.types import Candidate, Condition, Prompt, Score, Verdict, noise_from, seed_from, stack_conditions
 
 Mode = Literal["true", "shuffled", "flipped"]
@@ -86,9 +86,9 @@ class Sampler:
         self.parameters = dict(self.denoiser.named_parameters())
 
     def load(self, trainer: Trainer) -> None:
-        for buffer, manifest in weights.pack(trainer.shards()):
-            weights.load(self.parameters, buffer, manifest)
-            assert weights.checksum(self.parameters, manifest) == manifest.checksum
+        for buffer, manifest in buffers.pack(trainer.shards()):
+            buffers.load(self.parameters, buffer, manifest)
+            assert buffers.checksum(self.parameters, manifest) == manifest.checksum
 
     def sample(self, prompts, seeds) -> tuple[np.ndarray, list[np.ndarray]]:
         """uint8 (B, H, W, 3) pictures and their bf16 latents."""

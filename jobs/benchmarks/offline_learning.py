@@ -25,19 +25,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from jobs.benchmarks.curves import Curve, plot
 from jobs.cli import resolved_toml
-from jobs.demo_photos import photo, relight
-from rlhf import distributed
-from rlhf.algorithms.objectives import DPO, SFT, Objective
-from rlhf.config import TrainerConfig
-from rlhf.data.collate import draws
-from rlhf.data.images import fit_image
+from jobs.demo.photos import photo, relight
+from rlhf.data.batches import draws
+from rlhf.data.media import decode_image, fit_image
 from rlhf.data.pair_files import blocks_of, find_files, read_block
-from rlhf.evaluation_config import EvaluateConfig
+from rlhf.diffusion.objectives import DPO, SFT, Objective
+from rlhf.evaluation.config import EvaluateConfig
 from rlhf.models import FAMILIES
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.rewards.images import decode_image
-from rlhf.trainer import Trainer
+from rlhf.shards import distributed
+from rlhf.tables import TrainerConfig
+from rlhf.training.trainer import Trainer
 from rlhf.types import Condition, PairBatch
 
 Labels = Literal["true", "shuffled"]

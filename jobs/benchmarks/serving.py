@@ -35,9 +35,9 @@ import torch
 from ray.serve.context import _get_global_client
 
 from jobs.cluster import cluster
+from rlhf.data.media import encode_base64
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, ServeConfig
-from rlhf.rewards.images import encode_base64
 from rlhf.section import ClusterConfig
 from serve_apps import deploy
 

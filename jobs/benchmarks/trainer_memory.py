@@ -65,12 +65,12 @@ def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Qu
     """Run every operation on one rank and send {operation: (peak, lasting) bytes}."""
     import torch.distributed as dist
 
-    from rlhf import distributed, weights
-    from rlhf.algorithms.objectives import DPO, SFT
-    from rlhf.algorithms.reference import FrozenCopy
-    from rlhf.config import TrainerConfig
+    from rlhf.diffusion.objectives import DPO, SFT
     from rlhf.models import FAMILIES
-    from rlhf.trainer import Trainer
+    from rlhf.models.reference import FrozenCopy
+    from rlhf.shards import buffers, distributed
+    from rlhf.tables import TrainerConfig
+    from rlhf.training.trainer import Trainer
 
     store = dist.FileStore(f"{folder}/store", ranks)
     mesh = distributed.start(rank=rank, world=ranks, store=store, device="cpu", timeout_s=600)
@@ -88,7 +88,7 @@ def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Qu
         trainer.reference = FrozenCopy(trainer.policy, family, mesh)
 
     def publish() -> None:  # one buffer at a time, as the object store takes them
-        for buffer, _ in weights.pack(trainer.shards(), capacity=64 * 2**20):
+        for buffer, _ in buffers.pack(trainer.shards(), capacity=64 * 2**20):
             del buffer
 
     figures["make reference"] = measured(make_reference)

@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.process import Process
-from rlhf.data import pairs as record
+from rlhf.data import audit as record
+from rlhf.data.batches import draws, latents_from_array
 from rlhf.data.cache import ConditionCache, Manifest, source_key, target_key, text_key
-from rlhf.data.collate import draws, latents_from_array
-from rlhf.data.images import Fit
-from rlhf.data.pair_stream import Visit
-from rlhf.data.preferences import PairIndex, Preference, read_index
-from rlhf.data.schema import BadInput, Problem
+from rlhf.data.examples import PairIndex, Preference, read_index
+from rlhf.data.media import Fit
+from rlhf.data.records import BadInput, Problem
+from rlhf.data.stream import Visit
+from rlhf.diffusion.process import Process
 from rlhf.types import Condition, PairBatch
 
 FIT: Fit = "crop"

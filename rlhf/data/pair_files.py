@@ -1,7 +1,7 @@
 """Files of preference pairs: Parquet and Arrow in Pick-a-Pic's columns, or a JSONL of winner, loser, prompt[, source].
 
 A file is read by blocks (a Parquet row group, an Arrow record batch, some lines), so that nobody ever holds a data set, and
-every block can be read anywhere. A row comes out as it is in the file: what is wrong with it, `rlhf.data.preferences` says.
+every block can be read anywhere. A row comes out as it is in the file: what is wrong with it, `rlhf.data.examples` says.
 Left out: fetching pictures by URL, columns that are not listed here (they are ignored).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.data.schema import BadInput, Problem
+from rlhf.data.records import BadInput, Problem
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
 """Pick-a-Pic v2: two picture files as bytes, 1 where the first is preferred (0 the second, 0.5 neither), the prompt."""

@@ -17,8 +17,8 @@ from typing import Literal
 
 import xxhash
 
-from rlhf.data.schema import BadInput, Line, Problem, parse_items, parse_prompts
-from rlhf.rewards.images import ImageError, ImageTooLarge, UnsupportedImage, decode_image
+from rlhf.data.media import ImageError, ImageTooLarge, UnsupportedImage, decode_image
+from rlhf.data.records import BadInput, Line, Problem, parse_items, parse_prompts
 from rlhf.types import Item, Prompt, seed_from
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf.config import CheckpointConfig
 from rlhf.models.family import Family, compute_dtype
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.stable_diffusion import StableDiffusion
+from rlhf.tables import CheckpointConfig
 
 FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stable_diffusion": StableDiffusion}
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf.algorithms.process import Process
+from rlhf.diffusion.process import Process
 from rlhf.types import Condition
 
 

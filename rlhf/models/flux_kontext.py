@@ -20,9 +20,9 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from rlhf.algorithms.process import RectifiedFlow
-from rlhf.data.images import kontext_size
+from rlhf.diffusion.process import RectifiedFlow
 from rlhf.models.folder import check_trained, latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels
+from rlhf.models.sizes import kontext_size
 from rlhf.types import Condition
 
 

@@ -15,7 +15,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlhf.config import LoRAConfig
+from rlhf.tables import LoRAConfig
 from rlhf.types import seed_from
 
 POLICY, REFERENCE = "policy", "reference"

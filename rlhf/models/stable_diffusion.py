@@ -24,7 +24,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from rlhf.algorithms.ddpm import DDPM
+from rlhf.diffusion.ddpm import DDPM
 from rlhf.models.folder import (
     check_trained,
     latent_shape,

@@ -3,11 +3,11 @@
 import pkgutil
 
 from rlhf.rewards.config import HTTPJudgeConfig, JudgeConfig, PythonJudgeConfig
-from rlhf.rewards.reward import Reward
+from rlhf.rewards.protocols import Reward
 
 REWARDS = {
     "hps": "rlhf.rewards.hpsv2:HPSv2Reward",
-    "ctr": "rlhf.rewards.ctr:CTRReward",
+    "ctr": "rlhf.rewards.ctr.model:CTRReward",
     "pickscore": "rlhf.rewards.clip:PickScoreReward",
     "clip": "rlhf.rewards.clip:CLIPReward",
     "aesthetic": "rlhf.rewards.aesthetic:AestheticReward",

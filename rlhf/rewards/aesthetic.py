@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf.rewards.clip import CLIPFeatures
 from rlhf.rewards.config import AestheticJudgeConfig
 from rlhf.rewards.features import existing
-from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth or a .safetensors of it"

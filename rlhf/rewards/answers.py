@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from rlhf.rewards.reward import JudgeError
+from rlhf.rewards.protocols import JudgeError
 
 
 def read_json(url: str, response: httpx.Response) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.images import encode_base64
-from rlhf.rewards.reward import JudgeError
-from rlhf.rewards.vlm_filter import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
+from rlhf.rewards.filters import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
+from rlhf.rewards.protocols import JudgeError
 from rlhf.types import Verdict
 
 _EXTRAS: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "structured_outputs": {"choice": list(VERDICTS)}}

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
+from rlhf.data.media import check_array
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 FOLDER = "a CLIPModel folder of transformers: config.json, model.safetensors and its processor's files"

@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+from rlhf.data.media import check_array
 from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

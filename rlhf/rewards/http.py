@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import xxhash
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.answers import number, read_json
 from rlhf.rewards.config import HTTPJudgeConfig
-from rlhf.rewards.images import encode_base64
-from rlhf.rewards.reward import JudgeError, JudgeUnreachable, check_batch, checked_scores
+from rlhf.rewards.protocols import JudgeError, JudgeUnreachable, check_batch, checked_scores
 from rlhf.types import Item
 
 

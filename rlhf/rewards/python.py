@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from rlhf.data.media import check_array
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.images import check_array
-from rlhf.rewards.reward import JudgeError, check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import JudgeError, check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 

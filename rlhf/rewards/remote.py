@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import numpy as np
 
+from rlhf.data.media import encode_base64, encode_png
 from rlhf.rewards.answers import number, read_json
 from rlhf.rewards.config import CTRJudgeConfig, ModelJudgeConfig
-from rlhf.rewards.images import encode_base64, encode_png
-from rlhf.rewards.reward import JudgeError
+from rlhf.rewards.protocols import JudgeError
 from rlhf.types import Item, Verdict
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from rlhf.rewards.aesthetic import AestheticHead
-from rlhf.rewards.vlm_filter import REASON_REQUEST, SYSTEM_PROMPT, VERDICTS
+from rlhf.rewards.filters import REASON_REQUEST, SYSTEM_PROMPT, VERDICTS
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 32,

@@ -15,10 +15,10 @@ from actors.encoders import Encoder, encode, plan
 from actors.loading import Picture, Text, load
 from actors.streaming import PreprocessFailed
 from jobs.preprocess import missing, preprocess, prompts_of
-from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import ConditionCache, commit, read_manifest
-from rlhf.data.images import load_image
+from rlhf.data.media import load_image
 from rlhf.data.prompts import read_rows
+from rlhf.tables import OnlineDPOConfig
 from tests.rlhf.data import photos
 
 pytestmark = pytest.mark.slow

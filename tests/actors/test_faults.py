@@ -11,10 +11,9 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors import health
-from rlhf.algorithms import rollout
-from rlhf.algorithms.buffer import take, wanted
-from rlhf.algorithms.rollout_state import (
+from rlhf.rollouts import health, rollout
+from rlhf.rollouts.buffer import take, wanted
+from rlhf.rollouts.state import (
     Judge,
     Judged,
     JudgeFailed,
@@ -26,7 +25,7 @@ from rlhf.algorithms.rollout_state import (
     restore,
     snapshot,
 )
-from tests.rlhf.algorithms.groups import FAIL, candidate, enqueue, fresh, passed, prompt
+from tests.rlhf.rollouts.groups import FAIL, candidate, enqueue, fresh, passed, prompt
 
 PAIRS, BATCH, TIMEOUT = 3, 4, 10.0
 LIMITS = health.HealthLimits(max_restarts=10**6, start_timeout_s=TIMEOUT, load_timeout_s=TIMEOUT)

@@ -7,11 +7,11 @@ import ray
 
 from actors.asking import Scorer
 from actors.feedback import Scores, _keep, read_scores, relabel, score_pairs, write_record
-from rlhf.algorithms.reliability import JudgeUnreliable
+from rlhf.data.examples import check_block, gather
+from rlhf.data.media import decode_image
 from rlhf.data.pair_files import blocks_of
-from rlhf.data.preferences import check_block, gather
 from rlhf.rewards.config import JudgesConfig
-from rlhf.rewards.images import decode_image
+from rlhf.rollouts.reliability import JudgeUnreliable
 from tests.judge_server import warmth
 from tests.rlhf.data.pair_tables import row, write_parquet
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from actors.painters import Order, Painter, picture_file, source_file
-from rlhf.evaluation_config import EvaluateConfig
-from rlhf.evaluation_prompts import read_evaluation
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.evaluation.prompts import read_evaluation
 from rlhf.models.tiny import write_stable_diffusion
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from actors import placement
-from rlhf.config import OnlineDPOConfig
+from rlhf.tables import OnlineDPOConfig
 
 FULL_12B = {
     "_class_name": "FluxTransformer2DModel",

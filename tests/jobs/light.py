@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlhf.config import OnlineDPOConfig
+from rlhf.tables import OnlineDPOConfig
 
 
 def write_photos(folder: Path, train: int = 12, held_out: int = 2) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import SUBMITTED_JOB, ConfigError, parse, resolved_toml
-from rlhf.config import LoRAConfig, OnlineDPOConfig
+from rlhf.tables import LoRAConfig, OnlineDPOConfig
 
 RECIPE = """
 [model]
@@ -191,7 +191,7 @@ def test_resolved_toml_reads_back_to_the_same_configuration(recipe, tmp_path):
 
 SCRIPT = """
 from jobs.cli import parse, resolved_toml, run_main
-from rlhf.config import OnlineDPOConfig
+from rlhf.tables import OnlineDPOConfig
 def main():
     print(resolved_toml(parse(OnlineDPOConfig, description="Trains at 100 %.").config))
     raise KeyError("a bug")

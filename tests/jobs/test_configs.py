@@ -6,10 +6,10 @@ import pytest
 
 import jobs
 from jobs.cli import ConfigError, parse, resolved_toml
-from rlhf.config import OnlineDPOConfig, ServeJobConfig
-from rlhf.evaluation_config import EvaluateConfig
+from rlhf.evaluation.config import EvaluateConfig
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rewards.ctr_config import TrainCTRConfig
+from rlhf.rewards.ctr.config import TrainCTRConfig
+from rlhf.tables import OnlineDPOConfig, ServeJobConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.toml"))

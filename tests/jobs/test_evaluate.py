@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import jobs
-from rlhf.evaluation_page import number, percent
+from rlhf.evaluation.page import number, percent
 from rlhf.models import FAMILIES
+from rlhf.models.sampling import sample
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.sampling import sample
 from rlhf.types import noise_from
 from tests.processes import assert_gone
-from tests.rlhf.test_evaluation_page import Page
+from tests.rlhf.evaluation.test_page import Page
 
 ROOT = Path(jobs.__file__).parents[1]
 PORT = 8147

@@ -17,10 +17,10 @@ from actors.reporting import Reporter
 from jobs import offline_dpo, online_dpo
 from jobs.preprocess import read_data
 from rlhf.data.cache import read_manifest
-from rlhf.data.schema import BadInput
+from rlhf.data.media import decode_image
+from rlhf.data.records import BadInput
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.rewards.images import decode_image
-from rlhf.weights import SafetensorsFolder
+from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
 from tests.jobs.light import greenness, light_config, metric_rows, write_photos
 from tests.jobs.offline_world import needs_grocery, offline_config, write_grocery

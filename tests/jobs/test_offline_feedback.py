@@ -10,7 +10,7 @@ from actors.feedback import Scores, _keep
 from jobs.offline_feedback import _work, relabel_by_judge
 from jobs.offline_pairs import read_pair_sets, refuse_other_pairs
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.run_folder import RunFolder
+from rlhf.runs.folder import RunFolder
 from tests.jobs.offline_world import offline_config
 from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
 

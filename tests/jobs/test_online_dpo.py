@@ -18,12 +18,12 @@ from ray import serve
 
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
-from rlhf.algorithms.reliability import JudgeUnreliable
-from rlhf.algorithms.rollout import NothingPasses
-from rlhf.data.collate import latents_from_array
-from rlhf.data.pairs import read_pairs
+from rlhf.data.audit import read_pairs
+from rlhf.data.batches import latents_from_array
 from rlhf.models import FAMILIES
-from rlhf.weights import SafetensorsFolder
+from rlhf.rollouts.reliability import JudgeUnreliable
+from rlhf.rollouts.rollout import NothingPasses
+from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
 from tests.jobs.light import light_config, metric_rows, write_photos
 from tests.judge_server import warmth
@@ -222,7 +222,7 @@ def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_
 
 def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, kontext, folder):
     from jobs.cli import resolved_toml
-    from rlhf.run_folder import RunFolder, RunInUse
+    from rlhf.runs.folder import RunFolder, RunInUse
 
     config = light_config(folder, kontext, "http://127.0.0.1:9")
     held = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config))

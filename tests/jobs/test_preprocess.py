@@ -9,9 +9,9 @@ from PIL import Image
 
 from jobs import preprocess as job
 from jobs.preprocess import missing, prompts_of, read_data
-from rlhf.config import OnlineDPOConfig
 from rlhf.data.cache import Manifest, Place, read_manifest
-from rlhf.data.schema import BadInput
+from rlhf.data.records import BadInput
+from rlhf.tables import OnlineDPOConfig
 from tests.rlhf.data import photos
 
 

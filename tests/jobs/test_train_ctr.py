@@ -11,10 +11,10 @@ import pytest
 
 import jobs
 from jobs.cli import parse
-from rlhf.data.schema import BadInput
-from rlhf.rewards.ctr import CTRReward
-from rlhf.rewards.ctr_config import TrainCTRConfig
-from rlhf.rewards.images import encode_png
+from rlhf.data.media import encode_png
+from rlhf.data.records import BadInput
+from rlhf.rewards.ctr.config import TrainCTRConfig
+from rlhf.rewards.ctr.model import CTRReward
 from rlhf.types import Item
 
 ROW = "{}.png,苹果{},水果,上海,小铺,{:.3f},100,{}"

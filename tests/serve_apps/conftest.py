@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.config import OnlineDPOConfig
-from rlhf.rewards import ctr, ctr_small, tiny
+from rlhf.rewards import tiny
+from rlhf.rewards.ctr import model as ctr
+from rlhf.rewards.ctr import small as ctr_small
+from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Item
 from serve_apps import deploy
 from tests.conftest import SERVE_PORT as PORT

@@ -9,7 +9,7 @@ import pytest
 from ray import serve
 
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.reward import JudgeError, checked_scores
+from rlhf.rewards.protocols import JudgeError, checked_scores
 from serve_apps.batcher import Batcher, options
 
 

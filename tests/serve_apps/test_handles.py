@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf.rewards.ctr import CTRReward
+from rlhf.rewards.ctr.model import CTRReward
 from rlhf.rewards.hpsv2 import HPSv2Reward
-from rlhf.rewards.reward import JudgeError
+from rlhf.rewards.protocols import JudgeError
 from rlhf.types import Verdict
 from tests.serve_apps.conftest import ITEM
 

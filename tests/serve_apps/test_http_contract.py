@@ -12,13 +12,13 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from rlhf.data.media import encode_base64, encode_png
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig, PythonJudgeConfig
-from rlhf.rewards.ctr import CTRReward
+from rlhf.rewards.ctr.model import CTRReward
 from rlhf.rewards.hpsv2 import HPSv2Reward
-from rlhf.rewards.images import encode_base64, encode_png
+from rlhf.rewards.protocols import JudgeError
 from rlhf.rewards.remote import RemoteJudge
-from rlhf.rewards.reward import JudgeError
 from serve_apps import rewards
 from serve_apps.http import Secrets, create_api, decode_field
 from serve_apps.rewards import RewardApp

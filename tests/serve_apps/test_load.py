@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.hpsv2 import HPSv2Reward
-from rlhf.rewards.images import encode_base64
 from tests.processes import ray_processes
 from tests.serve_apps.conftest import TOKEN, config, down, up
 

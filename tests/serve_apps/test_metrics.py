@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.config import JudgesConfig, ServeConfig
-from rlhf.rewards.images import encode_base64
-from rlhf.rewards.reward import JudgeError
+from rlhf.rewards.protocols import JudgeError
 from serve_apps import deploy
 from tests.conftest import SERVE_PORT
 from tests.serve_apps.conftest import TOKEN

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.rewards.images import encode_png
+from rlhf.data.media import encode_png
 from serve_apps import http
 from tests.rlhf.rewards.pictures import KINDS
 from tests.serve_apps.conftest import ITEM, TOKEN

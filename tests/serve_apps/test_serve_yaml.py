@@ -11,9 +11,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.config import JudgesConfig
 from rlhf.rewards.hpsv2 import HPSv2Reward
-from rlhf.rewards.images import encode_base64
 from serve_apps import deploy
 from tests.rlhf.rewards.openai_server import openai_server
 from tests.serve_apps.conftest import ITEM, TOKEN, scripted_verdict

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import vllm
 
+from rlhf.data.media import encode_base64
 from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.images import encode_base64
 from tests.serve_apps.conftest import TOKEN, config, down, up
 
 pytestmark = pytest.mark.slow

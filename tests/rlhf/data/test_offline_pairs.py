@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.algorithms.process import RectifiedFlow
+from rlhf.data.batches import draws
 from rlhf.data.cache import ConditionCache, commit, write_part
-from rlhf.data.collate import draws
+from rlhf.data.examples import check_block, gather
 from rlhf.data.offline_pairs import HandedPairs, PairKeys, PicturePairs, batch_of
 from rlhf.data.pair_files import blocks_of
-from rlhf.data.pair_stream import Visit
-from rlhf.data.preferences import check_block, gather
+from rlhf.data.stream import Visit
+from rlhf.diffusion.process import RectifiedFlow
 from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
 
 KEYS = PairKeys(height=16, width=16, text="t", target="v", source=None)

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf.data.pair_files import blocks_of, find_files, read_block
-from rlhf.data.schema import BadInput
+from rlhf.data.records import BadInput
 from tests.rlhf.data.pair_tables import row, write_arrow, write_jsonl, write_parquet
 
 ROWS = [row(seed, label=seed % 2) for seed in range(10)]

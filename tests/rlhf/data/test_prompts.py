@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from rlhf.data.prompts import PromptStream, read_rows
-from rlhf.data.schema import BadInput
+from rlhf.data.records import BadInput
 from rlhf.types import Item, Prompt
 from tests.rlhf.data import photos
 

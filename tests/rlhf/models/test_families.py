@@ -12,14 +12,14 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from rlhf.algorithms.objectives import SFT
-from rlhf.config import CheckpointConfig, ModelConfig, TrainerConfig
 from rlhf.data.cache import ConditionCache, commit, write_part
+from rlhf.diffusion.objectives import SFT
 from rlhf.models import FAMILIES, load_family, lora
-from rlhf.sampling import sample
-from rlhf.trainer import Trainer
+from rlhf.models.sampling import sample
+from rlhf.shards.files import SafetensorsFolder
+from rlhf.tables import CheckpointConfig, ModelConfig, TrainerConfig
+from rlhf.training.trainer import Trainer
 from rlhf.types import PairBatch, Prompt, noise_from
-from rlhf.weights import SafetensorsFolder
 from tests import worlds
 
 HEIGHT, WIDTH = 48, 32

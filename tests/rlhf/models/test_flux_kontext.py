@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.models.flux_kontext import pack, position_ids, unpack
-from rlhf.sampling import sample
+from rlhf.models.sampling import sample
 from rlhf.types import noise_from
 from tests.worlds import family
 

@@ -8,9 +8,9 @@ import diffusers
 import pytest
 import torch
 
+from rlhf.models.sampling import sample
 from rlhf.models.stable_diffusion import StableDiffusion
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.sampling import sample
 from rlhf.types import noise_from
 
 TEXTS = ["a red bowl of noodles", "soup"]

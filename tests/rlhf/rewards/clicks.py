@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model
 
-from rlhf.rewards.ctr import describe
-from rlhf.rewards.ctr_config import CTRModelSection
-from rlhf.rewards.ctr_data import Click
-from rlhf.rewards.ctr_small import small_tokenizer
-from rlhf.rewards.images import encode_png
+from rlhf.data.media import encode_png
+from rlhf.rewards.ctr.clicks import Click
+from rlhf.rewards.ctr.config import CTRModelSection
+from rlhf.rewards.ctr.model import describe
+from rlhf.rewards.ctr.small import small_tokenizer
 from rlhf.types import Item
 
 FOODS = ["苹果", "banana"]

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from rlhf.rewards.images import MAX_BYTES, encode_png
+from rlhf.data.media import MAX_BYTES, encode_png
 
 NOISE = np.random.default_rng(1).integers(0, 256, (32, 24, 3), dtype=np.uint8)
 

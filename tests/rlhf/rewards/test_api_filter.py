@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from rlhf.data.media import decode_image
 from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.images import decode_image
-from rlhf.rewards.reward import Filter, JudgeError
+from rlhf.rewards.protocols import Filter, JudgeError
 from tests.rlhf.rewards.openai_server import completion, openai_server
 
 IMAGE = np.full((8, 8, 3), 120, np.uint8)

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from rlhf.data.media import decode_image
 from rlhf.rewards import tiny
 from rlhf.rewards.hpsv2 import HPSv2Reward
-from rlhf.rewards.images import decode_image
 
 SHAPES = (
     *((1312, 784), (784, 1312), (600, 600), (512, 512), (224, 224), (64, 64), (63, 63), (65, 65)),

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.reward import JudgeError
+from rlhf.rewards.protocols import JudgeError
 from rlhf.types import Item
 
 ITEM = Item(food_name="a", food_type="b", city_name="c", shop_name="d")

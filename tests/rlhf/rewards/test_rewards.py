@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.rewards import REWARDS, ctr, ctr_small, load_reward, tiny
+from rlhf.data.media import decode_base64_image
+from rlhf.rewards import REWARDS, load_reward, tiny
 from rlhf.rewards.config import (
     AestheticJudgeConfig,
     CLIPJudgeConfig,
@@ -20,8 +21,9 @@ from rlhf.rewards.config import (
     HTTPJudgeConfig,
     PythonJudgeConfig,
 )
-from rlhf.rewards.images import decode_base64_image
-from rlhf.rewards.reward import JudgeError, Reward
+from rlhf.rewards.ctr import model as ctr
+from rlhf.rewards.ctr import small as ctr_small
+from rlhf.rewards.protocols import JudgeError, Reward
 from rlhf.types import Item
 
 ITEM = Item(food_name="红烧肉", food_type="中式快餐", city_name="上海", shop_name="老王饭店")

@@ -1,0 +1,205 @@
+"""The whole system on two CPU cores in a few minutes, on a miniature world of its own: `make demo`.
+
+    python -m jobs.demo [--dir demo]
+
+Builds, once, tiny random models in the real formats and a set of generated product photos; then trains the CTR model,
+deploys the three judges on Ray Serve, and runs online DPO with two samplers and two FSDP ranks. Nothing is downloaded.
+The pictures stay abstract, since the models are random: what the demo shows is every part at work, and its outputs.
+
+The tiny filter model would pass nearly everything, so its threshold is set to a quantile of its own probabilities on base
+edits of the photos. The summary says so again.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from jobs.cli import parse, resolved_toml, run_main
+from jobs.cluster import cluster, dashboard
+from jobs.demo import world as demo_world
+from jobs.online_dpo import STOPS, guarded, run
+from jobs.preprocess import read_data
+from jobs.train_ctr import train_ctr
+from rlhf.data.media import load_image
+from rlhf.data.prompts import Row, read_rows
+from rlhf.models import load_family
+from rlhf.models.sampling import sample
+from rlhf.models.tiny import write_flux_kontext
+from rlhf.rewards.ctr.config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
+from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
+from rlhf.tables import OnlineDPOConfig
+from rlhf.types import noise_from
+
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.toml"
+REJECTED = 0.35
+"""Share of base edits that the calibrated filter rejects."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder of the world, the cache and the runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the recipe and what would be built")
+    arguments = parser.parse_args()
+    home = arguments.dir.absolute()
+    if home.exists() and not home.is_dir():
+        raise ValueError(f"--dir {home} is a file; give a folder")
+    world = home / "world"
+    if arguments.dry_run:
+        print(resolved_toml(_recipe(home)))
+        parts = ["world.json", "kontext", "hpsv2", "qwen3-vl", "ctr", "filter_threshold.json"]
+        print(f"to build in {world}: {', '.join(p for p in parts if not (world / p).exists()) or 'nothing'}")
+        return
+    build_models(demo_world.build(world))
+    recipe = _recipe(home)
+    with cluster(recipe.cluster, recipe.run.name):
+        threshold = prepare(recipe, world)
+        config = _recipe(home, "--judges.filter.min_pass_probability", repr(threshold))
+        folder = run(config, read_data(config))
+        print(summary(config, folder, threshold))
+
+
+def _recipe(home: Path, *overrides: str) -> OnlineDPOConfig:
+    """demo.toml with its `demo/…` paths moved below `home`."""
+    paths = {
+        "run.dir": "runs",
+        "data.cache": "cache",
+        "model.path": "world/kontext",
+        "data.path": "world/train_metadata.jsonl",
+        "data.item_metadata": "world/ctr_metadata.csv",
+        "eval.path": "world/eval_metadata.jsonl",
+        "judges.hps.path": "world/hpsv2/HPS_tiny.pt",
+        "judges.ctr.path": "world/ctr",
+        "judges.filter.path": "world/qwen3-vl",
+    }
+    moved = [word for key, path in paths.items() for word in (f"--{key}", str(home / path))]
+    return parse(OnlineDPOConfig, ["--config", str(RECIPE), *moved, *overrides]).config
+
+
+def _ctr_recipe(world: Path) -> TrainCTRConfig:
+    return TrainCTRConfig(
+        data=CTRDataConfig(path=str(world / "ctr_train.csv"), eval_path=str(world / "ctr_test.csv")),
+        train=CTRTrainConfig(epochs=6, timeout_s=600.0),
+        output=str(world / "ctr"),
+    )
+
+
+def build_models(world: Path) -> None:
+    """Write the tiny checkpoints that are missing; each folder appears whole or not at all."""
+    builders: dict[str, Callable[[Path], object]] = {
+        "kontext": write_flux_kontext,
+        "qwen3-vl": write_qwen3_vl,
+        "hpsv2": _write_hpsv2,
+    }
+    for name, build in builders.items():
+        if not (world / name).exists():
+            print(f"demo: building {name}", flush=True)
+            partial = world / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial)
+            partial.rename(world / name)
+
+
+def _write_hpsv2(folder: Path) -> None:
+    folder.mkdir()
+    write_hpsv2(folder / "HPS_tiny.pt")
+
+
+def ask_filter(config: OnlineDPOConfig) -> list[float]:
+    """P(PASS) of base edits of 16 photos, from the filter's own engine. A Ray task, so that its memory is given back."""
+    from serve_apps.vllm_engine import VLLMFilter
+
+    rows = read_rows(config.data.path).rows[:16]
+    edits = base_edits(config, rows)
+
+    async def ask() -> list[float]:
+        engine = await VLLMFilter.start(config.judges.filter)
+        verdicts = [await engine.judge(edit, None, row.instruction) for edit, row in zip(edits, rows, strict=True)]
+        await engine.close()
+        return [verdict.pass_probability for verdict in verdicts if verdict.pass_probability is not None]
+
+    return asyncio.run(ask())
+
+
+def prepare(config: OnlineDPOConfig, world: Path) -> float:
+    """Train the CTR model and, beside it, work out the filter threshold that rejects about REJECTED of base edits."""
+    kept = world / "filter_threshold.json"
+    asking = None
+    if not kept.exists():
+        print("demo: asking the tiny filter about base edits, to set its threshold", flush=True)
+        task: Any = ray.remote(ask_filter)
+        asking = task.options(num_cpus=0.5, max_retries=0).remote(config)
+    if not (world / "ctr").exists():
+        print("demo: training the CTR model on the generated click log", flush=True)
+        train_ctr(_ctr_recipe(world))
+    if asking is not None:
+        kept.write_text(json.dumps(float(np.quantile(ray.get(asking, timeout=600), REJECTED))))
+    return float(json.loads(kept.read_text()))
+
+
+def base_edits(config: OnlineDPOConfig, rows: tuple[Row, ...]) -> list[np.ndarray]:
+    """One base-model edit per row, uint8 (H, W, 3)."""
+    family = load_family(config.model, "bf16")
+    denoiser, codec = family.load_denoiser("cpu"), family.load_codec("cpu")
+    height, width = config.model.height, config.model.width
+    sources = np.stack([load_image(row.image, height, width, config.data.fit) for row in rows])
+    condition = codec.encode_text([row.instruction for row in rows]) | codec.encode_source(torch.from_numpy(sources))
+    noise = noise_from(0, (len(rows), *family.latent_shape(height, width)))
+    return list(codec.decode(sample(family, denoiser, condition, noise, config.rollout.steps)).numpy())
+
+
+def summary(config: OnlineDPOConfig, folder: Path, threshold: float) -> str:
+    """Where everything lies, and what the run did."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "train/loss" in row]
+    rates = [row["filter/pass_rate"] for row in steps]
+    evaluation = {name: value for row in rows for name, value in row.items() if name.startswith("eval/")}
+    lines = {
+        "steps": f"{len(steps)}, loss {steps[0]['train/loss']:.4f} → {steps[-1]['train/loss']:.4f}",
+        "reward (hps, ctr)": f"{steps[-1]['reward/hps']:.4f}, {steps[-1]['reward/ctr']:.4f}",
+        "filter": f"pass rate {min(rates):.2f} … {max(rates):.2f}; threshold {threshold:.4f}, a quantile of its own answers",
+        "held-out": ", ".join(
+            f"{name[5:]} {value:.4f}" for name, value in evaluation.items() if "hps" in name or "ctr" in name
+        ),
+        "run folder": str(folder),
+        "contact sheets": str(folder / "samples"),
+        "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
+        "pairs trained on": str(folder / "pairs"),
+        "trained weights": str(folder / "final"),
+        "Serve (while it ran)": ", ".join(
+            f"http://{config.serve.host}:{config.serve.port}/{r}" for r in ("hpsv2", "ctr", "filter")
+        ),
+        "Ray dashboard (while it ran)": str(dashboard()),
+        "edit a photo": f"python -m jobs.edit --config {folder / 'edit.toml'} --edit.image PHOTO",
+    }
+    write_edit_recipe(config, folder)
+    width = max(map(len, lines))
+    return "\n".join(["", "demo finished", *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
+
+
+def write_edit_recipe(config: OnlineDPOConfig, folder: Path) -> None:
+    """A recipe for `jobs.edit` with the weights of this run."""
+    import tomli_w
+
+    recipe = {
+        "model": {"path": config.model.path, "height": config.model.height, "width": config.model.width},
+        "rollout": {"steps": config.rollout.steps},
+        "edit": {
+            "prompt": "Give the picture a warm, sunny light.",
+            "transformer": str(folder / "final" / "transformer"),
+        },
+    }
+    (folder / "edit.toml").write_text(tomli_w.dumps(recipe))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    run_main(guarded(main), *STOPS)

@@ -1,0 +1,112 @@
+"""The audit: every pair that was trained on, written before it trains, in Parquet with a fixed schema.
+
+A file holds one rank's pairs of one step, so nothing is ever appended to a file and a resume can move whole steps away.
+With latents it is enough to train on the same pairs again offline.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlhf.data.batches import noise_seed, t_seed
+from rlhf.diffusion.process import Process
+from rlhf.types import Candidate, Pair, Score, seed_from
+
+_SIDE = [
+    ("attempt", pa.int32()),
+    ("seed", pa.int64()),
+    ("version", pa.int64()),
+    ("rewards", pa.map_(pa.string(), pa.float64())),
+    ("pass_probability", pa.float64()),
+    ("latents", pa.binary()),
+]
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("index", pa.int32()),
+        ("cursor", pa.int64()),
+        ("image_id", pa.string()),
+        ("instruction", pa.string()),
+        ("text_key", pa.string()),
+        ("source_key", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("margin", pa.float64()),
+        ("t", pa.float64()),
+        ("t_seed", pa.int64()),
+        ("noise_seed", pa.int64()),
+        ("latents_shape", pa.list_(pa.int32())),
+        *((f"{side}_{name}", kind) for side in ("winner", "loser") for name, kind in _SIDE),
+    ]
+)
+"""`latents` are bf16 bytes (C, h, w), the sampler's own; `seed` is the candidate's starting noise."""
+
+
+def candidate_seed(seed: int, cursor: int, attempt: int) -> int:
+    """The seed of a candidate's starting noise, from (run seed, prompt cursor, attempt)."""
+    return seed_from(seed, "candidate", cursor, attempt)
+
+
+def _side(name: str, candidate: Candidate, score: Score, seed: int, latents: bool) -> dict[str, object]:
+    array: np.ndarray = candidate.latents
+    return {
+        f"{name}_attempt": candidate.attempt,
+        f"{name}_seed": candidate_seed(seed, candidate.cursor, candidate.attempt),
+        f"{name}_version": candidate.version,
+        f"{name}_rewards": list(score.rewards.items()),
+        f"{name}_pass_probability": score.verdict.pass_probability,
+        f"{name}_latents": array.tobytes() if latents else None,
+    }
+
+
+def write_pairs(
+    file: Path, pairs: Sequence[Pair], process: Process, *, seed: int, step: int, first_index: int, save_latents: bool
+) -> None:
+    """Write this rank's pairs of one step, whole or not at all (temporary name, fsync, rename)."""
+    rows = []
+    for index, pair in enumerate(pairs, first_index):
+        prompt = pair.prompt
+        rows.append(
+            {
+                "step": step,
+                "index": index,
+                "cursor": pair.cursor,
+                "image_id": prompt.image_id,
+                "instruction": prompt.instruction,
+                "text_key": prompt.text_key,
+                "source_key": prompt.source_key,
+                "height": prompt.height,
+                "width": prompt.width,
+                "margin": pair.margin,
+                "t": process.draw_t(t_seed(seed, step, index)),
+                "t_seed": t_seed(seed, step, index),
+                "noise_seed": noise_seed(seed, step, index),
+                "latents_shape": list(pair.winner.latents.shape),
+                **_side("winner", pair.winner, pair.winner_score, seed, save_latents),
+                **_side("loser", pair.loser, pair.loser_score, seed, save_latents),
+            }
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
+
+
+def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """One file of a `pairs/` folder. Raises ValueError on another schema."""
+    schema = pq.read_schema(file)
+    if schema != SCHEMA:
+        raise ValueError(f"{file} is not a pair file of this version: its columns are {schema.names}")
+    return pq.read_table(file, columns=columns)
+
+
+def read_pairs(folder: Path) -> list[dict[str, object]]:
+    """Rows of every file of a `pairs/` folder, in the order trained. Raises ValueError on another schema."""
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in read_file(file).to_pylist()]
+    return sorted(rows, key=lambda row: (row["step"], row["index"]))

@@ -1,0 +1,219 @@
+"""Media files → uint8 arrays: decoding bytes from outside, and bringing a picture to the exact (H, W) that a model works on.
+
+Every picture that enters the system (preprocess, judges over HTTP) comes through `decode_image`: only PNG, JPEG and
+WEBP, limits checked on the header before a pixel is decoded, decoder warnings are errors, metadata dropped,
+transparency laid on white. The EXIF orientation is applied first (a phone's photo is stored sideways), then dropped
+with the rest.
+
+To a size, `crop` fills the frame and cuts the rest off evenly, `pad` shows all of it on white, `stretch` changes the aspect.
+Resampling is Lanczos, as in diffusers' `VaeImageProcessor`.
+
+Left out on purpose: fetching URLs, other formats, animation, 16-bit output, colour profiles (dropped, not applied),
+saliency-aware cropping.
+"""
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+Fit = Literal["crop", "pad", "stretch"]
+Box = tuple[float, float, float, float]
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 40_000_000
+FORMATS = ("PNG", "JPEG", "WEBP")
+# Once for the process and for Pillow's own modules only: filters that are swapped around a call are shared by threads,
+# and pictures are decoded in several.
+warnings.filterwarnings("error", module=r"PIL\b")
+_WHITE = (255, 255, 255, 255)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what makes the picture upright."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_OTHER_FORMATS = {
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+    b"ftyp": "HEIC or AVIF",
+}
+_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
+
+
+class ImageError(ValueError):
+    """The bytes are not a picture this system reads. `status` is the HTTP status that says the same."""
+
+    status: ClassVar[int] = 400
+
+
+class UnreadableImage(ImageError):
+    """Truncated, corrupt, not base64, empty."""
+
+
+class ImageTooLarge(ImageError):
+    """More than `MAX_BYTES` of file or `MAX_PIXELS` of picture."""
+
+    status: ClassVar[int] = 413
+
+
+class UnsupportedImage(ImageError):
+    """Readable perhaps, but not a still 8-bit PNG, JPEG or WEBP."""
+
+    status: ClassVar[int] = 415
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode a still PNG, JPEG or WEBP file.
+
+    Returns: uint8 (H, W, 3), RGB, contiguous and writable; transparent pixels are composited on white.
+    Raises: ImageTooLarge, UnsupportedImage or UnreadableImage, all of them `ImageError`.
+    """
+    if not data:
+        raise UnreadableImage("the image is empty (0 bytes)")
+    if len(data) > MAX_BYTES:
+        raise ImageTooLarge(f"the image file has {len(data)} bytes; at most {MAX_BYTES} (32 MiB) are accepted")
+    _check_signature(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_header(image)
+            if image.format == "PNG":
+                _check_png_chunks(data)
+            image.load()
+            return _to_rgb(image)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageTooLarge(f"the image is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("the image header cannot be read; send a valid PNG, JPEG or WEBP file") from error
+    except Warning as error:
+        raise UnreadableImage(f"the image decoder warned, which is treated as corruption: {error}") from error
+    except Exception as error:  # whatever a decoder stumbles over, down to struct.error, is the file's fault
+        raise UnreadableImage(f"the image is corrupt or truncated: {error}") from error
+
+
+def decode_base64_image(text: str) -> np.ndarray:
+    """Decode base64 (a `data:image/…;base64,` prefix is allowed), then the picture. Errors: see `decode_image`."""
+    if text.startswith("data:"):
+        header, comma, text = text.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise UnreadableImage("a data URL must look like data:image/png;base64,…")
+    if len(text) > (MAX_BYTES + 2) // 3 * 4 + 1024:
+        raise ImageTooLarge(f"the base64 text stands for more than {MAX_BYTES} bytes (32 MiB)")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UnreadableImage(f"not base64: {error}") from error
+    return decode_image(data)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """A PNG file of a uint8 (H, W, 3) array, lossless."""
+    check_array(image)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def encode_base64(image: np.ndarray) -> str:
+    """`encode_png` as base64 text, the form in which the HTTP routes take pictures."""
+    return base64.b64encode(encode_png(image)).decode()
+
+
+def check_array(image: np.ndarray) -> None:
+    """Raise ValueError unless `image` is uint8 (H, W, 3) with H, W ≥ 1."""
+    if not isinstance(image, np.ndarray):  # ValueError on purpose: it is a caller's mistake like the next one
+        raise ValueError(f"an image must be a numpy array uint8 (H, W, 3), not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"an image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+
+
+def _check_signature(data: bytes) -> None:
+    if data.startswith((_PNG, b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return
+    for signature, name in _OTHER_FORMATS.items():
+        if data.startswith(signature) or (name == "HEIC or AVIF" and data[4:8] == signature):
+            raise UnsupportedImage(f"the image is a {name} file; send PNG, JPEG or WEBP")
+    raise UnreadableImage("the image is not a PNG, JPEG or WEBP file (by its first bytes)")
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Pillow stops reading once it has the pixels; this reads every chunk's checksum up to IEND."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.verify()
+
+
+def _check_header(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageTooLarge(f"the image has {image.width}×{image.height} = {pixels} pixels; at most {MAX_PIXELS}")
+    if getattr(image, "is_animated", False) or getattr(image, "n_frames", 1) > 1:
+        raise UnsupportedImage(
+            f"the image is animated ({getattr(image, 'n_frames', '?')} frames); send a still picture"
+        )
+    # Pillow calls a 16-bit RGB file "RGB" and drops the lower byte: only what it unpacks says so.
+    if image.mode not in _EIGHT_BIT or any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        raise UnsupportedImage(f"the image has more than 8 bits per channel (mode {image.mode}); send 8")
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    # Not ImageOps.exif_transpose, which also writes the EXIF anew and fails over tags that have nothing to do with it.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    still = image if turn is None else image.transpose(turn)
+    if "A" in still.getbands() or "a" in still.getbands() or "transparency" in still.info:
+        rgba = still.convert("RGBA")
+        still = Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba)
+    return np.array(still.convert("RGB"), dtype=np.uint8)
+
+
+# --- to a size ---------------------------------------------------------------------------------------------------------
+
+
+def load_image(path: str | Path, height: int, width: int, fit: Fit) -> np.ndarray:
+    """uint8 (H, W, 3) of a picture file. Raises: OSError, ImageError."""
+    return fit_image(decode_image(Path(path).read_bytes()), height, width, fit)
+
+
+CENTRE = (0.5, 0.5)
+
+
+def fit_image(image: np.ndarray, height: int, width: int, fit: Fit, crop: tuple[float, float] = CENTRE) -> np.ndarray:
+    """uint8 (H, W, 3) of a uint8 picture of any size; one that has the size already is returned unchanged.
+
+    `crop`: where a "crop" lies in what it may cut off, (down, across), each 0 … 1.
+    """
+    check_array(image)
+    if image.shape[:2] == (height, width):
+        return image
+    picture = Image.fromarray(image)
+    if fit == "stretch":
+        return _resize(picture, width, height)
+    scale = (max if fit == "crop" else min)(width / picture.width, height / picture.height)
+    if fit == "crop":
+        w, h = width / scale, height / scale
+        top, left = (picture.height - h) * crop[0], (picture.width - w) * crop[1]
+        box = (max(left, 0.0), max(top, 0.0), min(left + w, picture.width), min(top + h, picture.height))
+        return _resize(picture, width, height, box)
+    if fit == "pad":
+        w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        top, left = (height - h) // 2, (width - w) // 2
+        canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+        canvas[top : top + h, left : left + w] = _resize(picture, w, h)
+        return canvas
+    raise ValueError(f"data.fit = {fit!r}; use crop, pad or stretch")
+
+
+def _resize(picture: Image.Image, width: int, height: int, box: Box | None = None) -> np.ndarray:
+    return np.array(picture.resize((width, height), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)

@@ -1,0 +1,80 @@
+"""An evaluation's folder: one writer at a time, and no pictures of another evaluation.
+
+    <out>/  painting.json  lock  pictures/        from the start
+            config.toml                           the recipe of the last start
+            index.html  results.json              at the end; results.json comes last and means: finished
+
+painting.json holds everything that decides the pixels, weights and prompts by their fingerprints. Who judges is not part
+of it: an evaluation that stopped over a judge goes on with another one. Left out: extending a finished evaluation.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.rewards.protocols import fingerprint
+from rlhf.runs.folder import write_durably
+from rlhf.types import Prompt
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError where `out` is finished or holds something else than an evaluation."""
+    if (out / "results.json").exists():
+        raise ValueError(f"out = {str(out)!r} holds a finished evaluation, which is never overwritten; choose another")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {str(out)!r} is a file; give a folder")
+    if out.exists() and not (out / "painting.json").exists() and {path.name for path in out.iterdir()} - {"lock"}:
+        raise ValueError(f"out = {str(out)!r} is not empty and holds no evaluation; choose another folder")
+
+
+def painting(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What decides the pixels of every picture, by dotted key."""
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        row = [prompt.image_id, prompt.instruction, prompt.source_key, prompt.height, prompt.width]
+        digest.update(json.dumps(row).encode())
+    tables = {"model": config.model, "tuned": config.tuned, "sampling": config.sampling}
+    keys = {f"{name}.{key}": value for name, table in tables.items() for key, value in table.model_dump().items()}
+    return keys | {
+        "seed": config.seed,
+        "data.fit": config.data.fit,
+        "the weights at model.path": fingerprint(Path(config.model.path)),
+        "the weights at model.denoiser": fingerprint(Path(config.model.denoiser)) if config.model.denoiser else None,
+        "the tuned weights": fingerprint(Path(str(config.tuned.denoiser or config.tuned.lora))),
+        "the prompts": digest.hexdigest(),
+    }
+
+
+@contextmanager
+def claim(config: EvaluateConfig, prompts: Sequence[Prompt], recipe: str) -> Iterator[Path]:
+    """Make `out`, or go on in it, with `recipe` as its config.toml; others are kept out meanwhile.
+
+    Raises ValueError where it is finished, in use, or begun with something else (naming what).
+    """
+    out, ours = Path(config.out), painting(config, prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"out = {config.out!r} is in use by another evaluation that runs now") from error
+        check_out(out)
+        begun = out / "painting.json"
+        if begun.exists():
+            theirs = json.loads(begun.read_text())
+            other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            if other:
+                raise ValueError(
+                    f"out = {config.out!r} was begun with other values of {', '.join(other)}; choose another folder, or "
+                    "remove that one"
+                )
+        write_durably(begun, json.dumps(ours, indent=1))
+        (out / "pictures").mkdir(exist_ok=True)
+        (out / "config.toml").write_text(recipe, encoding="utf-8")
+        yield out

@@ -1,0 +1,211 @@
+"""The page of an evaluation: one HTML file beside its pictures, without scripts or anything from the network.
+
+The template escapes everything that it is given; nothing is marked as safe. Left out: sorting by clicks. The rows stay in
+the order of the prompts, and links lead to each judge's largest wins and losses.
+"""
+
+from collections.abc import Sequence
+
+from jinja2 import Environment, StrictUndefined
+
+from rlhf.evaluation.duels import Duel, Estimate, Evaluation, JudgeResult
+
+EXTREMES = 5
+"""Links per judge to the largest wins and as many to the largest losses."""
+
+
+def page(evaluation: Evaluation) -> str:
+    """The HTML of index.html; pictures are linked as they lie in the evaluation's folder."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "signed": signed, "percent": percent, "interval": interval}
+    template = environment.from_string(TEMPLATE)
+    names = list(evaluation.judges)
+    return template.render(
+        evaluation=evaluation,
+        prompts=len({duel.prompt for duel in evaluation.duels}),
+        verdict=verdict,
+        winner=winner,
+        extremes={name: extremes(evaluation.duels, name) for name in names},
+    )
+
+
+def number(value: float) -> str:
+    """A score, with four digits that count."""
+    return f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return f"{value:+.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def interval(estimate: Estimate, form: str) -> str:
+    """[low, high] of an estimate, each as the filter of that name writes it; of a single prompt there is none."""
+    if estimate.low is None or estimate.high is None:
+        return "no interval: one prompt"
+    write = {"signed": signed, "percent": percent}[form]
+    return f"[{write(estimate.low)}, {write(estimate.high)}]"
+
+
+def verdict(result: JudgeResult) -> str:
+    """What the interval of the win rate says."""
+    low, high = result.win_rate.low, result.win_rate.high
+    if low is not None and low > 0.5:
+        return "tuned is preferred"
+    if high is not None and high < 0.5:
+        return "base is preferred"
+    return "not decided"
+
+
+def winner(duel: Duel, judge: str) -> str:
+    """base, tuned, tie, or nothing where a score is missing."""
+    difference = duel.difference(judge)
+    if difference is None:
+        return ""
+    return "tuned" if difference > 0 else "base" if difference < 0 else "tie"
+
+
+def extremes(duels: Sequence[Duel], judge: str) -> dict[str, list[tuple[Duel, float]]]:
+    """The largest wins and the largest losses with their differences, the largest first."""
+    scored = [(duel, difference) for duel in duels if (difference := duel.difference(judge)) is not None]
+    wins = sorted((pair for pair in scored if pair[1] > 0), key=lambda pair: -pair[1])
+    losses = sorted((pair for pair in scored if pair[1] < 0), key=lambda pair: pair[1])
+    return {"largest wins": wins[:EXTREMES], "largest losses": losses[:EXTREMES]}
+
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Base against tuned</title>
+<style>
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2129; background: #fff; max-width: 76rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; margin: .5rem 0; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p, li { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
+small, .quiet { color: #5c6470; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .4rem 1.2rem .4rem 0; border-bottom: 1px solid #e3e6ea; }
+th { font-weight: 600; white-space: nowrap; }
+td small { display: block; white-space: nowrap; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; margin: 0; }
+dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+section { border-top: 1px solid #e3e6ea; padding: 1rem 0; scroll-margin-top: .5rem; }
+section:target { background: #f4f8ff; }
+section > p { margin: 0 0 .5rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem; max-width: 60rem; }
+figure { margin: 0; }
+figcaption { font-weight: 600; }
+img { width: 100%; height: auto; display: block; background: #eef0f3; }
+.won { font-weight: 700; color: #14713d; }
+a { color: #1a56c4; }
+</style>
+</head>
+<body>
+<h1>Base against tuned</h1>
+<p>{{ evaluation.duels | length }} pairs of pictures for {{ prompts }} prompts, both of each pair from the same noise;
+{{ evaluation.steps }} steps, seed {{ evaluation.seed }}.<br>
+<span class="quiet">base: {{ evaluation.model }}<br>tuned: {{ evaluation.tuned }}</span></p>
+
+<div class="scroll"><table>
+<tr><th>judge</th><th>win rate of tuned</th><th></th><th>mean base</th><th>mean tuned</th><th>mean difference</th>
+<th>pairs</th><th>won / tied / lost</th></tr>
+{% for name, result in evaluation.judges.items() %}
+<tr><td><b>{{ name }}</b></td>
+<td>{{ result.win_rate.value | percent }}<small>{{ result.win_rate | interval("percent") }}</small></td>
+<td>{{ verdict(result) }}</td>
+<td>{{ result.base | number }}</td><td>{{ result.tuned | number }}</td>
+<td>{{ result.difference.value | signed }}<small>{{ result.difference | interval("signed") }}</small></td>
+<td>{{ result.pairs }} of {{ result.prompts }} prompts
+{% if result.left_out %}<small>{{ result.left_out }} left out: not scored</small>{% endif %}</td>
+<td>{{ result.wins }} / {{ result.ties }} / {{ result.losses }}</td></tr>
+{% endfor %}
+</table></div>
+<p><small>Win rate: the share of pairs in which tuned scored higher, a tie counting half; 50 % means no difference.
+In brackets: 95 % intervals (percentile bootstrap over prompts). “Not decided”: the interval holds 50 %. Where every prompt
+says the same, the interval has no width; it then only says that these prompts agree.</small></p>
+
+{% if evaluation.source %}
+<h2>How much of the source was kept</h2>
+<div class="scroll"><table>
+<tr><th></th><th>mean base</th><th>mean tuned</th><th>mean difference</th><th>pairs</th></tr>
+<tr><td><b>source distance</b></td>
+<td>{{ evaluation.source.base | number }}</td><td>{{ evaluation.source.tuned | number }}</td>
+<td>{{ evaluation.source.difference.value | signed }}<small>{{ evaluation.source.difference | interval("signed") }}</small></td>
+<td>{{ evaluation.source.pairs }} of {{ evaluation.source.prompts }} prompts</td></tr>
+</table></div>
+<p><small>Source distance: how far the edit is from its source, as the mean of |edit − source| / 255 over the half of the
+pixels that changed least, so mostly outside of what was to change. 0: that half is untouched. Lower keeps more; a
+difference below 0 means that tuned keeps more than base.</small></p>
+{% endif %}
+
+{% for name, groups in extremes.items() %}
+{% for title, found in groups.items() if found %}
+<p>{{ name }}, {{ title }}:
+{% for duel, difference in found %}
+<a href="#p{{ duel.prompt }}-{{ duel.variant }}">{{ duel.image_id }} ({{ difference | signed }})</a>
+{% endfor %}</p>
+{% endfor %}
+{% endfor %}
+
+{% if evaluation.failed %}
+<details><summary>{{ evaluation.failed | length }} scores are missing: a judge failed</summary><ul>
+{% for score in evaluation.failed %}
+<li>{{ score.judge }}, <a href="{{ score.file }}">{{ score.file }}</a>: {{ score.reason }}</li>
+{% endfor %}
+</ul></details>
+{% endif %}
+{% if evaluation.left_out %}
+<details><summary>{{ evaluation.left_out | length }} problems of the prompt file were left out</summary><ul>
+{% for problem in evaluation.left_out %}
+<li>{{ problem }}</li>
+{% endfor %}
+</ul></details>
+{% endif %}
+
+<h2>Pictures</h2>
+{% for duel in evaluation.duels %}
+<section id="p{{ duel.prompt }}-{{ duel.variant }}">
+<p>{{ duel.instruction or "(empty instruction)" }} <small>{{ duel.image_id }}, picture {{ duel.variant + 1 }}</small></p>
+<div class="row">
+{% if duel.source %}
+<figure><a href="{{ duel.source }}"><img src="{{ duel.source }}" alt="source" loading="lazy"
+width="{{ duel.width }}" height="{{ duel.height }}"></a><figcaption>source</figcaption></figure>
+{% endif %}
+{% for side, picture in (("base", duel.base), ("tuned", duel.tuned)) %}
+<figure><a href="{{ picture.file }}"><img src="{{ picture.file }}" alt="{{ side }}" loading="lazy"
+width="{{ duel.width }}" height="{{ duel.height }}"></a>
+<figcaption>{{ side }}</figcaption>
+<dl>
+{% for name in evaluation.judges %}
+<dt>{{ name }}</dt>
+{% if name not in picture.scores %}
+<dd>failed</dd>
+{% elif winner(duel, name) == side %}
+<dd class="won">{{ picture.scores[name] | number }} ✓</dd>
+{% else %}
+<dd>{{ picture.scores[name] | number }}{{ " =" if winner(duel, name) == "tie" }}</dd>
+{% endif %}
+{% endfor %}
+{% if picture.source_distance is not none %}
+<dt class="quiet">source distance</dt><dd>{{ picture.source_distance | number }}</dd>
+{% endif %}
+</dl></figure>
+{% endfor %}
+</div>
+</section>
+{% endfor %}
+<p><small>✓ the higher score of the pair, = a tie. All numbers: <a href="results.json">results.json</a>; the recipe:
+<a href="config.toml">config.toml</a>.</small></p>
+</body>
+</html>
+"""

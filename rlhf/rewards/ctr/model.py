@@ -1,0 +1,269 @@
+"""Click-through-rate model: a picture and the product on it → the predicted share of views that click.
+
+The old script's architecture: item text through a BERT, picture through a ConvNeXtV2, each projected to width 256, the two
+tokens with modality embeddings through a small transformer, concatenated → one number. The backbones are whatever
+`AutoModel` loads, so the published Chinese-BERT-wwm-ext + ConvNeXtV2-Huge-22k-512 and a small pair trained from scratch
+on a CPU are one code path.
+
+With `filters` the network is wide and deep (Cheng et al. 2016, arXiv:1606.07792): beside the deep logit stands a linear
+one of the text's tokens and of mean and deviation of learned filters over the picture. A thousand rows teach that
+additive part at once, which the deep part needs far more rows to find; the small model has it, the old script's has not.
+
+A checkpoint is a folder: `config.json` (`CTRModelConfig`), `model.safetensors`, `tokenizer/`. The output goes through a
+sigmoid, so that it is a rate whatever the loss.
+
+Left out: training (`jobs.train_ctr`) and everything about products beyond the four text fields.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.data.media import check_array
+from rlhf.rewards.config import CTRJudgeConfig
+from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
+from rlhf.types import Item
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLICKED_WEIGHT = 10.0
+"""What a row that was clicked counts in the compound loss; one that was not counts 1."""
+
+
+class CTRModelConfig(BaseModel):
+    """Shape of a CTR model. `text` and `image` are transformers configs as dicts, with their `model_type`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: dict[str, Any]
+    image: dict[str, Any]
+    image_size: int = 512
+    max_tokens: int = 64
+    hidden: int = 512
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    dropout: float = 0.2
+    filters: int = 0
+    """Learned filters of the wide part; 0: none, as in the old script's model."""
+
+
+class CTRModel(nn.Module):
+    """pixels (B, 3, S, S), token ids and mask (B, L) → logits (B,) of the click rate."""
+
+    def __init__(self, config: CTRModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text = AutoModel.from_config(_backbone(config.text))
+        self.image = AutoModel.from_config(_backbone(config.image))
+        self.text_projection = self._projection(self.text.config.hidden_size)
+        self.wide = Wide(self.text.config.vocab_size, config.filters) if config.filters else None
+        self.image_projection = self._projection(self.image.config.hidden_sizes[-1] + 2 * config.filters)
+        self.modality = nn.Parameter(torch.randn(2, config.width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, config.dropout, activation="gelu", batch_first=True
+        )
+        self.fusion = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.head = nn.Sequential(
+            nn.Linear(2 * config.width, 128), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(128, 1)
+        )
+
+    def _projection(self, features: int) -> nn.Sequential:
+        hidden, width, dropout = self.config.hidden, self.config.width, self.config.dropout
+        return nn.Sequential(
+            nn.Linear(features, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, width),
+            nn.LayerNorm(width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        image = self.image(pixel_values=pixels).pooler_output.flatten(1)
+        wide: Tensor | float = 0.0
+        if self.wide is not None:
+            wide, statistics = self.wide(pixels, input_ids, attention_mask)
+            image = torch.cat([image, statistics], dim=1)
+        tokens = torch.stack([self.text_projection(text), self.image_projection(image)], dim=1) + self.modality
+        return self.head(self.fusion(tokens).flatten(1))[:, 0] + wide
+
+
+class Wide(nn.Module):
+    """The linear part: a weight per token, and one per statistic of learned filters.
+
+    No layer normalises here, so that brightness, colour and contrast come through, which the deep part's norms hide.
+    """
+
+    def __init__(self, vocabulary: int, filters: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, 1)
+        self.filters = nn.Conv2d(3, filters, kernel_size=3, stride=2)
+        self.statistics = nn.Linear(2 * filters, 1, bias=False)  # the deep head has the bias
+        nn.init.zeros_(self.words.weight)
+        nn.init.zeros_(self.statistics.weight)
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) to add to the logit, and (B, 2·filters) mean and deviation of each filter over the picture."""
+        variance, mean = torch.var_mean(self.filters(pixels).float(), dim=(2, 3), correction=0)
+        statistics = torch.cat([mean, (variance + 1e-4).sqrt()], dim=1).to(self.statistics.weight.dtype)
+        words = (self.words(input_ids)[..., 0] * attention_mask).sum(1)
+        return words + self.statistics(statistics)[:, 0], statistics
+
+
+class CTRReward:
+    """The `Reward` "ctr": predicted click rate in (0, 1). Needs an `Item` for every picture; prompts are not read."""
+
+    name = "ctr"
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_rows: int | None = None,
+    ) -> None:
+        """path: a folder written by `save`. batch_rows: see `HPSv2Reward`."""
+        self.device = device
+        self.dtype = dtype
+        self.batch_rows = batch_rows
+        model, self.tokenizer = load(Path(path))
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.version = f"{Path(path).name}@{fingerprint(Path(path))}"
+
+    @classmethod
+    def from_config(cls, name: str, judge: CTRJudgeConfig, device: str) -> Self:
+        """`judges.ctr` on `device`."""
+        return cls(
+            str(judge.path),
+            device=device,
+            dtype=getattr(torch, judge.dtype),
+            batch_rows=judge.max_batch_size if judge.pad_batches else None,
+        )
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
+        """Predicted click rate per picture; ValueError where an item is missing. See `Reward.score`."""
+        check_batch(images, prompts, items)
+        known = [item for item in items if item is not None]
+        if len(known) < len(items):
+            raise ValueError(f"the CTR reward needs an item for every picture; {len(items) - len(known)} have none")
+        rows = self.batch_rows or max(1, len(images))
+        scores: list[float] = []
+        for start in range(0, len(images), rows):
+            scores += self._score_rows(images[start : start + rows], known[start : start + rows])
+        return checked_scores(self.name, scores, len(images))
+
+    def _score_rows(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[float]:
+        config = self.model.config
+        pixels = torch.stack([transform(image, config.image_size) for image in images])
+        ids, mask = encode_items(self.tokenizer, items, config.max_tokens)
+        if self.batch_rows and len(images) < self.batch_rows:
+            short = self.batch_rows - len(images)
+            pixels, ids, mask = (torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) for x in (pixels, ids, mask))
+        logits = self.model(pixels.to(self.device, self.dtype), ids.to(self.device), mask.to(self.device))
+        return torch.sigmoid(logits.float())[: len(images)].tolist()
+
+
+def describe(item: Item) -> str:
+    """The old script's text of an item, which the text backbone reads."""
+    return f"菜品:{item.food_name} 类型:{item.food_type} 城市:{item.city_name} 店铺:{item.shop_name}"
+
+
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (B, max_tokens) int64: one length always, so that batches cannot differ."""
+    encoded = tokenizer(
+        [describe(item) for item in items],
+        padding="max_length",
+        truncation=True,
+        max_length=max_tokens,
+        return_tensors="pt",
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def transform(image: np.ndarray, size: int) -> Tensor:
+    """The old script's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
+    check_array(image)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    height, width = tensor.shape[1:]
+    scale = size / max(height, width)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    if (height, width) != tuple(tensor.shape[1:]):
+        tensor = resize(tensor, [height, width], InterpolationMode.BILINEAR, antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    tensor = F.pad(tensor, [left, size - width - left, top, size - height - top], value=1.0)
+    return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def compound_loss(predicted: Tensor, rate: Tensor) -> Tensor:
+    """The old script's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
+
+    w = CLICKED_WEIGHT where y > 0, else 1; Var is the population variance, so that it is defined for B = 1.
+    """
+    squares = weighted_squares(predicted, rate).mean()
+    spread = (predicted.var(unbiased=False) - rate.var(unbiased=False)).square()
+    log_p, log_q = F.log_softmax(predicted, dim=0), F.log_softmax(rate, dim=0)
+    divergence = (log_p.exp() * (log_p - log_q)).sum()
+    return squares + 0.1 * spread + 0.01 * divergence
+
+
+def weighted_squares(predicted: Tensor, rate: Tensor) -> Tensor:
+    """w(ŷ−y)² of each row (B,)."""
+    return torch.where(rate > 0, CLICKED_WEIGHT, 1.0) * (predicted - rate).square()
+
+
+def binomial_loss(logits: Tensor, rate: Tensor, impressions: Tensor, total: Tensor | float | None = None) -> Tensor:
+    """Negative log-likelihood per impression of clicks ~ Binomial(impressions, σ(logit)); rate = clicks/impressions.
+
+    A rate seen on 2,000 views counts a hundred times one seen on 20. All (B,); the binomial coefficient is constant.
+    `total`: impressions to divide by where these rows are a part of a larger batch; the parts then add up.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, rate, reduction="none")
+    return (impressions * entropy).sum() / (impressions.sum() if total is None else total)
+
+
+def save(folder: Path, model: CTRModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write a checkpoint folder that `load` reads; weights in fp32 on the CPU. Returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in _floating(model).items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def load(folder: Path) -> tuple[CTRModel, PreTrainedTokenizerBase]:
+    """A CTR model (fp32, CPU) and its tokenizer. Raises: FileNotFoundError or ValueError that name what is wrong."""
+    for name in ("config.json", "model.safetensors", "tokenizer"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} is no CTR checkpoint: {name} is missing; make one with jobs.train_ctr")
+    model = CTRModel(CTRModelConfig.model_validate(json.loads((folder / "config.json").read_text())))
+    missing, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    missing = [name for name in missing if name in _floating(model)]
+    if missing or unknown:
+        raise ValueError(f"{folder}/model.safetensors does not fit its config: missing {missing}, unknown {unknown}")
+    return model, AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def _floating(model: CTRModel) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def _backbone(config: Mapping[str, Any]) -> Any:
+    values = dict(config)
+    return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -1,0 +1,210 @@
+"""How good a click-rate model is on held-out rows: the figures of metrics.json and two plots beside it.
+
+A product is one `Item`: rows whose four text fields agree show the same product in different pictures. Rates are the
+observed ones, which carry the noise of finite impressions, so no figure can be perfect. Left out: confidence intervals,
+and everything about how the model came to be.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from rlhf.rewards.ctr.model import binomial_loss
+from rlhf.types import Item
+
+BINS = 10
+PAIR_DIFFERENCE = 0.03
+"""Two pictures of a product are compared where their rates differ by three points at least."""
+
+CALIBRATION_PLOT = "calibration.png"
+PREDICTED_PLOT = "predicted_vs_actual.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What the model says of N rows and what was observed; tensors are (N,)."""
+
+    logit: Tensor
+    rate: Tensor
+    """Observed click rate in [0, 1]."""
+    impressions: Tensor
+    """Views behind each rate; 0 where unknown."""
+    products: Sequence[Item]
+
+    @property
+    def predicted(self) -> Tensor:
+        """Predicted click rate in (0, 1), float64."""
+        return self.logit.double().sigmoid()
+
+    @property
+    def counted(self) -> bool:
+        """Whether the impressions of every row are known."""
+        return bool((self.impressions > 0).all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Rows in order of their prediction, in bins of equal count; tensors are (bins,), float64."""
+
+    predicted: Tensor
+    observed: Tensor
+    """Mean rates of a bin, weighted by impressions where all are known."""
+    weight: Tensor
+    """Impressions of a bin where all are known, else its rows."""
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean over the bins, by weight, of |predicted − observed|."""
+        return ((self.weight / self.weight.sum()) * (self.predicted - self.observed).abs()).sum().item()
+
+
+def calibration(predictions: Predictions, bins: int = BINS) -> Calibration:
+    """Reliability of the predictions. Bins differ by one row at most; fewer rows than bins: one row a bin."""
+    order = predictions.predicted.argsort(stable=True)
+    weight = predictions.impressions.double() if predictions.counted else torch.ones(len(order), dtype=torch.double)
+    parts = torch.tensor_split(order, min(bins, len(order)))
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.stack([(weight[part] * values[part]).sum() / weight[part].sum() for part in parts])
+
+    return Calibration(
+        predicted=mean(predictions.predicted),
+        observed=mean(predictions.rate.double()),
+        weight=torch.stack([weight[part].sum() for part in parts]),
+    )
+
+
+def metrics(predictions: Predictions) -> dict[str, float]:
+    """The figures of metrics.json; one that is not defined for these rows is left out.
+
+    correlation, rank_correlation: Pearson's, of rates and of ranks (ties share their mean rank). mae, mse: of rates.
+    calibration_error: see `calibration`. pair_accuracy: share of `pairs` in which the picture with the higher rate is
+    also predicted higher. binomial_loss: negative log-likelihood per impression, where impressions are known.
+    """
+    predicted, rate = predictions.predicted, predictions.rate.double()
+    accuracy, pairs = pair_accuracy(predicted, rate, predictions.products)
+    values = {
+        "rows": float(len(rate)),
+        "correlation": _correlation(predicted, rate),
+        "rank_correlation": _correlation(_ranks(predicted), _ranks(rate)),
+        "mae": (predicted - rate).abs().mean().item(),
+        "mse": (predicted - rate).square().mean().item(),
+        "calibration_error": calibration(predictions).error,
+        "pair_accuracy": accuracy,
+        "pairs": float(pairs),
+    }
+    if predictions.counted:
+        views = predictions.impressions.double()
+        values["binomial_loss"] = binomial_loss(predictions.logit.double(), rate, views).item()
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def pair_accuracy(
+    predicted: Tensor, rate: Tensor, products: Sequence[Item], difference: float = PAIR_DIFFERENCE
+) -> tuple[float, int]:
+    """(share of pairs in the right order, number of pairs) over any two rows of one product whose rates differ enough.
+
+    An equal prediction counts one half, as a coin would. No such pair: (nan, 0).
+    """
+    rows = defaultdict(list)
+    for index, product in enumerate(products):
+        rows[product].append(index)
+    pairs = torch.cat([torch.combinations(torch.tensor(group)) for group in rows.values()])
+    first, second = pairs.unbind(1)
+    actual = rate[first] - rate[second]
+    enough = actual.abs() >= difference - 1e-6  # in floats 0.32 − 0.29 is a little less than 0.03
+    guess = (predicted[first] - predicted[second])[enough] * actual[enough].sign()
+    right = (guess > 0).double() + 0.5 * (guess == 0).double()
+    return right.mean().item(), int(enough.sum())
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return math.nan
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, group, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[group]
+
+
+def write_plots(folder: Path, predictions: Predictions) -> None:
+    """`calibration.png` and `predicted_vs_actual.png` in `folder`. Needs no display."""
+    figures = metrics(predictions)
+    _calibration_plot(predictions).savefig(folder / CALIBRATION_PLOT)
+    _predicted_plot(predictions, figures).savefig(folder / PREDICTED_PLOT)
+
+
+def _calibration_plot(predictions: Predictions) -> Figure:
+    bins = calibration(predictions)
+    figure = Figure(figsize=(6, 7), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    predicted, observed = 100 * bins.predicted, 100 * bins.observed
+    error = None
+    if predictions.counted:
+        error = 196 * (bins.observed * (1 - bins.observed) / bins.weight).sqrt()
+    _identity(above, max(predicted.max().item(), observed.max().item()))
+    label = f"{len(predicted)} bins of equal count" + (", 95 % of binomial noise" if error is not None else "")
+    above.errorbar(predicted, observed, yerr=error, fmt="o-", color="tab:blue", capsize=3, lw=1.2, label=label)
+    above.set_ylabel("observed click rate (%)")
+    above.set_title(
+        f"Calibration on {len(predictions.rate)} held-out rows\nexpected calibration error "
+        f"{100 * bins.error:.2f} points" + (", weighted by impressions" if predictions.counted else "")
+    )
+    above.legend(loc="upper left")
+    count = bins.weight / 1000 if predictions.counted else bins.weight
+    below.vlines(predicted, 0, count, color="tab:blue", lw=6, alpha=0.6)
+    below.set_ylim(bottom=0)
+    below.yaxis.set_major_locator(MaxNLocator(4))
+    below.set_ylabel("impressions\n(thousands)" if predictions.counted else "rows")
+    below.set_xlabel("predicted click rate (%)")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _predicted_plot(predictions: Predictions, figures: dict[str, float]) -> Figure:
+    figure = Figure(figsize=(6.6, 6.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    predicted, rate = 100 * predictions.predicted, 100 * predictions.rate.double()
+    _identity(axes, max(predicted.max().item(), rate.max().item()))
+    if predictions.counted:
+        views = predictions.impressions.double()
+        points = axes.scatter(predicted, rate, c=views, norm=LogNorm(), s=18, alpha=0.75, cmap="viridis")
+        bar = figure.colorbar(points, ax=axes, label="impressions")
+        steps = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
+        bar.set_ticks([step for step in steps if views.min() <= step <= views.max()])
+        bar.minorticks_off()
+        bar.ax.yaxis.set_major_formatter("{x:,.0f}")
+    else:
+        axes.scatter(predicted, rate, color="tab:blue", s=18, alpha=0.6)
+    axes.set_xlabel("predicted click rate (%)")
+    axes.set_ylabel("observed click rate (%)")
+    title = f"Predicted and observed on {len(rate)} held-out rows\n"
+    if "correlation" in figures:
+        title += f"correlation {figures['correlation']:.3f}, "
+    title += f"mean absolute error {100 * figures['mae']:.2f} points"
+    if figures["pairs"]:
+        title += f"\n{100 * figures['pair_accuracy']:.1f} % of {figures['pairs']:.0f} within-product pairs in order"
+    axes.set_title(title)
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _identity(axes: Axes, top: float) -> None:
+    """The line of perfect predictions, over the same range on both axes."""
+    limit = 1.05 * top
+    axes.plot([0, limit], [0, limit], "--", color="gray", lw=1, label="perfect: observed = predicted")
+    axes.set_xlim(0, limit)
+    axes.set_ylim(0, limit)

@@ -1,0 +1,251 @@
+"""Trains a CTR model: pretrained backbones at the old script's learning rates, or the small pair from scratch.
+
+Rows → tokenizer and model → epochs of AdamW under a cosine → the weights of the epoch that was best on validation
+products → figures of held-out rows. A `Learner` is one rank of it; `fit` drives a learner, or a group of ranks behind the
+same two methods. A non-finite loss stops the run. Left out: resuming (minutes to hours, and the input is a CSV), sharded
+weights (the largest backbone fits one GPU).
+
+Ranks: each takes its share of every batch and DistributedDataParallel averages the gradients, so that the update is the
+one of a single rank: exactly for the binomial loss, which is divided by the impressions of the whole update, and for the
+squares of the compound loss. Its variance and KL terms are those of each rank's share of each batch. Batch norm sees whole
+batches on GPUs (SyncBatchNorm); on CPUs, where that does not exist, each rank normalises its share, and rank 0's running
+statistics are saved.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.rewards.ctr import report as ctr_report
+from rlhf.rewards.ctr.batches import Batch, Batches, Update
+from rlhf.rewards.ctr.build import create, parameter_groups
+from rlhf.rewards.ctr.clicks import Click, Rows
+from rlhf.rewards.ctr.config import CTRModelSection, CTRTrainConfig
+from rlhf.rewards.ctr.model import CTRModel, binomial_loss, compound_loss, save, weighted_squares
+from rlhf.rewards.ctr.report import Predictions
+from rlhf.shards import distributed
+from rlhf.types import seed_from
+
+_WARMUP = 0.05
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Epochs(Protocol):
+    """What `fit` drives."""
+
+    def epoch(self, index: int) -> dict[str, float]:
+        """Train one epoch. Returns `loss` and, where there are validation rows, `validation_loss`."""
+
+    def keep(self) -> None:
+        """Remember the weights as they are now: they are the best so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The best model on the CPU in eval mode, and what it says of the held-out rows (None: there are none)."""
+
+    model: CTRModel
+    tokenizer: PreTrainedTokenizerBase
+    predictions: Predictions | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return ctr_report.metrics(self.predictions) if self.predictions else {}
+
+    def write(self, folder: Path) -> None:
+        """The checkpoint and the plots."""
+        save(folder, self.model, self.tokenizer)
+        if self.predictions:
+            ctr_report.write_plots(folder, self.predictions)
+
+
+def fit(learner: Epochs, config: CTRTrainConfig, progress: Callable[[str], None]) -> dict[str, float]:
+    """Up to `config.epochs` epochs; stops after `config.patience` of them without a lower validation loss.
+
+    Returns train_loss and validation_loss of the best epoch, its number, and how many epochs and seconds it took.
+    """
+    started, best, last = monotonic(), {"validation_loss": math.inf}, {}
+    for epoch in range(1, config.epochs + 1):
+        last = learner.epoch(epoch - 1) | {"best_epoch": float(epoch)}
+        line = f"ctr epoch {epoch}/{config.epochs} loss {last['loss']:.5f}"
+        if "validation_loss" not in last:
+            progress(line)
+            continue
+        better = last["validation_loss"] < best["validation_loss"]
+        progress(f"{line} validation {last['validation_loss']:.5f}{' best' if better else ''}")
+        if better:
+            best = last
+            learner.keep()
+        elif epoch - best["best_epoch"] >= config.patience:
+            progress(
+                f"ctr stopped: no better epoch than {best['best_epoch']:.0f} in train.patience = {config.patience}"
+            )
+            break
+    best = last if "best_epoch" not in best else best
+    figures = {"train_loss": best["loss"], "best_epoch": best["best_epoch"], "epochs": float(epoch)}
+    if "validation_loss" in best:
+        figures["validation_loss"] = best["validation_loss"]
+    return figures | {"seconds": monotonic() - started}
+
+
+def train(
+    rows: Rows,
+    section: CTRModelSection,
+    config: CTRTrainConfig,
+    *,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[str], None] = print,
+) -> tuple[Trained, dict[str, float]]:
+    """One rank in this process: the trained model, and the figures of `fit` and of the held-out rows.
+
+    Raises: ValueError where `config.loss` needs impressions that the rows lack; RuntimeError for a non-finite loss.
+    """
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+        learner = Learner(rows, section, config, seed=seed, device=device)
+        figures = fit(learner, config, progress)
+        trained = learner.finish()
+    return trained, trained.metrics | figures
+
+
+class Learner:
+    """One rank of the training. Where `world` > 1 the process group of `rlhf.shards.distributed` must be up on all of them."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        section: CTRModelSection,
+        config: CTRTrainConfig,
+        *,
+        seed: int,
+        device: str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Seeds torch's generators: equal seeds give equal weights. Raises: ValueError, see `train`."""
+        self.binomial = uses_binomial(rows, config)
+        self.rows, self.config, self.seed, self.device, self.rank, self.world = rows, config, seed, device, rank, world
+        torch.manual_seed(seed)
+        self.model, self.tokenizer = create(rows.train, section)
+        self.model.to(device)
+        for name in config.freeze:
+            getattr(self.model, name).requires_grad_(False)
+        self.batches = Batches(self.tokenizer, self.model.config, config, device, rank, world)
+        self.parallel: nn.Module = self.model
+        if world > 1:
+            if device == "cuda":
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            # A backbone may have parameters that the model does not read, such as BERT's pooler.
+            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
+            torch.manual_seed(seed_from(seed, "dropout", rank))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, section, config), weight_decay=config.weight_decay
+        )
+        self.updates, self.steps = 0, config.epochs * self.batches.updates(len(rows.train))
+        self.scaler = torch.amp.GradScaler(device, enabled=config.mixed_precision == "fp16")
+        self._best: dict[str, Tensor] | None = None
+
+    def epoch(self, index: int) -> dict[str, float]:
+        """All updates of one epoch, then the validation loss. A collective where there are more ranks."""
+        self.parallel.train()
+        for name in self.config.freeze:
+            getattr(self.model, name).eval()
+        losses = [self.step(update) for update in self.batches.epoch(self.rows.train, seed_from(self.seed, index))]
+        values = {"loss": torch.tensor(losses).mean()}
+        if self.rows.validation:
+            values["validation_loss"] = self._validation_loss()
+        if self.world > 1:
+            found = distributed.mean_over_ranks(values, self.device)
+        else:
+            found = {name: value.item() for name, value in values.items()}
+        if not all(map(math.isfinite, found.values())):
+            raise RuntimeError(f"epoch {index + 1} of the CTR training gave {found}; lower train.learning_rate")
+        return found
+
+    def step(self, update: Update) -> float:
+        """One optimizer update. Returns the loss of which the mean over the ranks is the update's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * _factor(self.updates, self.steps)
+        total = 0.0
+        for index, batch in enumerate(update.batches, start=1):
+            last = index == update.count
+            with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
+                loss = self._loss(batch, update)
+                self.scaler.scale(loss).backward()
+            total += loss.item()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not norm.isfinite() and not self.scaler.is_enabled():  # the scaler skips such an update
+            raise RuntimeError("a gradient of the CTR model is not finite; lower train.learning_rate")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return total
+
+    def _loss(self, batch: Batch, update: Update) -> Tensor:
+        """This batch's part of the update's loss, times the ranks, over which gradients are averaged."""
+        precision = _PRECISIONS.get(self.config.mixed_precision)
+        with torch.autocast(self.device, precision, enabled=precision is not None):
+            logits = self.parallel(batch.pixels, batch.ids, batch.mask)
+        if self.binomial:
+            return binomial_loss(logits.float(), batch.rate, batch.impressions, update.impressions / self.world)
+        return compound_loss(logits.float().sigmoid(), batch.rate) / update.count
+
+    def _validation_loss(self) -> Tensor:
+        """The loss per row or impression, in shares of which the mean over the ranks is the whole.
+
+        Of the compound loss only the weighted squares, since its other terms depend on which rows are together.
+        """
+        said = self.predict(self.rows.validation[self.rank :: self.world])
+        if self.binomial:
+            views = sum(click.impressions or 0 for click in self.rows.validation)
+            return binomial_loss(said.logit, said.rate, said.impressions, views / self.world)
+        return weighted_squares(said.logit.sigmoid(), said.rate).sum() * self.world / len(self.rows.validation)
+
+    @torch.inference_mode()
+    def predict(self, clicks: Sequence[Click]) -> Predictions:
+        """What the model says of these rows, in fp32."""
+        self.model.eval()
+        logits = [self.model(batch.pixels, batch.ids, batch.mask).cpu() for batch in self.batches.ordered(clicks)]
+        return Predictions(
+            logit=torch.cat(logits) if logits else torch.zeros(0),
+            rate=torch.tensor([click.rate for click in clicks]),
+            impressions=torch.tensor([float(click.impressions or 0) for click in clicks]),
+            products=[click.item for click in clicks],
+        )
+
+    def keep(self) -> None:
+        """Rank 0 copies the weights to memory; they are the same on all ranks."""
+        if self.rank == 0:
+            self._best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def finish(self) -> Trained:
+        """The kept weights (else the last) and their predictions of the held-out rows. For rank 0 alone; no collective."""
+        if self._best is not None:
+            self.model.load_state_dict(self._best)
+        predictions = self.predict(self.rows.held_out) if self.rows.held_out else None
+        return Trained(model=self.model.eval().cpu(), tokenizer=self.tokenizer, predictions=predictions)
+
+
+def uses_binomial(rows: Rows, config: CTRTrainConfig) -> bool:
+    """What `train.loss` comes to. Raises: ValueError where it is "binomial" and impressions are missing."""
+    if config.loss == "binomial" and not rows.counted:
+        raise ValueError('train.loss = "binomial" needs the columns impressions and clicks in data.path')
+    return config.loss == "binomial" or (config.loss == "auto" and rows.counted)
+
+
+def _factor(step: int, steps: int) -> float:
+    warmup = max(1, int(steps * _WARMUP))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

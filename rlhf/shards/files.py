@@ -1,0 +1,125 @@
+"""Files of tensors that are spread by rows over ranks.
+
+A `Shard` is some rows of a named tensor. Because shards are contiguous rows, a safetensors file of the WHOLE tensors can be
+written by all ranks at once, each at its own byte offsets, and read back by any number of ranks: no gather, no pickle, no
+resharding step.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+SAFETENSORS_NAMES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Rows [start, start + len(rows)) of the tensor `name` of global `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    rows: Tensor
+
+    def renamed(self, name: str) -> "Shard":
+        return replace(self, name=name)
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as flat uint8, on the CPU."""
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+
+
+def write_sharded(
+    file: Path,
+    shards: Callable[[], Iterable[Shard]],
+    *,
+    rank: int,
+    barrier: Callable[[], None],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file from every rank's `shards()`; rank 0 lays it out, each rank fills in its own rows.
+
+    `shards` is called twice (shapes, then bytes) and should make its tensors one at a time: no more than one of them is in
+    memory beside what the rank holds already. The folder must be shared by all nodes.
+    """
+    offsets: dict[str, int] = {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for shard in shards():
+        row_bytes = shard.rows.element_size() * math.prod(shard.shape[1:])
+        size = shard.shape[0] * row_bytes
+        header[shard.name] = {
+            "dtype": SAFETENSORS_DTYPES[shard.rows.dtype],
+            "shape": list(shard.shape),
+            "data_offsets": [position, position + size],
+        }
+        offsets[shard.name] = position + shard.start * row_bytes
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if rank == 0:
+        with open(file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(8 + len(text) + position)
+    barrier()
+    with open(file, "r+b") as out:
+        for shard in shards():
+            if shard.rows.numel():
+                out.seek(8 + len(text) + offsets[shard.name])
+                out.write(as_bytes(shard.rows).data)
+        out.flush()
+        os.fsync(out.fileno())
+    barrier()
+
+
+class SafetensorsFolder:
+    """Rows of named tensors in one or many safetensors files (a file, or a folder of them).
+
+    In a folder, variants of the weights (model.fp16.safetensors, model.non_ema.safetensors) are passed over.
+    Rows are read with plain file reads: a memory map would keep every page that was touched in the reader's memory.
+    """
+
+    def __init__(self, path: Path):
+        files = [f for f in sorted(path.glob("*.safetensors")) if "." not in f.stem] if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise ValueError(f"no *.safetensors under {path}")
+        self.path = path
+        self._where: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
+        for file in files:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    if entry["dtype"] not in SAFETENSORS_NAMES:
+                        raise ValueError(
+                            f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}"
+                        )
+                    dtype = SAFETENSORS_NAMES[entry["dtype"]]
+                    self._where[name] = (file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def rows(self, name: str, start: int, stop: int, shape: Sequence[int]) -> Tensor:
+        """Rows [start, stop) of `name`. Raises ValueError when it is missing, of another shape, or cut off."""
+        if name not in self._where:
+            raise ValueError(f"{self.path} has no tensor {name!r}")
+        file, offset, dtype, saved = self._where[name]
+        if saved != list(shape):
+            raise ValueError(f"{file}: {name} has shape {saved}, the model wants {list(shape)}")
+        row = math.prod(shape[1:]) * dtype.itemsize
+        data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=offset + start * row)
+        if data.size != (stop - start) * row:
+            raise ValueError(f"{file} is cut off: {name} ends early")
+        return torch.from_numpy(data).view(dtype).view(stop - start, *shape[1:])

@@ -1,0 +1,309 @@
+"""The only trainer: one FSDP2 rank of it. Knows no data source, no reward and no model by name.
+
+Masters are fp32 and computed in the family's dtype (bf16, or fp16 under a loss scale), because at lr 1e-5 a bf16 AdamW
+step rounds away. No rank ever holds more than its shard plus one block: weights are read by rows, refreshed shard to shard,
+and written by rows. Left out: CPU offload, tensor parallelism.
+
+Shapes: B pairs, C latent channels, h w latents.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from rlhf.diffusion.objectives import Objective
+from rlhf.models import lora
+from rlhf.models.family import Family
+from rlhf.models.reference import FrozenCopy, SecondAdapter
+from rlhf.shards import distributed
+from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
+from rlhf.tables import TrainerConfig
+from rlhf.training import optimizers
+from rlhf.training.loss_scale import LossScale
+from rlhf.types import Condition, PairBatch
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class NonFiniteLoss(RuntimeError):
+    """Three steps in a row had a loss or gradient that was not finite, or weights to be saved are not."""
+
+
+class Trainer:
+    """`step / evaluate / refresh_reference / shards / save / restore / export` over one rank's shard of a denoiser."""
+
+    def __init__(self, *, family: Family, config: TrainerConfig, objective: Objective, mesh: DeviceMesh, seed: int):
+        self.family, self.config, self.objective, self.mesh, self.seed = family, config, objective, mesh, seed
+        self.rank, self.device = mesh.get_rank(), mesh.device_type
+        self.policy = self._load_policy()
+        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.reference = None
+        if objective.needs_reference:
+            self.reference = (
+                SecondAdapter(self.policy, family) if config.lora else FrozenCopy(self.policy, family, mesh)
+            )
+        self.ema: dict[str, Tensor] = {}
+        if config.ema_decay is not None:
+            self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
+        self.optimizer = optimizers.OPTIMIZERS[config.optimizer](self.trained.values(), config)
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        self._lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
+        self.loss_scale = LossScale() if family.dtype == torch.float16 else None
+        self.steps = 0
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+
+    # --- loading -------------------------------------------------------------------------------------------------------
+
+    def _load_policy(self) -> nn.Module:
+        """Meta device → shard → empty shards → fill each with its own rows of the checkpoint."""
+        family, config = self.family, self.config
+        denoiser = family.empty_denoiser(family.dtype if config.lora else torch.float32)
+        if config.lora:
+            lora.add_adapters(denoiser, config.lora, family.lora_targets, (lora.POLICY, lora.REFERENCE), torch.float32)
+        if list(denoiser.buffers()):
+            raise NotImplementedError("a denoiser with buffers: fill them here, since to_empty() leaves them undefined")
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        distributed.shard(denoiser, family.blocks, self.mesh, family.dtype).to_empty(device=self.device)
+        checkpoint = SafetensorsFolder(family.denoiser_path)
+        with torch.no_grad():
+            for name, parameter in denoiser.named_parameters():
+                rows = parameter.to_local()
+                start = distributed.first_row(parameter)
+                if lora.is_adapter(name):
+                    rows.copy_(lora.initial(name, parameter.shape, self.seed)[start : start + len(rows)])
+                elif len(rows):
+                    rows.copy_(checkpoint.rows(lora.base_name(name), start, start + len(rows), parameter.shape))
+        return denoiser
+
+    # --- training ------------------------------------------------------------------------------------------------------
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The policy's prediction (B, C, h, w), fp32. A collective: every rank must call it."""
+        return self.family.predict(self.policy, x_t, t, condition)
+
+    def predict_reference(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The reference's prediction (B, C, h, w), fp32. A collective."""
+        assert self.reference is not None, "this objective keeps no reference"
+        return self.reference.predict(x_t, t, condition)
+
+    def step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+        """One optimizer update from this rank's micro-batches (the same number on every rank); scalars over all ranks.
+
+        Scalars that are not finite are left out of the answer.
+
+        A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`. In fp16 a
+        non-finite gradient under a finite loss is the loss scale finding its level: it is none of the three while the scale
+        is at least 1.
+        """
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        sums = self._mean(micro_batches, backward=lambda loss: (loss * scale).backward())
+        if self.loss_scale:
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        metrics = distributed.mean_over_ranks(sums | {"grad_norm": norm}, self.device)
+        finite_loss, finite_gradient = math.isfinite(metrics["loss"]), math.isfinite(metrics["grad_norm"])
+        if self.loss_scale:
+            self.loss_scale.update(good=finite_gradient)
+        lr = self.config.scaled_learning_rate * self._lr_factor(self.steps)
+        if finite_loss and finite_gradient:
+            self._update(lr)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            if not (finite_loss and self.loss_scale and self.loss_scale.value >= 1):
+                self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == 3:
+                raise NonFiniteLoss(f"three steps in a row up to step {self.steps} were not finite; last: {metrics}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return (
+            _finite(metrics)
+            | {"lr": lr, "skipped": float(self.skipped)}
+            | ({"loss_scale": scale} if self.loss_scale else {})
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+        """The objective's loss and scalars, as `step` gives them, without a gradient and without changing any state.
+
+        The same number of micro-batches on every rank. A collective.
+        """
+        return _finite(distributed.mean_over_ranks(self._mean(micro_batches), self.device))
+
+    def _mean(
+        self, micro_batches: Sequence[PairBatch], backward: Callable[[Tensor], None] = lambda loss: None
+    ) -> dict[str, Tensor]:
+        """Loss and scalars averaged over this rank's micro-batches; `backward` is given each one's share of the loss."""
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            loss, scalars = self.objective(self.predict, self.predict_reference, self.family.process, batch)
+            backward(loss / len(micro_batches))
+            for name, value in {"loss": loss, **scalars}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
+        return sums
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, average in self.ema.items():
+            assert self.config.ema_decay is not None
+            average.lerp_(self.trained[name].to_local(), 1 - self.config.ema_decay)
+
+    def refresh_reference(self) -> None:
+        """Copy the policy into the reference, shard to shard."""
+        assert self.reference is not None, "this objective keeps no reference"
+        self.reference.refresh()
+
+    # --- publishing and files ------------------------------------------------------------------------------------------
+
+    def shards(self, which: str = "policy", dtype: torch.dtype | None = None) -> Iterator[Shard]:
+        """This rank's rows of the trained weights (`policy` or `ema`), one tensor at a time; `dtype` None: the compute dtype."""
+        for name, parameter in self.trained.items():
+            local = self.ema[name] if which == "ema" else parameter.to_local().detach()
+            yield self._shard(name, parameter, local.to(dtype or self.family.dtype))
+
+    def _shard(self, name: str, parameter: DTensor, rows: Tensor) -> Shard:
+        return Shard(name=name, shape=tuple(parameter.shape), start=distributed.first_row(parameter), rows=rows)
+
+    def export(self, folder: Path, which: str = "policy", dtype: torch.dtype = torch.float32) -> None:
+        """Write loadable weights into `folder`: a diffusers denoiser, or a LoRA file in a LoRA run. A collective."""
+        self._refuse_non_finite()
+        folder.mkdir(parents=True, exist_ok=True)
+        family, config = self.family, self.config
+        if config.lora:
+            metadata = lora.file_metadata(config.lora, family.lora_targets, family.lora_prefix)
+            self._write(
+                folder / LORA_FILE,
+                lambda: (s.renamed(lora.file_key(s.name, family.lora_prefix)) for s in self.shards(which, dtype)),
+                metadata,
+            )
+            return
+        if self.rank == 0:  # the original config, not save_pretrained's: FSDP's class name would end up in it
+            shutil.copyfile(family.denoiser_path / "config.json", folder / "config.json")
+        self._write(folder / WEIGHTS_FILE, lambda: self.shards(which, dtype))
+
+    def _refuse_non_finite(self) -> None:
+        """Raise NonFiniteLoss rather than commit weights that no resume could mend."""
+        for name, parameter in self.trained.items():
+            if not parameter.to_local().isfinite().all():
+                raise NonFiniteLoss(f"{name} is not finite after step {self.steps}: nothing is saved")
+
+    def _write(self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: dict[str, str] | None = None) -> None:
+        write_sharded(file, shards, rank=self.rank, barrier=distributed.barrier, metadata=metadata)
+
+    def _state(self) -> dict[str, list[tuple[str, DTensor, Tensor]]]:
+        """Everything that a resumed run needs, by file: (name, its DTensor, this rank's rows)."""
+        files = {"policy": [(name, p, p.to_local().detach()) for name, p in self.trained.items()]}
+        if self.reference is not None:
+            files["reference"] = [(name, p, p.to_local().detach()) for name, p in self.reference.parameters()]
+        if self.ema:
+            files["ema"] = [(name, self.trained[name], rows) for name, rows in self.ema.items()]
+        for file, values in optimizers.state_by_rows(self.optimizer, self.trained).items():
+            files[file] = [(name, value, value.to_local()) for name, value in values]
+        return files
+
+    def save(self, folder: Path) -> None:
+        """Write the exact training state into `folder`. A collective.
+
+        Whole tensors by rows, for any number of ranks. What an optimizer keeps per rank (adamw_8bit, whose scales belong to
+        blocks of a rank's values) goes into a file per rank and fits this number of ranks only.
+        """
+        self._refuse_non_finite()
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, entries in self._state().items():
+            self._write(folder / f"{file}.safetensors", lambda: (self._shard(*entry) for entry in entries))  # noqa: B023
+        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+        if per_rank:
+            save_file(per_rank, self._rank_file(folder))
+            with open(self._rank_file(folder), "rb") as written:
+                os.fsync(written.fileno())
+        if self.rank == 0:
+            counters = {
+                "steps": self.steps,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "loss_scale": self.loss_scale.state() if self.loss_scale else None,
+                "optimizer": self.config.optimizer,
+                "without_state": [name for name, p in self.trained.items() if p not in self.optimizer.state],
+                "optimizer_ranks": self.mesh.size() if per_rank else None,
+            }
+            (folder / "trainer.json").write_text(json.dumps(counters))
+        distributed.barrier()
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote, on any number of ranks, or on the same number where the optimizer's state is per rank.
+
+        Raises ValueError on a missing or odd tensor, another optimizer, or the wrong number of ranks.
+        """
+        counters = json.loads((folder / "trainer.json").read_text())
+        self._refuse_foreign(counters, folder)
+        self.steps, self.skipped = counters["steps"], counters["skipped"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]
+        if self.loss_scale:
+            self.loss_scale = LossScale(**counters["loss_scale"])
+        if self.steps > self.skipped:
+            never_had = set(counters["without_state"])  # parameters that no gradient reaches
+            having = [p for name, p in self.trained.items() if name not in never_had]
+            optimizers.make_state(self.optimizer, having, updates=self.steps - self.skipped)
+        for file, entries in self._state().items():
+            saved = SafetensorsFolder(folder / f"{file}.safetensors")
+            for name, tensor, rows in entries:
+                if len(rows):
+                    start = distributed.first_row(tensor)
+                    rows.copy_(saved.rows(name, start, start + len(rows), tensor.shape))
+        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+        if per_rank:
+            found = load_file(self._rank_file(folder))
+            for name, value in per_rank.items():
+                if name not in found or found[name].shape != value.shape:
+                    raise ValueError(f"{self._rank_file(folder)} has no tensor {name!r} of shape {tuple(value.shape)}")
+                value.copy_(found[name])
+
+    def _rank_file(self, folder: Path) -> Path:
+        return folder / f"optimizer_of_rank{self.rank}.safetensors"
+
+    def _refuse_foreign(self, counters: dict, folder: Path) -> None:
+        mine, saved = self.config.optimizer, counters["optimizer"]
+        if mine != saved:
+            raise ValueError(
+                f'{folder} holds the state of trainer.optimizer = "{saved}", not of "{mine}": set it back to "{saved}"'
+            )
+        ranks = counters["optimizer_ranks"] or self.mesh.size()
+        if ranks != self.mesh.size():
+            raise ValueError(
+                f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {self.mesh.size()}: resume with "
+                f'trainer.ranks = {ranks}, or start a new run from an export (the states of "adamw" and "adafactor" fit any '
+                "number of ranks)"
+            )
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

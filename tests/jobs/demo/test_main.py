@@ -1,0 +1,41 @@
+"""`make demo`'s command in an empty folder: every part at work, every output there, nothing left running."""
+
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from rlhf.data.audit import read_pairs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
+    before = {process.pid for process in psutil.process_iter()}
+    command = [sys.executable, "-m", "jobs.demo", "--dir", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=840, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "demo finished" in done.stdout and "100% unknown: " in done.stdout
+    run = tmp_path / "demo" / "runs" / "demo" / "v0"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "train/lr" in row]
+    assert len(steps) == 8
+    assert any(row["filter/pass_rate"] < 1 for row in steps), "the filter passed everything"
+    assert all(row["filter/pass_rate"] > 0 for row in steps)
+    assert {"reward/hps", "reward/ctr", "time/publish", "idle/samplers"} <= steps[-1].keys()
+    assert len(read_pairs(run / "pairs")) == 8 * 8
+    assert {path.name for path in (run / "final").iterdir()} == {"transformer", "ema_transformer"}
+    assert (run / "samples" / "step_000008.png").stat().st_size > 10_000
+    # `cmdline` is None of a process that ends meanwhile, or that waits for its parent to collect it.
+    running = psutil.process_iter(["pid", "cmdline"])
+    left = [p for p in running if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert not left
+
+
+def test_dry_run_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "jobs.demo", "--dir", str(tmp_path / "demo"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "to build in" in done.stdout and "qwen3-vl" in done.stdout
+    assert not (tmp_path / "demo").exists()

@@ -1,0 +1,147 @@
+"""Checking pairs: what is wrong is said with file, row, field and remedy; what is right is found again by its index."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlhf.data.examples import check_block, gather, pictures_of, read_index, write_index
+from rlhf.data.pair_files import blocks_of, read_block
+from tests.rlhf.data.pair_tables import png, row, write_jsonl, write_parquet
+
+BROKEN = {
+    "undecodable bytes": ({"jpg_0": b"no picture"}, "jpg_0", "is unreadable"),
+    "truncated picture": ({"jpg_1": png(3)[:200]}, "jpg_1", "is unreadable"),
+    "missing picture": ({"jpg_1": None}, "jpg_1", "is missing"),
+    "missing label": ({"label_0": None}, "label_0", "is missing"),
+    "label that is no number": ({"label_0": float("nan")}, "label_0", "is missing"),
+    "odd label": ({"label_0": 0.7}, "label_0", "is 0.7"),
+    "empty caption": ({"caption": "  "}, "caption", "is empty"),
+    "missing caption": ({"caption": None}, "caption", "is missing"),
+}
+
+
+def check(file, **needs):
+    needs = {"needs_source": False, "items": None, **needs}
+    blocks = blocks_of(file)
+    return gather(blocks, [check_block(i, b, **needs) for i, b in enumerate(blocks)])
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_row_is_reported_with_its_number_and_field_and_the_others_are_kept(tmp_path, fault):
+    changes, field, what = BROKEN[fault]
+    rows = [row(seed) for seed in range(9)]
+    rows[6] = row(6) | changes
+    file = write_parquet(tmp_path / "pairs.parquet", rows)
+    index, problems = check(file)
+    [problem] = problems
+    assert (problem.file, problem.line, problem.field) == (str(file), 7, field)
+    assert problem.what.startswith(what) and problem.remedy
+    assert f"{file} row 7: {field}: {what}" in str(problem)
+    assert index.table["number"].to_pylist() == [1, 2, 3, 4, 5, 6, 8, 9]
+
+
+def test_labels_say_which_picture_won_and_ties_are_no_pairs(tmp_path):
+    file = write_parquet(tmp_path / "pairs.parquet", [row(i, label) for i, label in enumerate((1, 0, 0.5, 0, 0.5))])
+    index, problems = check(file)
+    assert not problems and index.ties == 2
+    assert index.table["winner"].to_pylist() == [0, 1, 1]
+    assert index.block_sizes().tolist() == [3, 0]
+
+
+def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tmp_path):
+    rows = [row(seed) for seed in range(6)]
+    file = write_parquet(tmp_path / "pairs.parquet", rows)
+    index, _ = check(file)
+    write_index(tmp_path / "index.arrow", index)
+    again = read_index(tmp_path / "index.arrow")
+    assert again.blocks == index.blocks and again.table.equals(index.table) and len(again) == 6
+    pair = again[5]
+    assert pictures_of(pair, again.blocks[pair.block], read_block) == [rows[5]["jpg_0"], rows[5]["jpg_1"]]
+    assert again.captions() == ["a dish 0", "a dish 1", "a dish 2"]
+    write_parquet(file, [row(seed + 50) for seed in range(6)])
+    with pytest.raises(ValueError, match="row 6 changed since it was checked"):
+        pictures_of(pair, again.blocks[pair.block], read_block)
+
+
+def test_relabelling_changes_the_winners_alone(tmp_path):
+    index, _ = check(write_parquet(tmp_path / "pairs.parquet", [row(seed) for seed in range(3)]))
+    other = index.relabelled(np.array([1, 0, 1], dtype=np.int8), np.array([True, True, True]))
+    assert other.table["winner"].to_pylist() == [1, 0, 1] and index.table["winner"].to_pylist() == [0, 0, 0]
+    assert other.table.drop_columns("winner").equals(index.table.drop_columns("winner"))
+    fewer = index.relabelled(np.array([1, 0, 1], dtype=np.int8), np.array([True, False, True]))
+    assert fewer.table["number"].to_pylist() == [1, 3] and fewer.block_sizes().tolist() == [2]
+    assert len({index.digest(), other.digest(), fewer.digest()}) == 3
+
+
+def test_ids_and_captions_that_are_no_text_are_told_and_not_raised(tmp_path):
+    file = write_jsonl(tmp_path, 3)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["image_id"], lines[1]["prompt"], lines[2]["image_id"] = 10001, "half \ud83d", ["a"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    _, problems = check(file, items={"0": None})
+    assert [(problem.line, problem.field) for problem in problems] == [
+        (1, "image_id"),
+        (2, "prompt"),
+        (2, "image_id"),
+        (3, "image_id"),
+    ]
+
+
+def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_path):
+    file = write_jsonl(tmp_path, 3, source=True)
+    index, problems = check(file, needs_source=True)
+    assert not problems and index[2].source == str(tmp_path / "pictures/2_s.png") and index[2].winner == 0
+    assert index[2].path_1 == str(tmp_path / "pictures/2_l.png")
+    files = [tmp_path / f"pictures/2_{side}.png" for side in "wls"]
+    assert pictures_of(index[2], index.blocks[0], read_block) == [file.read_bytes() for file in files]
+    source = files[2].read_bytes()
+    files[2].write_bytes(png(99))
+    with pytest.raises(ValueError, match="row 3 changed since it was checked"):
+        pictures_of(index[2], index.blocks[0], read_block)
+    files[2].write_bytes(source)
+    good = {"prompt": "x", "winner": "pictures/0_w.png", "loser": "pictures/0_l.png", "source": "pictures/0_s.png"}
+    bad = [
+        good | {"loser": "pictures/none.png"},
+        good | {"winner": "../outside.png"},
+        good | {"winner": "https://host/x.png"},
+        good | {"source": 3},
+        {name: value for name, value in good.items() if name != "source"},
+        good | {"prompt": ""},
+        [],
+    ]
+    file.write_text("\n".join([*map(json.dumps, bad), "{", json.dumps(good)]))
+    index, problems = check(file, needs_source=True)
+    assert [(p.line, p.field) for p in problems] == [
+        *((1, "loser"), (2, "winner"), (3, "winner"), (4, "source"), (5, "source"), (6, "prompt"), (7, None), (8, None))
+    ]
+    assert len(index) == 1
+
+
+def test_a_line_without_a_loser_is_its_winner_twice_where_none_is_needed(tmp_path):
+    file = write_jsonl(tmp_path, 2)
+    first, second = map(json.loads, file.read_text().splitlines())
+    file.write_text(
+        "\n".join(map(json.dumps, [{"prompt": "x", "winner": first["winner"]}, second, second | {"loser": 1}]))
+    )
+    _, problems = check(file)
+    assert [(p.line, p.field) for p in problems] == [(1, "loser"), (3, "loser")]
+    index, problems = check(file, needs_loser=False)
+    assert [(p.line, p.field) for p in problems] == [(3, "loser")], "a loser that is given must be one"
+    assert (
+        index[0].path_1 == index[0].path_0 == str(tmp_path / first["winner"])
+        and index[0].content_1 == index[0].content_0
+    )
+    assert index[1].path_1 == str(tmp_path / second["loser"])
+
+
+def test_a_table_has_no_sources_for_an_edit_family_and_says_what_has(tmp_path):
+    _, problems = check(write_parquet(tmp_path / "pairs.parquet", [row(1)]), needs_source=True)
+    assert "an edit family learns from a JSONL of winner, loser, prompt, source" in str(problems[0])
+
+
+def test_every_row_needs_its_item_where_a_judge_reads_it(tmp_path):
+    _, problems = check(write_jsonl(tmp_path, 2), items={"0": None})
+    assert [str(p) for p in problems] == [
+        f"{tmp_path / 'pairs.jsonl'}:2: image_id: '1' has no row in data.item_metadata; give every pair the image_id of an item"
+    ]

@@ -1,0 +1,62 @@
+"""The stream of pairs: every pair once an epoch, in windows of blocks, and each draw a function of its place."""
+
+import numpy as np
+import pytest
+
+from rlhf.data.stream import PairStream, permutation
+
+SIZES = (5, 0, 7, 3, 9, 1, 8)
+COUNT = sum(SIZES)
+
+
+def stream(**changes):
+    return PairStream(**{"block_sizes": SIZES, "window": 2, "seed": 3, **changes})
+
+
+def test_permutations_are_permutations_and_do_not_change_with_a_library():
+    # splitmix64 of 0 begins e220a839…, 6e789e6a…, 06c45d18…, f88bb8a8… (its published test vector)
+    assert permutation(0, 4).tolist() == [2, 1, 0, 3]
+    for count in (0, 1, 2, 1000):
+        assert sorted(permutation(count, count)) == list(range(count))
+    places = np.array([permutation(seed, 4) for seed in range(4000)])
+    shares = np.array([[(places[:, i] == j).mean() for j in range(4)] for i in range(4)])
+    assert np.abs(shares - 0.25).max() < 0.03
+
+
+@pytest.mark.parametrize("window", [1, 2, 100])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_visits_every_pair_once_in_another_order(window, shuffle):
+    pairs = stream(window=window, shuffle=shuffle)
+    epochs = [[pairs[epoch * COUNT + i].row for i in range(COUNT)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]) == shuffle and (epochs[0] == list(range(COUNT))) == (not shuffle)
+
+
+def test_a_window_holds_no_more_than_its_blocks():
+    blocks = np.repeat(np.arange(len(SIZES)), SIZES)
+    visited = [blocks[stream()[i].row] for i in range(COUNT)]
+    seen: list[set[int]] = []
+    for block in visited:
+        if seen and (block in seen[-1] or len(seen[-1]) < 2):
+            seen[-1].add(block)
+        else:
+            seen.append({block})
+    assert all(len(window) <= 2 for window in seen) and len(seen) <= 4
+    assert sum(len(window) for window in seen) == 6  # no block is come back to
+
+
+def test_draws_follow_from_seed_and_place_and_have_their_shares():
+    pairs = stream(caption_dropout=0.2, random_crop=True)
+    draws = [pairs[i] for i in range(8000)]
+    assert draws[77] == stream(caption_dropout=0.2, random_crop=True)[77] != draws[78]
+    assert np.mean([visit.mirrored for visit in draws]) == pytest.approx(0.5, abs=0.02)
+    assert np.mean([visit.blank for visit in draws]) == pytest.approx(0.2, abs=0.02)
+    crops = np.array([visit.crop for visit in draws])
+    assert crops.min() >= 0 and crops.max() < 1 and np.abs(crops.mean(0) - 0.5).max() < 0.02
+    assert abs(np.corrcoef(crops.T)[0, 1]) < 0.05
+
+
+def test_without_them_pairs_are_as_they_are():
+    assert {(v.mirrored, v.blank, v.crop) for v in (stream(hflip=False)[i] for i in range(99))} == {
+        (False, False, (0.5, 0.5))
+    }

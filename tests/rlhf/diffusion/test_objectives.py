@@ -1,0 +1,124 @@
+"""DPO against closed forms and against the published formula written out again, in double precision."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf.diffusion.ddpm import DDPM
+from rlhf.diffusion.objectives import DPO, SFT, preference_logit
+from rlhf.diffusion.process import RectifiedFlow
+from rlhf.types import PairBatch
+
+PROCESS = RectifiedFlow()
+BETAS = [0.25, 0.5, 0.125, 0.25]
+"""Four timesteps whose alphas are exact in single precision, in which diffusers multiplies them."""
+PROCESSES = {
+    "flow": PROCESS,
+    "epsilon": DDPM(config={"_class_name": "DDIMScheduler", "trained_betas": BETAS}),
+    "v_prediction": DDPM(
+        config={"_class_name": "DDIMScheduler", "trained_betas": BETAS, "prediction_type": "v_prediction"}
+    ),
+}
+EVERY_PROCESS = pytest.mark.parametrize("name", PROCESSES)
+
+
+def batch(count: int = 3) -> PairBatch:
+    g = torch.Generator().manual_seed(0)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(count, 2, 4, 4, generator=g, dtype=torch.float64)
+
+    times = torch.randint(1, len(BETAS) + 1, (count,), generator=g).double() / len(BETAS)
+    return PairBatch(winner=normal(), loser=normal(), condition={"c": normal()}, t=times, noise=normal())
+
+
+def linear(weight: float):
+    """A stand-in for a network that really depends on x_t, t and the condition."""
+    return lambda x_t, t, condition: weight * x_t + t.view(-1, 1, 1, 1) * condition["c"]
+
+
+@pytest.mark.parametrize(("bracket", "loss"), [(-4e-4, 0.313262), (4e-4, 1.313262), (0.0, math.log(2))])
+def test_closed_forms_at_beta_5000(bracket, loss):
+    zero = torch.zeros(1, dtype=torch.float64)
+    z = preference_logit(zero + bracket, zero, zero, zero, 5000.0)
+    assert -torch.nn.functional.logsigmoid(z).item() == pytest.approx(loss, abs=1e-6)
+
+
+@EVERY_PROCESS
+def test_policy_equal_to_reference(name):
+    loss, scalars = DPO(beta=5000.0)(linear(0.3), linear(0.3), PROCESSES[name], batch())
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert scalars["implicit_acc"] == 0
+
+
+def test_the_gradient_on_the_winners_error_is_a_quarter_of_beta():
+    winner = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    z = preference_logit(winner, torch.zeros(1), torch.zeros(1), torch.zeros(1), 8.0)
+    (-torch.nn.functional.logsigmoid(z)).mean().backward()
+    assert winner.grad.item() == pytest.approx(2.0)
+
+
+def published(name: str, policy, reference, pairs: PairBatch, beta: float) -> tuple[float, float]:
+    """Diffusion-DPO, arXiv 2311.12908, eq. 14 with mean reduction, in plain numbers: mean loss and mean logit.
+
+    Forward processes: DDPM eq. 4 with the product of 1 − beta up to the timestep; flow matching's straight line.
+    """
+    losses, logits = [], []
+    for i, t in enumerate(pairs.t.tolist()):
+        noise = pairs.noise[i].flatten().tolist()
+        alpha = math.prod(1 - beta_k for beta_k in BETAS[: round(t * len(BETAS))])
+        errors = {}
+        for side, x0 in (("w", pairs.winner[i].flatten().tolist()), ("l", pairs.loser[i].flatten().tolist())):
+            if name == "flow":
+                x_t = [(1 - t) * x + t * n for x, n in zip(x0, noise, strict=True)]
+                target = [n - x for x, n in zip(x0, noise, strict=True)]
+            else:
+                x_t = [math.sqrt(alpha) * x + math.sqrt(1 - alpha) * n for x, n in zip(x0, noise, strict=True)]
+                target = noise
+            if name == "v_prediction":
+                target = [math.sqrt(alpha) * n - math.sqrt(1 - alpha) * x for x, n in zip(x0, noise, strict=True)]
+            seen = torch.tensor(x_t, dtype=torch.float64).view(1, *pairs.winner.shape[1:])
+            for model, predict in (("p", policy), ("r", reference)):
+                prediction = (
+                    predict(seen, pairs.t[i : i + 1], {"c": pairs.condition["c"][i : i + 1]}).flatten().tolist()
+                )
+                squares = [(p - v) ** 2 for p, v in zip(prediction, target, strict=True)]
+                errors[model + side] = math.fsum(squares) / len(squares)
+        inside = (errors["pw"] - errors["rw"]) - (errors["pl"] - errors["rl"])
+        losses.append(math.log1p(math.exp(beta / 2 * inside)))
+        logits.append(-beta / 2 * inside)
+    return math.fsum(losses) / len(losses), math.fsum(logits) / len(logits)
+
+
+@EVERY_PROCESS
+def test_the_loss_is_the_published_formula(name):
+    pairs = batch(5)
+    loss, scalars = DPO(beta=3.0)(linear(0.3), linear(-0.2), PROCESSES[name], pairs)
+    expected_loss, expected_logit = published(name, linear(0.3), linear(-0.2), pairs, 3.0)
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-12)
+    assert scalars["logit"].item() == pytest.approx(expected_logit, abs=1e-12)
+
+
+def test_the_processes_have_losses_of_their_own():
+    pairs = batch(5)
+    losses = [DPO(beta=3.0)(linear(0.3), linear(-0.2), process, pairs)[0].item() for process in PROCESSES.values()]
+    assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
+
+
+@EVERY_PROCESS
+def test_swapping_winner_and_loser_negates_z(name):
+    pairs = batch()
+    swapped = PairBatch(winner=pairs.loser, loser=pairs.winner, condition=pairs.condition, t=pairs.t, noise=pairs.noise)
+    _, one = DPO(beta=3.0)(linear(0.3), linear(-0.2), PROCESSES[name], pairs)
+    _, other = DPO(beta=3.0)(linear(0.3), linear(-0.2), PROCESSES[name], swapped)
+    assert one["logit"].item() == pytest.approx(-other["logit"].item(), abs=1e-12)
+    assert abs(one["logit"]) > 1e-3
+
+
+def test_sft_is_the_winners_error_alone():
+    pairs = batch()
+    loss, _ = SFT()(linear(0.3), linear(9.0), PROCESS, pairs)
+    x_t = PROCESS.noisy(pairs.winner, pairs.noise, pairs.t)
+    expected = (linear(0.3)(x_t, pairs.t, pairs.condition) - (pairs.noise - pairs.winner)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)

@@ -1,0 +1,136 @@
+"""The input of an evaluation: every bad row and every wrong folder in one message, before anything loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from rlhf.data.records import BadInput
+from rlhf.evaluation.config import EvaluateConfig
+from rlhf.evaluation.prompts import read_evaluation
+from rlhf.models.tiny import write_stable_diffusion
+
+JUDGES = {"reward": {"weights": {"hps": 1}}, "judges": {"hps": {"url": "http://127.0.0.1:1/hpsv2"}}}
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    return write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+def recipe(model, data, tuned=None, family="stable_diffusion", size=(None, None), **settings):
+    tuned = tuned or {"denoiser": str(model / ("unet" if family == "stable_diffusion" else "transformer"))}
+    model_table = {"family": family, "path": str(model), "height": size[0], "width": size[1]}
+    tables = {"out": "out", "model": model_table, "tuned": tuned, "data": {"path": str(data)} | settings}
+    return EvaluateConfig.model_validate(tables | JUDGES)
+
+
+def lines(path, *rows):
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    return path
+
+
+def test_a_text_file_is_a_prompt_a_line(diffusion, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red apple\r\n\n  一个苹果  \na red apple\n".encode())
+    prompts = read_evaluation(recipe(diffusion, file)).prompts
+    assert [(p.image_id, p.instruction) for p in prompts] == [
+        ("line 1", "a red apple"),
+        ("line 3", "一个苹果"),
+        ("line 4", "a red apple"),
+    ]
+    assert {(p.height, p.width, p.image) for p in prompts} == {(128, 128, "")}  # 16 latents × 8 pixels
+    assert len(read_evaluation(recipe(diffusion, file, max_prompts=2)).prompts) == 2
+    sized = read_evaluation(recipe(diffusion, file, size=(64, 96))).prompts
+    assert {(p.height, p.width) for p in sized} == {(64, 96)}
+
+
+def test_every_bad_line_at_once(diffusion, tmp_path):
+    file = lines(
+        tmp_path / "prompts.jsonl",
+        {"image_id": "1", "prompt": "an apple"},
+        {"image_id": "2", "prompt": " "},
+        {"image_id": "3"},
+        b"{not json",
+        b'["a list"]',
+        {"image_id": "1", "prompt": "a pear"},
+        {"image_id": 7, "prompt": "a plum"},
+        {"prompt": 7},
+        b'{"prompt": "\xff"}',
+        {"prompt": "named after its line"},
+        b'{"prompt": "\\ud800"}',
+    )
+    tuned = {"denoiser": str(tmp_path / "nowhere")}
+    with pytest.raises(BadInput) as caught:
+        read_evaluation(recipe(diffusion, file, tuned))
+    problems = caught.value.problems
+    assert [p.line for p in problems] == [None, 2, 3, 4, 5, 6, 7, 8, 9, 11]
+    assert [p.field for p in problems] == [
+        *("tuned.denoiser", "prompt", "prompt", None, None, "image_id", "image_id", "prompt", None, "prompt")
+    ]
+    assert all(p.what and p.remedy for p in problems)
+    assert "is empty" in problems[1].what and "is missing" in problems[2].what and "line 1" in problems[5].what
+
+    found = read_evaluation(recipe(diffusion, file, on_bad_row="skip"))
+    assert [p.image_id for p in found.prompts] == ["1", "line 10"]
+    assert [p.line for p in found.left_out] == [2, 3, 4, 5, 6, 7, 8, 9, 11]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n"])
+def test_no_prompts_is_a_problem_also_when_bad_rows_are_skipped(diffusion, tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadInput, match="1 problem"):
+        read_evaluation(recipe(diffusion, file, on_bad_row="skip"))
+
+
+def test_items_go_to_their_prompts_and_a_missing_one_is_said(diffusion, tmp_path):
+    items = tmp_path / "items.csv"
+    items.write_text("image_id,food_name,food_type,city_name,shop_name\na,Apple,Fruit,Utrecht,Shop\n")
+    file = lines(tmp_path / "prompts.jsonl", {"image_id": "a", "prompt": "x"})
+    (prompt,) = read_evaluation(recipe(diffusion, file, item_metadata=str(items))).prompts
+    assert prompt.item.food_name == "Apple"
+    lines(file, {"image_id": "a", "prompt": "x"}, {"image_id": "b", "prompt": "y"})
+    with pytest.raises(BadInput, match=r"prompts.jsonl:2: image_id: 'b' has no row"):
+        read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
+    found = read_evaluation(recipe(diffusion, file, item_metadata=str(items), on_bad_row="skip"))
+    assert [prompt.image_id for prompt in found.prompts] == ["a"] and [p.line for p in found.left_out] == [2]
+    items.write_text("image_id,food_name,food_type,city_name,shop_name\n")
+    with pytest.raises(BadInput, match="'a' has no row"):
+        read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
+    with pytest.raises(BadInput, match=r"1 problem"):
+        read_evaluation(recipe(diffusion, file, item_metadata=str(tmp_path / "none.csv")))
+
+
+def test_edits_need_pictures(kontext, tmp_path):
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "1.png")
+    file = lines(tmp_path / "rows.jsonl", {"image_id": "1", "prompt": "", "image": "1.png"})
+    (prompt,) = read_evaluation(recipe(kontext, file, family="flux_kontext", size=(48, 32))).prompts
+    assert (prompt.height, prompt.width, prompt.image) == (48, 32, str((tmp_path / "1.png").resolve()))
+    (prompt,) = read_evaluation(recipe(kontext, file, family="flux_kontext")).prompts
+    assert (prompt.height, prompt.width) == (832, 1248)  # Kontext's size nearest to 2 : 3
+    with pytest.raises(BadInput, match="edits pictures"):
+        read_evaluation(recipe(kontext, tmp_path / "rows.txt", family="flux_kontext"))
+
+
+def test_wrong_weights_are_found_before_anything_loads(diffusion, kontext, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("an apple")
+    with pytest.raises(BadInput, match="is a FluxTransformer2DModel, but the base model has a UNet2DConditionModel"):
+        read_evaluation(recipe(diffusion, file, {"denoiser": str(kontext / "transformer")}))
+    with pytest.raises(BadInput, match=r"tuned\.denoiser: holds no config\.json"):
+        read_evaluation(recipe(diffusion, file, {"denoiser": str(diffusion)}))  # like RUN/final for RUN/final/unet
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    for lora, says in (
+        (tmp_path, "holds nothing for 'unet', its first tensor is 'transformer.x"),
+        (tmp_path / "none.safetensors", "cannot be read"),
+        (file, "cannot be read"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            read_evaluation(recipe(diffusion, file, {"lora": str(lora)}))
+    with pytest.raises(ValueError, match="is no Stable Diffusion folder"):
+        read_evaluation(recipe(tmp_path, file))
