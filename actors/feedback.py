@@ -21,6 +21,7 @@ from actors.asking import Failure
 from rlhf.data.examples import PairIndex, Preference, pictures_of
 from rlhf.data.media import decode_image
 from rlhf.data.pair_files import Block, read_block
+from rlhf.errors import Refused
 from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
 from rlhf.types import Item
 
@@ -30,7 +31,7 @@ TASKS_AT_ONCE = 4
 KEEP_EVERY_S = 30.0
 
 
-class FeedbackFailed(RuntimeError):
+class FeedbackFailed(Refused):
     """The judge or a reader of pictures was lost, or a picture has changed; what is scored is kept."""
 
 

@@ -16,6 +16,7 @@ import ray
 
 from actors.asking import Asking, Failure
 from rlhf.data.media import load_image
+from rlhf.errors import Refused
 from rlhf.tables import OnlineDPOConfig
 from rlhf.types import Prompt, Score, Verdict
 
@@ -39,11 +40,16 @@ def reward_text(prompt: Prompt, template: str) -> str:
         return prompt.instruction
     fields = {field for _, field, _, _ in Formatter().parse(template) if field}
     if prompt.item is None and fields:
-        raise ValueError(
+        raise Refused(
             f"image_id {prompt.image_id!r} has an empty instruction and no item metadata, but reward.hps.empty_prompt = "
             f"{template!r} needs {sorted(fields)}; give data.item_metadata or a fixed text"
         )
-    return template.format(**vars(prompt.item)) if prompt.item else template
+    try:
+        return template.format(**vars(prompt.item)) if prompt.item else template
+    except KeyError as error:
+        raise Refused(
+            f"reward.hps.empty_prompt = {template!r} names {error}; an item has {', '.join(vars(prompt.item))}"
+        ) from error
 
 
 class Judges:
@@ -84,7 +90,7 @@ class Judges:
         if self._config.judges.filter.send_source:
             try:
                 source = await asyncio.to_thread(self._source, prompt)
-            except (OSError, ValueError) as error:
+            except (OSError, Refused) as error:
                 return Failure(judge="filter", reason=f"the source photo {prompt.image} is gone: {error}")
         return await self._asking.verdict(image, source, prompt.instruction)
 

@@ -15,6 +15,7 @@ import xxhash
 
 from rlhf.data.media import Fit, decode_image, fit_image
 from rlhf.data.pair_files import Block, RawPair, read_block
+from rlhf.errors import Refused
 
 BLOCKS_HELD = 2
 """Row groups that a loader process keeps: the pictures of a work item follow each other in their file."""
@@ -71,14 +72,14 @@ def load(row: dict[str, Any]) -> dict[str, Any]:
     try:
         pixels = b"".join(_pixels(picture).tobytes() for picture in pictures)
         return {"item": row["item"], "pixels": pixels, "error": ""}
-    except (OSError, ValueError) as error:
+    except (OSError, Refused) as error:
         return {"item": row["item"], "pixels": b"", "error": str(error)}
 
 
 def _pixels(picture: Picture) -> np.ndarray:
     data = _file(picture.place)
     if xxhash.xxh3_128_hexdigest(data) != picture.content:
-        raise ValueError(f"{_name(picture.place)} changed since it was checked; start the job again")
+        raise Refused(f"{_name(picture.place)} changed since it was checked; start the job again")
     pixels = fit_image(decode_image(data), picture.height, picture.width, picture.fit)
     return pixels[:, ::-1] if picture.mirrored else pixels
 

@@ -19,6 +19,7 @@ import torch
 from actors.asking import last_line
 from actors.placement import ModelSizes, Role
 from rlhf.data.media import encode_png, load_image
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.evaluation.duels import SIDES, Side
 from rlhf.evaluation.prompts import family_of
@@ -27,7 +28,7 @@ from rlhf.models.sampling import sample
 from rlhf.types import Prompt, noise_from, seed_from
 
 
-class PaintingFailed(RuntimeError):
+class PaintingFailed(Refused):
     """A painter died, raised or fell silent; what was painted before is kept."""
 
 

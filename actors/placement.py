@@ -15,6 +15,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.offline_config import OfflineDPOConfig, TrainingConfig
@@ -40,7 +41,7 @@ class Role:
     """Over before the others start."""
 
 
-class NotEnoughResources(RuntimeError):
+class NotEnoughResources(Refused):
     """The cluster cannot hold the run; the message is a table."""
 
 
@@ -174,7 +175,7 @@ def export_bytes(config: TrainingConfig) -> float:
 
 
 def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
-    """Raise ValueError unless every node of the cluster sees the folder of recipe `key`: actors on other nodes write there."""
+    """Raise Refused unless every node of the cluster sees the folder of recipe `key`: actors on other nodes write there."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
@@ -192,7 +193,7 @@ def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
     )
     blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, answers, strict=True) if not seen]
     if blind:
-        raise ValueError(f"{key}: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
+        raise Refused(f"{key}: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
 
 
 def adapter_parameters(denoiser: torch.nn.Module, rank: int, targets: Sequence[str]) -> int:

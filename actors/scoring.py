@@ -16,6 +16,7 @@ from actors.judges import reward_text
 from actors.painters import picture_file, source_file
 from actors.placement import JUDGES_CPUS, Role
 from actors.reading import Reader
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.evaluation.duels import SIDES, Duel, FailedScore, Picture, Side
 from rlhf.evaluation.prompts import family_of
@@ -33,7 +34,7 @@ Place = tuple[int, int, Side]
 """(place of the prompt, variant, side) of a picture."""
 
 
-class JudgingFailed(RuntimeError):
+class JudgingFailed(Refused):
     """The actor that asks the judges, or a reader of pictures, was lost."""
 
 
@@ -109,6 +110,6 @@ def judge_all(
 
 
 def text_of(config: EvaluateConfig, prompt: Prompt) -> str:
-    """What the judges read. Raises ValueError where the instruction is empty and nothing can stand in for it."""
+    """What the judges read. Raises Refused where the instruction is empty and nothing can stand in for it."""
     reads = any(config.judges[name].reads_prompt for name in config.reward.names)
     return reward_text(prompt, config.reward.hps.empty_prompt) if reads else prompt.instruction

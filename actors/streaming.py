@@ -16,12 +16,14 @@ from typing import Any
 import ray
 import ray.data
 
+from rlhf.errors import Refused
+
 STOP_TIMEOUT_S = 30.0
 
 requested = threading.Event()
 
 
-class PreprocessFailed(RuntimeError):
+class PreprocessFailed(Refused):
     """Checking or encoding stopped; what was encoded before is kept."""
 
 

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from jobs import schema_keys
 from jobs.schema_keys import Key
+from rlhf.errors import Refused
 from rlhf.section import Section, local_paths
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -65,7 +66,7 @@ OLD_FLAGS = {
 C = TypeVar("C", bound=Section)
 
 
-class ConfigError(ValueError):
+class ConfigError(Refused):
     """Everything that is wrong with a recipe and its overrides, a line per problem."""
 
 
@@ -137,13 +138,14 @@ def resolved_toml(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def run_main(job: Callable[[], None], *user_errors: type[Exception]) -> NoReturn:
-    """Run a job's main. A ConfigError or one of `user_errors` is printed without a traceback; the status is then 2."""
-    expected: tuple[type[Exception], ...] = (ConfigError, *user_errors)
+def run_main(job: Callable[[], None]) -> NoReturn:
+    """Run a job's main. A `Refused` is printed without a traceback, and the status is then 2; all else goes through."""
     try:
         job()
-    except expected as error:
-        print(error, file=sys.stderr)
+    except Refused as error:
+        print(
+            getattr(error, "cause", error), file=sys.stderr
+        )  # one that was raised in a worker holds its traceback too
         sys.exit(2)
     sys.exit(0)
 

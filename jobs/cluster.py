@@ -11,6 +11,7 @@ import psutil
 import ray
 import torch
 
+from rlhf.errors import Refused
 from rlhf.section import ClusterConfig
 
 
@@ -53,7 +54,13 @@ def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         # Workers' own output stays in their log files, which the dashboard shows; a failure comes as an exception.
-        ray.init(address=target, namespace=namespace, runtime_env=environment, log_to_driver=False, **own)
+        try:
+            ray.init(address=target, namespace=namespace, runtime_env=environment, log_to_driver=False, **own)
+        except (ConnectionError, ray.exceptions.RaySystemError) as error:
+            raise Refused(
+                f"no Ray cluster at {target!r} (cluster.address, RAY_ADDRESS): {error}; start one with `ray start`, or unset "
+                "both for a cluster of the job's own"
+            ) from error
         signal.signal(signal.SIGTERM, _stop)  # after init, which installs a handler that ends the process at once
         yield
     finally:

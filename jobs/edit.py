@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from jobs.cli import parse, resolved_toml, run_main
-from rlhf.data.media import ImageError, decode_image, load_image
+from rlhf.data.media import decode_image, load_image
 from rlhf.data.prompts import read_rows
-from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.sampling import sample
 from rlhf.tables import EditConfig
@@ -22,9 +22,11 @@ from rlhf.types import noise_from, seed_from
 
 
 def rows_of(config: EditConfig) -> list[tuple[str, str, Path]]:
-    """(name, instruction, picture) of everything to edit. Raises BadInput, ImageError, OSError."""
+    """(name, instruction, picture) of everything to edit. Raises Refused."""
     edit = config.edit
     if edit.image is not None:
+        if not Path(edit.image).is_file():
+            raise Refused(f"edit.image = {edit.image!r} is no file; give a PNG, JPEG or WEBP")
         return [(Path(edit.image).stem, edit.prompt, Path(edit.image))]
     assert edit.data is not None
     return [(row.image_id, row.instruction, Path(row.image)) for row in read_rows(edit.data).rows]
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, ImageError, OSError, ValueError)
+    run_main(main)

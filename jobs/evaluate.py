@@ -17,12 +17,13 @@ import xxhash
 
 from actors import placement
 from actors.asking import Scorer
-from actors.painters import PaintingFailed, paint_all, painter_role
-from actors.scoring import JudgingFailed, asking_role, judge_all, text_of
+from actors.painters import paint_all, painter_role
+from actors.scoring import asking_role, judge_all, text_of
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
 from jobs.running import guarded
 from rlhf.data.records import BadInput, Problem
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.evaluation.duels import Evaluation, judge_result, source_result
 from rlhf.evaluation.folder import check_out, claim
@@ -31,18 +32,6 @@ from rlhf.evaluation.prompts import Prompts, read_evaluation
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.runs.folder import write_durably
 from serve_apps import deploy
-
-STOPS = (
-    BadInput,
-    FileNotFoundError,
-    JudgeUnreliable,
-    JudgingFailed,
-    PaintingFailed,
-    ValueError,
-    deploy.DeployError,
-    placement.NotEnoughResources,
-)
-"""Ends of an evaluation that a user can mend from the message alone."""
 
 
 def main() -> None:
@@ -58,7 +47,7 @@ def main() -> None:
 
 
 def checked(config: EvaluateConfig) -> Prompts:
-    """The prompts, after every check that needs neither a model nor a cluster. Raises BadInput, ValueError, OSError."""
+    """The prompts, after every check that needs neither a model nor a cluster. Raises Refused."""
     check_out(Path(config.out))
     found = read_evaluation(config)
     for problem in found.left_out:
@@ -67,7 +56,7 @@ def checked(config: EvaluateConfig) -> Prompts:
     for prompt in found.prompts:
         try:
             text_of(config, prompt)
-        except (ValueError, KeyError) as error:
+        except Refused as error:
             what = f"{prompt.image_id!r} leaves the judges nothing to read: {error}"
             mute.append(Problem(file=config.data.path, line=None, field="prompt", what=what, remedy="write a prompt"))
     if mute:
@@ -130,4 +119,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(guarded(main, "with the pictures that are painted"), *STOPS)
+    run_main(guarded(main, "with the pictures that are painted"))

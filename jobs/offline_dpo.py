@@ -13,43 +13,19 @@ from pathlib import Path
 import ray
 
 from actors import checks, placement
-from actors.feedback import FeedbackFailed
 from actors.offline_trainer import OfflineTrainer
 from actors.pair_encoders import PairFeed
 from actors.reporting import Reporter
-from actors.streaming import PreprocessFailed
-from actors.trainer import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
 from jobs.offline_feedback import relabel_by_judge
 from jobs.offline_pairs import PairSets, encode_missing, read_pair_sets, refuse_other_pairs, say_batch
 from jobs.running import check_disk, guarded, train_until_done, unique_name
-from rlhf.data.cache import CacheError
-from rlhf.data.records import BadInput
 from rlhf.data.stream import training_stream
 from rlhf.loops.offline_dpo import offline_dpo
 from rlhf.offline_config import OfflineDPOConfig
-from rlhf.rollouts.reliability import JudgeUnreliable
-from rlhf.runs.folder import Fenced, RunFolder, RunInUse
-from rlhf.training.trainer import NonFiniteLoss
+from rlhf.runs.folder import RunFolder
 from serve_apps import deploy
-
-STOPS = (
-    BadInput,
-    CacheError,
-    FeedbackFailed,
-    Fenced,
-    JudgeUnreliable,
-    NonFiniteLoss,
-    OSError,
-    PreprocessFailed,
-    RunInUse,
-    TrainerLost,
-    ValueError,
-    deploy.DeployError,
-    placement.NotEnoughResources,
-)
-"""Ends of a run that a user can mend from the message alone."""
 
 
 def main() -> None:
@@ -134,4 +110,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(guarded(main), *STOPS)
+    run_main(guarded(main))

@@ -13,6 +13,7 @@ from actors.feedback import PAIRS_PER_TASK, Feedback, Scores, read_scores, relab
 from actors.placement import JUDGES_CPUS
 from jobs.offline_pairs import PairSet, PairSets, refuse_too_few
 from rlhf.data.examples import PairIndex, write_index
+from rlhf.errors import Refused
 from rlhf.offline_config import OfflineDPOConfig
 from rlhf.rewards import protocols as reward
 from rlhf.rewards import python
@@ -58,7 +59,7 @@ def relabel_by_judge(config: OfflineDPOConfig, pairs: PairSets, name: str, say: 
     """The same pairs with the winners that `data.choice_model` prefers, without those that it could not score.
 
     The judge is deployed for this alone, and only if some pair was not scored yet. Raises: DeployError, JudgeUnreliable,
-    FeedbackFailed; ValueError where too few pairs are left.
+    FeedbackFailed; Refused where too few pairs are left.
     """
     todo = [_work(config, pairs.training, "feedback/swapped", "feedback.parquet")]
     if pairs.evaluation:
@@ -68,7 +69,7 @@ def relabel_by_judge(config: OfflineDPOConfig, pairs: PairSets, name: str, say: 
         scores = _score(config, todo, name, say)
     for work, found in zip(todo, scores, strict=True):
         if found.failed.all():
-            raise ValueError(f"data.choice_model = {config.data.choice_model!r} scored none of {len(work.index)} pairs")
+            raise Refused(f"data.choice_model = {config.data.choice_model!r} scored none of {len(work.index)} pairs")
     answers = [relabel(work.index, found) for work, found in zip(todo, scores, strict=True)]
     done = [_labelled(config, work, answer, say) for work, answer in zip(todo, answers, strict=True)]
     labelled = PairSets(training=done[0], evaluation=done[1] if len(done) > 1 else None)
@@ -83,7 +84,7 @@ def relabel_by_judge(config: OfflineDPOConfig, pairs: PairSets, name: str, say: 
 
 def _work(config: OfflineDPOConfig, pairs: PairSet, metric: str, record: str) -> Work:
     if pairs.index is None:
-        raise ValueError("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
+        raise Refused("data.choice_model cannot relabel an online run's record: it holds latents and no pictures")
     digest, place = _digest(config, pairs, pairs.index), pairs.place.path
     return Work(
         pairs=pairs,

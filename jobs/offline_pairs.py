@@ -13,6 +13,7 @@ from rlhf.data.fingerprint import fingerprint
 from rlhf.data.offline_pairs import BLANK, FIT, PairKeys, PairsPlace, Sides, check_record, is_record, record_size
 from rlhf.data.records import BadInput, Problem, parse_items
 from rlhf.data.stream import held_out_visits
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.family import Family, sees_source
 from rlhf.offline_config import OfflineDPOConfig
@@ -75,7 +76,7 @@ class PairSets:
 
 
 def read_pair_sets(config: OfflineDPOConfig, check_all: CheckAll) -> PairSets:
-    """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, ValueError for keys that do not fit."""
+    """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for keys that do not fit."""
     family = load_family(config.model, config.trainer.mixed_precision)
     family.check()
     sides: Sides = "both" if config.objective == "dpo" else "winners"
@@ -134,18 +135,18 @@ def _keys(config: OfflineDPOConfig, family: Family) -> PairKeys:
 
 
 def refuse_too_few(config: OfflineDPOConfig, held_out: PairSet) -> None:
-    """Raise ValueError where the pairs held out do not fill one batch of every rank."""
+    """Raise Refused where the pairs held out do not fill one batch of every rank."""
     count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.path)
     if not held_out_visits(config.eval, config.trainer, count):
         need = config.trainer.ranks * config.trainer.train_batch_size
-        raise ValueError(
+        raise Refused(
             f"eval.path = {config.eval.path!r} has {count} pairs, of which eval.max_pairs = {config.eval.max_pairs} are "
             f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: too few"
         )
 
 
 def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
-    """Raise ValueError where pairs that are held out are also trained on."""
+    """Raise Refused where pairs that are held out are also trained on."""
     if sets.index is None or sets.evaluation is None or sets.evaluation.index is None:
         return
     train, held_out = (
@@ -153,7 +154,7 @@ def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
         for index in (sets.index, sets.evaluation.index)
     )
     if shared := len(train & held_out):
-        raise ValueError(
+        raise Refused(
             f"{shared} of {len(held_out)} pairs of eval.path = {config.eval.path!r} are in data.path = {config.data.path!r} "
             "too: hold out others, or set data.split and eval.split"
         )
@@ -162,7 +163,7 @@ def _refuse_overlap(config: OfflineDPOConfig, sets: PairSets) -> None:
 def _record(
     config: OfflineDPOConfig, key: str, folder: Path, keys: PairKeys, latent_shape: tuple[int, int, int]
 ) -> PairSet:
-    """The pairs/ folder of an online run. Raises: ValueError for what latents cannot do, BadInput for pairs without any."""
+    """The pairs/ folder of an online run. Raises: Refused for what latents cannot do, BadInput for pairs without any."""
     data = config.data
     wanted = {
         "data.choice_model": data.choice_model,
@@ -172,7 +173,7 @@ def _record(
         "data.latents": data.latents == "on_the_fly" and data.latents,
     }
     if impossible := [f"{name} = {value!r}" for name, value in wanted.items() if value]:
-        raise ValueError(
+        raise Refused(
             f"{key} = {str(folder)!r} is an online run's record: it holds finished latents and encoded captions, for which "
             f"{', '.join(impossible)} cannot be; set hflip = false, caption_dropout = 0 and leave the others out"
         )
@@ -192,7 +193,7 @@ def say_batch(config: OfflineDPOConfig) -> None:
 
 
 def refuse_other_pairs(pairs: PairSets, folder: RunFolder) -> None:
-    """Raise ValueError where a run that goes on would train on other pairs than it began with.
+    """Raise Refused where a run that goes on would train on other pairs than it began with.
 
     What an update trains on follows from its number and the index: one row more would be another run.
     """
@@ -201,7 +202,7 @@ def refuse_other_pairs(pairs: PairSets, folder: RunFolder) -> None:
     if not folder.started:
         write_durably(file, mine)
     elif (began := file.read_text()) != mine:
-        raise ValueError(
+        raise Refused(
             f"the pairs are not those that {folder.path} began with (digest and count were {began}, are {mine}); put the "
             'data back, or start anew with run.resume = "never"'
         )

@@ -13,49 +13,20 @@ import ray
 from ray import serve
 
 from actors import placement
-from actors.judges import Judges, JudgesLost, reward_text
+from actors.judges import Judges, reward_text
 from actors.online_trainer import OnlineTrainer
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
-from actors.streaming import PreprocessFailed
-from actors.trainer import TrainerLost
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard, free_resources
 from jobs.preprocess import Data, preprocess, prompts_of, read_data
 from jobs.running import check_disk, guarded, train_until_done, unique_name
-from rlhf.data.cache import CacheError
 from rlhf.data.prompts import PromptStream
-from rlhf.data.records import BadInput
 from rlhf.loops.online_dpo import online_dpo
-from rlhf.rollouts.health import SamplerLost, StaleWeights, Stalled
-from rlhf.rollouts.reliability import JudgeUnreliable
-from rlhf.rollouts.rollout import NothingPasses
-from rlhf.runs.folder import Fenced, RunFolder, RunInUse
+from rlhf.runs.folder import RunFolder
 from rlhf.tables import OnlineDPOConfig
-from rlhf.training.trainer import NonFiniteLoss
 from rlhf.types import Prompt
 from serve_apps import deploy
-
-STOPS = (
-    BadInput,
-    CacheError,
-    PreprocessFailed,
-    Fenced,
-    FileNotFoundError,
-    JudgesLost,
-    JudgeUnreliable,
-    NonFiniteLoss,
-    NothingPasses,
-    RunInUse,
-    SamplerLost,
-    Stalled,
-    StaleWeights,
-    TrainerLost,
-    ValueError,
-    deploy.DeployError,
-    placement.NotEnoughResources,
-)
-"""Ends of a run that a user can mend from the message alone."""
 
 
 def main() -> None:
@@ -82,7 +53,7 @@ def dry_run(config: OnlineDPOConfig, data: Data) -> None:
 
 
 def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
-    """Every prompt must give the rewards that read one a text. Raises ValueError for the first that does not."""
+    """Every prompt must give the rewards that read one a text. Raises Refused for the first that does not."""
     if any(config.judges[name].reads_prompt for name in config.reward.names):
         for prompt in prompts:
             reward_text(prompt, config.reward.hps.empty_prompt)
@@ -150,4 +121,4 @@ def check_placement(config: OnlineDPOConfig, name: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(guarded(main), *STOPS)
+    run_main(guarded(main))

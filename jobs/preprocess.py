@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from actors.encoders import encode
 from actors.loading import Picture, Text
-from actors.streaming import PreprocessFailed
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster
-from rlhf.data.cache import CacheError, Manifest, read_manifest, source_key, text_key
-from rlhf.data.fingerprint import IncompleteModel, fingerprint
+from rlhf.data.cache import Manifest, read_manifest, source_key, text_key
+from rlhf.data.fingerprint import fingerprint
 from rlhf.data.prompts import Row, Rows, read_rows
 from rlhf.data.records import BadInput, Problem
 from rlhf.models import load_family
@@ -170,4 +169,4 @@ def log(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, CacheError, PreprocessFailed, IncompleteModel)
+    run_main(main)

@@ -7,7 +7,6 @@ are. On the way out they are deleted again. `serve deploy serve_apps/serve.yaml`
 import sys
 import time
 
-import ray
 from ray import serve
 
 from actors import placement
@@ -62,11 +61,4 @@ def serve_until_stopped(config: ServeJobConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(
-        main,
-        deploy.DeployError,
-        placement.NotEnoughResources,
-        FileNotFoundError,
-        ValueError,
-        ray.exceptions.RaySystemError,
-    )
+    run_main(main)

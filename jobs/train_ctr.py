@@ -18,24 +18,25 @@ from actors.ctr_group import CTRGroup
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
 from rlhf.data.records import BadInput, Problem
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import Click, Rows, read_clicks, split
 from rlhf.rewards.ctr.config import CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.ctr.training import fit, uses_binomial
 from rlhf.types import seed_from
 
 
-class OutputExists(ValueError):
+class OutputExists(Refused):
     """`output` already holds something; a checkpoint is never overwritten."""
 
 
-class NoRoom(RuntimeError):
+class NoRoom(Refused):
     """The cluster cannot hold the ranks, or did not in time."""
 
 
 def train_ctr(config: TrainCTRConfig) -> Path:
     """Train and write `config.output`; returns it. Works inside a running Ray session or starts one of its own.
 
-    Raises: BadInput (all bad rows), OutputExists, ValueError (keys that do not fit the rows), NoRoom, RankLost (a rank
+    Raises: BadInput (all bad rows), OutputExists, Refused (keys that do not fit the rows), NoRoom, RankLost (a rank
     died, or `train.timeout_s` passed).
     """
     rows = load_rows(config)
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, BadInput, RuntimeError, ValueError)
+    run_main(main)

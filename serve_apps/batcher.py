@@ -16,6 +16,7 @@ import numpy as np
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import JudgeConfig
 from rlhf.rewards.protocols import JudgeError, JudgeUnreachable, Reward
 from rlhf.types import Item
@@ -47,7 +48,7 @@ class Batcher:
         Thread(target=self._work, name=reward.name, daemon=True).start()
 
     async def score(self, image: np.ndarray, prompt: str, item: Item | None) -> float:
-        """The reward of one picture. Raises: ValueError for a bad request, JudgeError where no usable number came."""
+        """The reward of one picture. Raises: Refused for a bad request, JudgeError where no usable number came."""
         check_array(image)
         with self._metrics.request():
             return await self._enqueue((image, prompt, item))
@@ -90,7 +91,7 @@ class Batcher:
         except Exception as error:
             self._worked_at = float("-inf")
             unreachable = isinstance(error, JudgeUnreachable)
-            if len(batch) > 1 and isinstance(error, JudgeError | ValueError) and not unreachable:
+            if len(batch) > 1 and isinstance(error, JudgeError | Refused) and not unreachable:
                 for alone in batch:
                     self._score([alone])  # only the guilty one fails
             else:

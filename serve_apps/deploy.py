@@ -25,6 +25,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from rlhf.errors import Refused
 from rlhf.rewards import python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
 from rlhf.rewards.protocols import fingerprint
@@ -44,7 +45,7 @@ _DELETE_S = 60.0
 _DESCRIBE_S = 20.0
 
 
-class DeployError(RuntimeError):
+class DeployError(Refused):
     """A judge app did not come up; the message says which, why, and what to do."""
 
 
@@ -102,17 +103,17 @@ def app(args: dict[str, Any]) -> serve.Application:
     """What `import_path` of a Serve config file names: one judge, from the keys that a recipe has below [judges].
 
     The token is RLHF_SERVE_TOKEN and the filter's key QWEN_API_KEY, from the application's environment.
-    Raises: ValueError for other than one judge or a relative path (no one knows a replica's working directory).
+    Raises: Refused for other than one judge or a relative path (no one knows a replica's working directory).
     """
     judges = JudgesConfig.model_validate(args)
     named = {*args, *args.get("python", {}), *args.get("http", {})}  # not what the environment alone would add
     ours = judges.to_deploy(name for name in (*judges.rewards, "filter") if name in named)
     if len(ours) != 1:
-        raise ValueError(f"args name {len(ours)} judges {list(ours)}; give each application exactly one")
+        raise Refused(f"args name {len(ours)} judges {list(ours)}; give each application exactly one")
     ((name, judge),) = ours.items()
     for key, path in local_paths(judge):
         if not os.path.isabs(path):
-            raise ValueError(f"{name}.{key} = {path!r} is relative; give an absolute path that every node sees")
+            raise Refused(f"{name}.{key} = {path!r} is relative; give an absolute path that every node sees")
     check_sources(judges, ours)
     secrets = Secrets(token=serve_token(ServeConfig()), api_key=os.environ.get("QWEN_API_KEY"))
     return build(name, judge, secrets=secrets)
@@ -187,14 +188,14 @@ def serve_token(section: ServeConfig) -> str | None:
 
 
 def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
-    """Raise FileNotFoundError for a checkpoint that is not there, ValueError for a function that cannot be imported."""
+    """Raise Refused for a checkpoint that is not there, and for a function that cannot be imported."""
     for name, judge in judges.to_deploy(names).items():
         if isinstance(judge, PythonJudgeConfig):
             python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))
             continue
         for key, path in local_paths(judge):
             if not Path(path).exists():
-                raise FileNotFoundError(f"{judges.key(name)}.{key} = {path!r} does not exist")
+                raise Refused(f"{judges.key(name)}.{key} = {path!r} does not exist")
 
 
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.data.media import ImageError, decode_base64_image, decode_image
+from rlhf.errors import Refused
 from rlhf.rewards.protocols import JudgeError
 
 EXAMPLE_IMAGE = (
@@ -91,7 +92,7 @@ def create_api(title: str, judge: Judge, *, token: str | None, max_body: int) ->
     api = FastAPI(title=title, version="1", responses=COMMON_ERRORS, dependencies=security)
     api.add_exception_handler(RequestValidationError, _fields_missing)
     api.add_exception_handler(JudgeError, _answered(502))
-    api.add_exception_handler(ValueError, _answered(422))
+    api.add_exception_handler(Refused, _answered(422))
     api.add_exception_handler(Exception, _defect)
     api.add_middleware(BodyLimit, limit=max_body)
     if token:

@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
+from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import JudgeConfig
 from rlhf.types import Item
@@ -67,9 +68,9 @@ class RewardApp:
         self.room = asyncio.Semaphore(2 * judge.max_batch_size)
 
     async def score(self, image: np.ndarray, prompt: str, item: Item | None = None) -> float:
-        """Handle method. image: uint8 (H, W, 3). Raises: ValueError (also where `item` is missing), JudgeError."""
+        """Handle method. image: uint8 (H, W, 3). Raises: Refused (also where `item` is missing), JudgeError."""
         if item is None and self.judge.needs_item:
-            raise ValueError(
+            raise Refused(
                 f"the reward {self.name!r} needs the item of the picture (food_name, food_type, city_name, shop_name)"
             )
         return await self.batcher.score(image, prompt, item)

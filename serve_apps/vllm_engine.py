@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.filters import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
 from rlhf.rewards.protocols import JudgeError, fingerprint
@@ -104,7 +105,7 @@ class VLLMFilter:
             async for output in self.engine.generate(prompt, parameters, request_id=str(next(self._ids))):
                 final = output
         except VLLMClientError as error:  # too long a prompt, for example
-            raise ValueError(f"the filter cannot read this request: {error}") from error
+            raise Refused(f"the filter cannot read this request: {error}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise JudgeError(f"the filter's engine failed: {type(error).__name__}: {error}") from error
         if final is None or not final.finished:

@@ -60,7 +60,7 @@ class FilterApp:
         self._metrics = JudgeMetrics(name)
 
     async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
-        """Handle method. image, source: uint8 (H, W, 3). Raises: ValueError, JudgeError."""
+        """Handle method. image, source: uint8 (H, W, 3). Raises: Refused, JudgeError."""
         with self._metrics.request():
             return await self._judge(image, source, prompt)
 

@@ -26,11 +26,12 @@ import torch
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard
 from jobs.demo import world as demo_world
-from jobs.online_dpo import STOPS, guarded, run
+from jobs.online_dpo import guarded, run
 from jobs.preprocess import read_data
 from jobs.train_ctr import train_ctr
 from rlhf.data.media import load_image
 from rlhf.data.prompts import Row, read_rows
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.sampling import sample
 from rlhf.models.tiny import write_flux_kontext
@@ -51,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     home = arguments.dir.absolute()
     if home.exists() and not home.is_dir():
-        raise ValueError(f"--dir {home} is a file; give a folder")
+        raise Refused(f"--dir {home} is a file; give a folder")
     world = home / "world"
     if arguments.dry_run:
         print(resolved_toml(_recipe(home)))
@@ -202,4 +203,4 @@ def write_edit_recipe(config: OnlineDPOConfig, folder: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run_main(guarded(main), *STOPS)
+    run_main(guarded(main))

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from rlhf.data.batches import noise_seed, t_seed
 from rlhf.diffusion.process import Process
+from rlhf.errors import Refused
 from rlhf.types import Candidate, Pair, Score, seed_from
 
 _SIDE = [
@@ -99,14 +100,14 @@ def write_pairs(
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """One file of a `pairs/` folder. Raises ValueError on another schema."""
+    """One file of a `pairs/` folder. Raises Refused on another schema."""
     schema = pq.read_schema(file)
     if schema != SCHEMA:
-        raise ValueError(f"{file} is not a pair file of this version: its columns are {schema.names}")
+        raise Refused(f"{file} is not a pair file of this version: its columns are {schema.names}")
     return pq.read_table(file, columns=columns)
 
 
 def read_pairs(folder: Path) -> list[dict[str, object]]:
-    """Rows of every file of a `pairs/` folder, in the order trained. Raises ValueError on another schema."""
+    """Rows of every file of a `pairs/` folder, in the order trained. Raises Refused on another schema."""
     rows = [row for file in sorted(folder.glob("*.parquet")) for row in read_file(file).to_pylist()]
     return sorted(rows, key=lambda row: (row["step"], row["index"]))

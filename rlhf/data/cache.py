@@ -26,6 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from rlhf.errors import Refused
 from rlhf.types import Condition, Prompt
 
 FORMAT = 1
@@ -41,7 +42,7 @@ SCHEMA = pa.schema(
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
 
-class CacheError(RuntimeError):
+class CacheError(Refused):
     """A row is not in the cache or its file is damaged; the message says which and how to mend it."""
 
 

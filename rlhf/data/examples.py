@@ -19,6 +19,7 @@ import xxhash
 from rlhf.data.pair_files import Block, RawPair, read_block
 from rlhf.data.prompts import check_bytes, check_picture
 from rlhf.data.records import Problem, is_text
+from rlhf.errors import Refused
 from rlhf.types import Item
 
 FORMAT = 1
@@ -197,7 +198,7 @@ def _check_files(block: Block, raw: RawPair, problems: list[Problem], fields: Se
 def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence[RawPair]]) -> list[bytes]:
     """The files of a pair's two pictures and, where it has one, of its source; `read` gives the rows of its block.
 
-    Raises ValueError where one changed since it was checked.
+    Raises Refused where one changed since it was checked.
     """
     if pair.path_0 and pair.path_1:
         files = [Path(path).read_bytes() for path in (pair.path_0, pair.path_1)]
@@ -208,7 +209,7 @@ def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence
         files.append(Path(pair.source).read_bytes())
         contents.append(pair.source_content)
     if [xxhash.xxh3_128_hexdigest(data) for data in files] != contents:
-        raise ValueError(f"{block.file} row {pair.number} changed since it was checked; start the job again")
+        raise Refused(f"{block.file} row {pair.number} changed since it was checked; start the job again")
     return files
 
 

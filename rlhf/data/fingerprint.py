@@ -10,10 +10,12 @@ from pathlib import Path
 
 import xxhash
 
+from rlhf.errors import Refused
+
 _CHUNK = 16 * 2**20
 
 
-class IncompleteModel(ValueError):
+class IncompleteModel(Refused):
     """A folder of the model is missing or empty."""
 
 

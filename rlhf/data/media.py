@@ -22,6 +22,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from rlhf.errors import Refused
+
 Fit = Literal["crop", "pad", "stretch"]
 Box = tuple[float, float, float, float]
 MAX_BYTES = 32 * 2**20
@@ -52,7 +54,7 @@ _OTHER_FORMATS = {
 _EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 
 
-class ImageError(ValueError):
+class ImageError(Refused):
     """The bytes are not a picture this system reads. `status` is the HTTP status that says the same."""
 
     status: ClassVar[int] = 400

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.errors import Refused
 from rlhf.types import Item
 
 ITEM_FIELDS = ("food_name", "food_type", "city_name", "shop_name")
@@ -36,7 +37,7 @@ class Problem:
         return f"{where}: {f'{self.field}: ' if self.field else ''}{self.what}; {self.remedy}"
 
 
-class BadInput(ValueError):
+class BadInput(Refused):
     """The input files cannot be used; the message has one line per problem."""
 
     def __init__(self, problems: Sequence[Problem]):

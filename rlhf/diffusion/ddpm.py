@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf.diffusion.process import per_sample
 from rlhf.diffusion.solvers import Solver
+from rlhf.errors import Refused
 from rlhf.types import seed_from
 
 BETA_KEYS = (
@@ -35,16 +36,16 @@ UNSEEDED = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 
 def scheduler_class(config: Mapping[str, Any], file: str) -> type:
-    """The diffusers class that a scheduler_config.json names. Raises ValueError naming `file` if it cannot be used."""
+    """The diffusers class that a scheduler_config.json names. Raises Refused naming `file` if it cannot be used."""
     name = str(config.get("_class_name"))
     if name in UNSEEDED:
-        raise ValueError(
+        raise Refused(
             f"{file}: _class_name = {name!r} draws Brownian noise for a whole batch at once, so that a candidate would "
             "depend on its neighbours; use e.g. DPMSolverMultistepScheduler with algorithm_type sde-dpmsolver++"
         )
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or "beta_start" not in inspect.signature(found).parameters:
-        raise ValueError(f"{file}: _class_name = {name!r} is no DDPM scheduler of diffusers {diffusers.__version__}")
+        raise Refused(f"{file}: _class_name = {name!r} is no DDPM scheduler of diffusers {diffusers.__version__}")
     return found
 
 
@@ -91,7 +92,7 @@ class DDPM:
 
     def __post_init__(self):
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
+            raise Refused(
                 f"{self.file}: prediction_type = {self.prediction_type!r} cannot be trained; epsilon and v_prediction can"
             )
         scheduler_class(self.config, self.file)

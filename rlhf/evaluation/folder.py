@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.rewards.protocols import fingerprint
 from rlhf.runs.folder import write_durably
@@ -24,13 +25,13 @@ from rlhf.types import Prompt
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError where `out` is finished or holds something else than an evaluation."""
+    """Raise Refused where `out` is finished or holds something else than an evaluation."""
     if (out / "results.json").exists():
-        raise ValueError(f"out = {str(out)!r} holds a finished evaluation, which is never overwritten; choose another")
+        raise Refused(f"out = {str(out)!r} holds a finished evaluation, which is never overwritten; choose another")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {str(out)!r} is a file; give a folder")
+        raise Refused(f"out = {str(out)!r} is a file; give a folder")
     if out.exists() and not (out / "painting.json").exists() and {path.name for path in out.iterdir()} - {"lock"}:
-        raise ValueError(f"out = {str(out)!r} is not empty and holds no evaluation; choose another folder")
+        raise Refused(f"out = {str(out)!r} is not empty and holds no evaluation; choose another folder")
 
 
 def painting(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def painting(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Any
 def claim(config: EvaluateConfig, prompts: Sequence[Prompt], recipe: str) -> Iterator[Path]:
     """Make `out`, or go on in it, with `recipe` as its config.toml; others are kept out meanwhile.
 
-    Raises ValueError where it is finished, in use, or begun with something else (naming what).
+    Raises Refused where it is finished, in use, or begun with something else (naming what).
     """
     out, ours = Path(config.out), painting(config, prompts)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,14 +64,14 @@ def claim(config: EvaluateConfig, prompts: Sequence[Prompt], recipe: str) -> Ite
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"out = {config.out!r} is in use by another evaluation that runs now") from error
+            raise Refused(f"out = {config.out!r} is in use by another evaluation that runs now") from error
         check_out(out)
         begun = out / "painting.json"
         if begun.exists():
             theirs = json.loads(begun.read_text())
             other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
             if other:
-                raise ValueError(
+                raise Refused(
                     f"out = {config.out!r} was begun with other values of {', '.join(other)}; choose another folder, or "
                     "remove that one"
                 )

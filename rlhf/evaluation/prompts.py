@@ -36,7 +36,7 @@ def family_of(model: EvaluatedModelConfig) -> Family:
 
 
 def read_evaluation(config: EvaluateConfig) -> Prompts:
-    """The prompts of a recipe. Raises BadInput with every problem of prompts and weights, ValueError for `model.path`."""
+    """The prompts of a recipe. Raises BadInput with every problem of prompts and weights, Refused for `model.path`."""
     family = family_of(config.model)
     family.check()
     problems = weight_problems(config, family)

@@ -73,7 +73,7 @@ class Family(Protocol):
     def process(self) -> Process: ...
 
     def check(self) -> None:
-        """Raise ValueError where `path`, or the denoiser to begin with, is no folder of this family. Reads JSON files only."""
+        """Raise Refused where `path`, or the denoiser to begin with, is no folder of this family. Reads JSON files only."""
 
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The trainable network on the meta device: shapes without memory."""
@@ -87,7 +87,7 @@ class Family(Protocol):
         """(H, W) that the model was trained on, nearest in aspect to a picture of (H, W) pixels."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of (H, W) pixels. Raises ValueError for a size that the network cannot take."""
+        """(C, h, w) of a picture of (H, W) pixels. Raises Refused for a size that the network cannot take."""
 
     def tokens(self, latents: Tensor) -> int:
         """Target tokens of a picture with latents (B, C, h, w)."""

@@ -12,12 +12,14 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
+from rlhf.errors import Refused
+
 
 def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises ValueError, naming the file, where `path` is no folder of `what`."""
+    """A JSON file of a model folder. Raises Refused, naming the file, where `path` is no folder of `what`."""
     file = Path(path) / name
     if not file.is_file():
-        raise ValueError(f"model.path = {str(path)!r} is no {what} folder in the diffusers layout: {file} is missing")
+        raise Refused(f"model.path = {str(path)!r} is no {what} folder in the diffusers layout: {file} is missing")
     return json.loads(file.read_text())
 
 
@@ -30,9 +32,9 @@ def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
-    """Raise ValueError where `model.denoiser`, if it is given, is none for a model with this config."""
+    """Raise Refused where `model.denoiser`, if it is given, is none for a model with this config."""
     if folder is not None and (fault := trained_fault(folder, config)):
-        raise ValueError(
+        raise Refused(
             f"model.denoiser = {str(folder)!r} {fault}; give a trained folder of this family, from a run's final/"
         )
 
@@ -58,10 +60,10 @@ def vae_factor(vae: Mapping[str, Any]) -> int:
 
 
 def latent_shape(vae: Mapping[str, Any], height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of a picture of (H, W) pixels, from the VAE's config. Raises ValueError for sides that are no whole patches."""
+    """(C, h, w) of a picture of (H, W) pixels, from the VAE's config. Raises Refused for sides that are no whole patches."""
     side = vae_factor(vae) * patch
     if height % side or width % side:
-        raise ValueError(f"{height}×{width} pixels (model.height, model.width): this model needs multiples of {side}")
+        raise Refused(f"{height}×{width} pixels (model.height, model.width): this model needs multiples of {side}")
     return vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae)
 
 

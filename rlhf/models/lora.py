@@ -26,7 +26,7 @@ def add_adapters(
 ) -> None:
     """Freeze the base and put LoRA layers of `dtype` (dropout 0) on every module whose name ends in one of `targets`.
 
-    Raises ValueError when no module matches. Weights are uninitialised until filled.
+    PEFT raises ValueError when no module matches. Weights are uninitialised until filled.
     """
     peft_config = PeftLoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=list(config.targets or targets)

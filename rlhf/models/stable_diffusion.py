@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.diffusion.ddpm import DDPM
+from rlhf.errors import Refused
 from rlhf.models.folder import (
     check_trained,
     latent_shape,
@@ -81,11 +82,9 @@ class StableDiffusion:
         config = self._json("unet/config.json")
         for key, known in UNET_LIMITS.items():
             if config.get(key) not in known:
-                raise ValueError(
-                    f"{self.path}/unet/config.json: {key} = {config[key]!r}, but this family knows {known}"
-                )
+                raise Refused(f"{self.path}/unet/config.json: {key} = {config[key]!r}, but this family knows {known}")
         if not config["in_channels"] == config["out_channels"] == self._vae["latent_channels"]:
-            raise ValueError(
+            raise Refused(
                 f"{self.path}/unet/config.json: in_channels, out_channels and the VAE's latents must be equal"
             )
         check_trained(self.denoiser, config)
@@ -95,7 +94,7 @@ class StableDiffusion:
     def _vae(self) -> dict[str, Any]:
         config = self._json("vae/config.json")
         if config.get("latents_mean") is not None or config.get("shift_factor"):
-            raise ValueError(f"{self.path}/vae/config.json: latents_mean and shift_factor are not supported")
+            raise Refused(f"{self.path}/vae/config.json: latents_mean and shift_factor are not supported")
         return config
 
     @property

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlhf.errors import Refused
 from rlhf.rewards.clip import CLIPFeatures
 from rlhf.rewards.config import AestheticJudgeConfig
 from rlhf.rewards.features import existing
@@ -50,7 +51,7 @@ class AestheticReward:
     name = "aesthetic"
 
     def __init__(self, features: CLIPFeatures, head: Path | str | None) -> None:
-        """head: the predictor's file. Raises: FileNotFoundError, ValueError naming judges.aesthetic.head."""
+        """head: the predictor's file. Raises: Refused, naming judges.aesthetic.head."""
         file = existing("judges.aesthetic.head", head, HEAD)
         self.features = features
         # Always fp32: its work is nothing beside the CLIP's, and each of its five products would round.
@@ -75,15 +76,15 @@ class AestheticReward:
 def load_head(file: Path, width: int) -> AestheticHead:
     """The predictor of `file` for features of `width`, fp32 on the CPU in eval mode.
 
-    Raises: ValueError if the file is not in the published layout or reads features of another width.
+    Raises: Refused if the file is not in the published layout or reads features of another width.
     """
     key = f"judges.aesthetic.head = '{file}'"
     state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     first = state.get("layers.0.weight") if isinstance(state, dict) else None
     if not isinstance(first, Tensor) or first.ndim != 2:
-        raise ValueError(f"{key} is no aesthetic predictor: it has no matrix `layers.0.weight`; give {HEAD}")
+        raise Refused(f"{key} is no aesthetic predictor: it has no matrix `layers.0.weight`; give {HEAD}")
     if first.shape[1] != width:
-        raise ValueError(
+        raise Refused(
             f"{key} reads features of width {first.shape[1]}, but judges.aesthetic.path is a CLIP of width {width}; "
             "give the CLIP that the head was trained on (the published one: ViT-L/14, width 768)"
         )
@@ -91,5 +92,5 @@ def load_head(file: Path, width: int) -> AestheticHead:
     try:
         head.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{key} does not fit 768→1024→128→64→16→1: {error}; give {HEAD}") from error
+        raise Refused(f"{key} does not fit 768→1024→128→64→16→1: {error}; give {HEAD}") from error
     return head.float().eval().requires_grad_(False)

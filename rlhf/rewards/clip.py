@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
 from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
@@ -52,7 +53,7 @@ class CLIPFeatures:
     ) -> None:
         """path, processor: folders, the second where the first holds no processor; name: the judge, for messages.
 
-        batch_rows: see `forward_rows`. Raises: FileNotFoundError or ValueError that name the key of the recipe.
+        batch_rows: see `forward_rows`. Raises: Refused, naming the key of the recipe.
         """
         folder = existing(f"judges.{name}.path", path, FOLDER)
         self.device = device
@@ -84,7 +85,7 @@ class CLIPFeatures:
     def images(self, images: Sequence[np.ndarray], head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(B, D) fp32 unit features of uint8 (H, W, 3) pictures on the CPU; with `head`, what it makes of them.
 
-        B ≥ 1. Raises: ValueError for anything else than such pictures.
+        B ≥ 1. Raises: Refused for anything else than such pictures.
         """
 
         def forward(pixels: Tensor) -> Tensor:
@@ -165,38 +166,38 @@ def _middle(image: np.ndarray) -> np.ndarray:
 
 
 def load_model(key: str, folder: Path) -> CLIPModel:
-    """The CLIPModel at `folder`, fp32 on the CPU. Raises: FileNotFoundError or ValueError that name `key`."""
+    """The CLIPModel at `folder`, fp32 on the CPU. Raises: Refused, naming `key`."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{key} = '{folder}' has no config.json; give {FOLDER}")
+        raise Refused(f"{key} = '{folder}' has no config.json; give {FOLDER}")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "clip":
-        raise ValueError(f"{key} = '{folder}' is a model of type {kind!r}, not 'clip'; give {FOLDER}")
+        raise Refused(f"{key} = '{folder}' is a model of type {kind!r}, not 'clip'; give {FOLDER}")
     try:
         model, report = CLIPModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{key} = '{folder}' does not load: {error}") from error
+        raise Refused(f"{key} = '{folder}' does not load: {error}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
-        raise ValueError(f"{key} = '{folder}': the weights lack {len(missing)} tensors, the first is {missing[0]}")
+        raise Refused(f"{key} = '{folder}': the weights lack {len(missing)} tensors, the first is {missing[0]}")
     return model
 
 
 def load_processor(key: str, path: Path | str, config: CLIPConfig) -> CLIPProcessor:
-    """The CLIP processor at `path`. Raises: FileNotFoundError or ValueError that name `key`, also if it does not fit."""
+    """The CLIP processor at `path`. Raises: Refused, naming `key`, also if it does not fit."""
     folder = existing(key, path, "the folder of a CLIP processor")
     # Looked for by name: without its files, transformers makes a tokenizer of two tokens and no error.
     absent = [kind for kind, files in _PROCESSOR_FILES.items() if not any((folder / file).is_file() for file in files)]
     if absent:
-        raise FileNotFoundError(
+        raise Refused(
             f"{key}: '{folder}' holds no {' and no '.join(absent)}; set {key} to the folder of the processor that the "
             "model was trained with (PickScore: that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
         )
     processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     crop, size = processor.image_processor.crop_size["height"], config.vision_config.image_size
     if crop != size:
-        raise ValueError(f"{key}: '{folder}' crops pictures to {crop}, but the model reads {size}; give its own")
+        raise Refused(f"{key}: '{folder}' crops pictures to {crop}, but the model reads {size}; give its own")
     tokens, known = len(processor.tokenizer), config.text_config.vocab_size
     if tokens > known:
-        raise ValueError(f"{key}: '{folder}' has {tokens} tokens, but the model knows {known}; give its own")
+        raise Refused(f"{key}: '{folder}' has {tokens} tokens, but the model knows {known}; give its own")
     return processor

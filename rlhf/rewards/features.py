@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlhf.errors import Refused
+
 _CACHED_PROMPTS = 4096
 
 
@@ -56,9 +58,9 @@ class TextFeatures:
 
 
 def existing(key: str, path: Path | str | None, needed: str) -> Path:
-    """`path` of the recipe's `key`. Raises: ValueError where it is unset, FileNotFoundError where nothing is there."""
+    """`path` of the recipe's `key`. Raises: Refused where it is unset, FileNotFoundError where nothing is there."""
     if path is None:
-        raise ValueError(f"{key} is not set; give {needed}")
+        raise Refused(f"{key} is not set; give {needed}")
     if not Path(path).exists():
-        raise FileNotFoundError(f"{key} = {str(path)!r} does not exist on this node; give {needed}")
+        raise Refused(f"{key} = {str(path)!r} does not exist on this node; give {needed}")
     return Path(path)

@@ -31,6 +31,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
 from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
@@ -109,10 +110,10 @@ def transform(image: np.ndarray, size: int) -> Tensor:
 
 
 def find_checkpoint(path: Path, version: str) -> Path:
-    """`path` itself, or the published file of `version` in the folder `path`. Raises: FileNotFoundError."""
+    """`path` itself, or the published file of `version` in the folder `path`. Raises: Refused."""
     file = path / FILES[version] if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(
+        raise Refused(
             f"judges.hps.path: no HPSv2 checkpoint at {file}; give a .pt or .safetensors file, or a folder that holds "
             f"{FILES[version]} (judges.hps.version = {version!r})"
         )
@@ -122,7 +123,7 @@ def find_checkpoint(path: Path, version: str) -> Path:
 def load_model(file: Path, *, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """An open_clip CLIP in eval mode with the weights of `file`.
 
-    Raises: ValueError if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
+    Raises: Refused if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
     """
     sidecar = file.with_suffix(".json")
     source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
@@ -132,7 +133,7 @@ def load_model(file: Path, *, device: str, dtype: torch.dtype) -> torch.nn.Modul
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{file} does not fit {source}: {error}") from error
+        raise Refused(f"{file} does not fit {source}: {error}") from error
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -143,7 +144,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
         if not isinstance(state, dict):
-            raise ValueError(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")
+            raise Refused(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")
     names = {name: name.removeprefix("module.") for name in state}
     return {new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)}
 
@@ -151,5 +152,5 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 def _square(image_size: int | tuple[int, int]) -> int:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height != width:
-        raise ValueError(f"an HPSv2 model reads square pictures, not {height}×{width}")
+        raise Refused(f"an HPSv2 model reads square pictures, not {height}×{width}")
     return height

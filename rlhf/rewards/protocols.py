@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import xxhash
 
+from rlhf.errors import Refused
 from rlhf.types import Item, Verdict
 
 
@@ -37,7 +38,7 @@ class Reward(Protocol):
         """One finite scalar per picture, higher is better.
 
         images: uint8 (H, W, 3) RGB, sizes may differ; prompts and items: one per picture.
-        Raises: ValueError for inputs a caller can mend, JudgeError where the model gives no usable number.
+        Raises: Refused for inputs a caller can mend, JudgeError where the model gives no usable number.
         """
         ...
 
@@ -53,7 +54,7 @@ class Filter(Protocol):
     async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
         """The verdict on one edit. image, source: uint8 (H, W, 3) RGB; prompt: the edit instruction, may be empty.
 
-        Raises: ValueError for bad inputs, JudgeError where the model's answer is not a verdict.
+        Raises: Refused for bad inputs, JudgeError where the model's answer is not a verdict.
         """
         ...
 
@@ -83,7 +84,7 @@ def fingerprint(path: Path) -> str:
     digest = xxhash.xxh3_64()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if not files:
-        raise FileNotFoundError(f"{path}: no such file or empty folder")
+        raise Refused(f"{path}: no such file or empty folder")
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())

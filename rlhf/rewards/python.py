@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.rewards.protocols import JudgeError, check_batch, checked_scores, fingerprint
 from rlhf.types import Item
@@ -32,7 +33,7 @@ class PythonReward:
     def __init__(self, name: str, function: str, *, device: str = "cpu") -> None:
         """function: "package.module:function"; device: where its replica's card is, reported and not passed on.
 
-        Raises: ValueError naming the key where the function cannot be had.
+        Raises: Refused naming the key where the function cannot be had.
         """
         self.name = name
         self.device = device
@@ -44,7 +45,7 @@ class PythonReward:
     def from_config(cls, name: str, judge: PythonJudgeConfig, device: str) -> Self:
         """`judges.python.NAME` on `device`."""
         if judge.function is None:
-            raise ValueError(f'judges.python.{name}.function is not set; give "package.module:function"')
+            raise Refused(f'judges.python.{name}.function is not set; give "package.module:function"')
         return cls(name, judge.function, device=device)
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
@@ -72,18 +73,18 @@ class PythonReward:
 
 
 def resolve(key: str, function: str) -> Callable[..., Any]:
-    """The function at the import path. Raises: ValueError that starts with `key` and says why it cannot be had."""
+    """The function at the import path. Raises: Refused that starts with `key` and says why it cannot be had."""
     try:
         found = pkgutil.resolve_name(function)
     except Exception as error:  # importing runs the module, which may raise anything
-        raise ValueError(
+        raise Refused(
             f"{key}: {type(error).__name__}: {error}; it must be importable on every node: install its package there, "
             "or keep its module in the job's working directory"
         ) from error
     if not callable(found):
-        raise ValueError(f"{key} is {type(found).__name__}, not a function (images, prompts, items) -> scores")
+        raise Refused(f"{key} is {type(found).__name__}, not a function (images, prompts, items) -> scores")
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in (found, found.__call__)):
-        raise ValueError(f"{key} is async; write a plain function, which gets a whole batch at a time")
+        raise Refused(f"{key} is async; write a plain function, which gets a whole batch at a time")
     return found
 
 

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 
 from rlhf.data.media import encode_base64, encode_png
+from rlhf.errors import Refused
 from rlhf.rewards.answers import number, read_json
 from rlhf.rewards.config import CTRJudgeConfig, ModelJudgeConfig
 from rlhf.rewards.protocols import JudgeError
@@ -32,10 +33,10 @@ class RemoteJudge:
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s)
 
     async def score(self, image: np.ndarray, prompt: str, item: Item | None = None) -> float:
-        """The reward of one uint8 (H, W, 3) picture. Raises: JudgeError; ValueError where a needed item is missing."""
+        """The reward of one uint8 (H, W, 3) picture. Raises: JudgeError; Refused where a needed item is missing."""
         if isinstance(self._config, CTRJudgeConfig):
             if item is None:
-                raise ValueError(f"{self.url}: this reward needs the item of the picture")
+                raise Refused(f"{self.url}: this reward needs the item of the picture")
             file = await asyncio.to_thread(encode_png, image)
             answer = await self._post("predict", data=asdict(item), files={"image": ("image.png", file, "image/png")})
             if answer.get("success") is not True or not isinstance(answer.get("data"), dict):

@@ -5,13 +5,15 @@ Pure. Left out: retries, which come before a call counts as failed (`actors.aski
 
 from collections.abc import Sequence
 
+from rlhf.errors import Refused
+
 MIN_CALLS = 10
 """Calls of a judge before its failure rate is believed."""
 WINDOW = 50
 """Calls of a judge that `judges.max_failure_rate` looks back on."""
 
 
-class JudgeUnreliable(RuntimeError):
+class JudgeUnreliable(Refused):
     """One judge fails too often for its scores to be trusted."""
 
 

@@ -5,6 +5,7 @@ runs, waits, reads a clock or draws a number, so every fault can be replayed in 
 `rollout_state.py`.
 
 Every command carries a fresh ticket. A ticket is spent by its first answer, so an answer that comes twice, late, or
+from rlhf.errors import Refused
 from before a resume changes nothing. A group keeps valid + pending = num_valid_samples while it has attempts left;
 the attempts that it uses, and therefore its candidates, do not depend on the order in which answers arrive.
 
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 
+from rlhf.errors import Refused
 from rlhf.rollouts.pairing import RolloutGroup
 from rlhf.rollouts.reliability import MIN_CALLS, check_rate
 from rlhf.rollouts.state import (
@@ -42,7 +44,7 @@ LARGEST_REWARD = 1e100
 """Beyond it, squares and quotients of rewards stop being finite."""
 
 
-class NothingPasses(RuntimeError):
+class NothingPasses(Refused):
     """Group after group makes no pair: going on would only burn accelerators."""
 
 

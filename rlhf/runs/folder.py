@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.errors import Refused
+
 MAY_DIFFER = ("run.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s")
 """What a resume may change of the configuration: where and how to run, not what."""
 SPLIT = ("trainer.ranks", "trainer.train_batch_size", "trainer.gradient_accumulation_steps")
@@ -34,11 +36,11 @@ MUST_AGREE = ("run.seed",)
 """But for these: with another seed the resumed half would not continue the first."""
 
 
-class RunInUse(RuntimeError):
+class RunInUse(Refused):
     """Another live driver holds the folder."""
 
 
-class Fenced(RuntimeError):
+class Fenced(Refused):
     """Another driver has taken the folder over since this one claimed it: nothing more may be written."""
 
 
@@ -80,12 +82,17 @@ class RunFolder:
 
         The newest vN is resumed if it is unfinished and `config_toml` (the resolved configuration) agrees with its
         own but for the keys in MAY_DIFFER. A finished one, or resume = "never", leads to vN+1. Raises RunInUse if a
-        live driver holds it, ValueError naming every key that differs.
+        live driver holds it, Refused naming every key that differs.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"run.name = {name!r}: use letters, digits, '.', '_', '-'; start with a letter or digit")
+            raise Refused(f"run.name = {name!r}: use letters, digits, '.', '_', '-'; start with a letter or digit")
         parent = Path(root) / name
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(
+                f"run.dir = {str(root)!r}: {parent} cannot be made: {error.strerror}; choose another"
+            ) from error
         with (parent / "claim.lock").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
             newest = max((int(p.name[1:]) for p in parent.iterdir() if re.fullmatch(r"v\d+", p.name)), default=-1)
@@ -111,7 +118,7 @@ class RunFolder:
         if config.exists():
             differ = _differences(tomllib.loads(config.read_text()), tomllib.loads(config_toml))
             if differ:
-                raise ValueError(
+                raise Refused(
                     f"{path} was started with another configuration:\n  " + "\n  ".join(differ) + "\n"
                     'Put the old values back to resume it, or start anew with run.resume = "never" or another run.name.'
                 )

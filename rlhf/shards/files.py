@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.errors import Refused
+
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 SAFETENSORS_NAMES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
@@ -92,7 +94,7 @@ class SafetensorsFolder:
     def __init__(self, path: Path):
         files = [f for f in sorted(path.glob("*.safetensors")) if "." not in f.stem] if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise ValueError(f"no *.safetensors under {path}")
+            raise Refused(f"no *.safetensors under {path}")
         self.path = path
         self._where: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
         for file in files:
@@ -102,9 +104,7 @@ class SafetensorsFolder:
             for name, entry in header.items():
                 if name != "__metadata__":
                     if entry["dtype"] not in SAFETENSORS_NAMES:
-                        raise ValueError(
-                            f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}"
-                        )
+                        raise Refused(f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}")
                     dtype = SAFETENSORS_NAMES[entry["dtype"]]
                     self._where[name] = (file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
 
@@ -112,14 +112,14 @@ class SafetensorsFolder:
         return set(self._where)
 
     def rows(self, name: str, start: int, stop: int, shape: Sequence[int]) -> Tensor:
-        """Rows [start, stop) of `name`. Raises ValueError when it is missing, of another shape, or cut off."""
+        """Rows [start, stop) of `name`. Raises Refused when it is missing, of another shape, or cut off."""
         if name not in self._where:
-            raise ValueError(f"{self.path} has no tensor {name!r}")
+            raise Refused(f"{self.path} has no tensor {name!r}")
         file, offset, dtype, saved = self._where[name]
         if saved != list(shape):
-            raise ValueError(f"{file}: {name} has shape {saved}, the model wants {list(shape)}")
+            raise Refused(f"{file}: {name} has shape {saved}, the model wants {list(shape)}")
         row = math.prod(shape[1:]) * dtype.itemsize
         data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=offset + start * row)
         if data.size != (stop - start) * row:
-            raise ValueError(f"{file} is cut off: {name} ends early")
+            raise Refused(f"{file} is cut off: {name} ends early")
         return torch.from_numpy(data).view(dtype).view(stop - start, *shape[1:])

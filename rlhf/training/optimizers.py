@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, zeros
 
+from rlhf.errors import Refused
 from rlhf.tables import TrainerConfig
 
 
@@ -120,7 +121,7 @@ class AdamW8bit(torch.optim.Optimizer):
         try:
             from bitsandbytes.optim import AdamW8bit as OfPlainTensors  # only when chosen: it loads a native library
         except ImportError as error:
-            raise ValueError(
+            raise Refused(
                 'trainer.optimizer = "adamw_8bit" needs bitsandbytes, which `make install EXTRA=gpu` brings; '
                 'without it take "adafactor"'
             ) from error

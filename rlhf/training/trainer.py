@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rlhf.diffusion.objectives import Objective
+from rlhf.errors import Refused
 from rlhf.models import lora
 from rlhf.models.family import Family
 from rlhf.models.reference import FrozenCopy, SecondAdapter
@@ -36,7 +37,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Refused):
     """Three steps in a row had a loss or gradient that was not finite, or weights to be saved are not."""
 
 
@@ -261,7 +262,7 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         """Read what `save` wrote, on any number of ranks, or on the same number where the optimizer's state is per rank.
 
-        Raises ValueError on a missing or odd tensor, another optimizer, or the wrong number of ranks.
+        Raises Refused on a missing or odd tensor, another optimizer, or the wrong number of ranks.
         """
         counters = json.loads((folder / "trainer.json").read_text())
         self._refuse_foreign(counters, folder)
@@ -284,7 +285,7 @@ class Trainer:
             found = load_file(self._rank_file(folder))
             for name, value in per_rank.items():
                 if name not in found or found[name].shape != value.shape:
-                    raise ValueError(f"{self._rank_file(folder)} has no tensor {name!r} of shape {tuple(value.shape)}")
+                    raise Refused(f"{self._rank_file(folder)} has no tensor {name!r} of shape {tuple(value.shape)}")
                 value.copy_(found[name])
 
     def _rank_file(self, folder: Path) -> Path:
@@ -293,12 +294,12 @@ class Trainer:
     def _refuse_foreign(self, counters: dict, folder: Path) -> None:
         mine, saved = self.config.optimizer, counters["optimizer"]
         if mine != saved:
-            raise ValueError(
+            raise Refused(
                 f'{folder} holds the state of trainer.optimizer = "{saved}", not of "{mine}": set it back to "{saved}"'
             )
         ranks = counters["optimizer_ranks"] or self.mesh.size()
         if ranks != self.mesh.size():
-            raise ValueError(
+            raise Refused(
                 f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {self.mesh.size()}: resume with "
                 f'trainer.ranks = {ranks}, or start a new run from an export (the states of "adamw" and "adafactor" fit any '
                 "number of ranks)"

@@ -6,6 +6,7 @@ import ray
 
 from actors.asking import Failure
 from actors.judges import Judges, PixelsLost, reward_text
+from rlhf.errors import Refused
 from rlhf.types import Item, Prompt
 from tests.jobs.light import light_config, write_photos
 from tests.judge_server import warmth
@@ -108,5 +109,5 @@ def test_an_empty_instruction_is_filled_from_the_item(tmp_path):
     assert reward_text(prompt(tmp_path, "warm"), "{food_name}") == "warm"
     assert reward_text(prompt(tmp_path, " ", ITEM), "a photo of {food_name}") == "a photo of 红烧肉"
     assert reward_text(prompt(tmp_path, ""), "a dish") == "a dish"
-    with pytest.raises(ValueError, match=r"'0' has an empty instruction.*food_name.*data\.item_metadata"):
+    with pytest.raises(Refused, match=r"'0' has an empty instruction.*food_name.*data\.item_metadata"):
         reward_text(prompt(tmp_path, ""), "{food_name}")

@@ -195,7 +195,7 @@ from rlhf.tables import OnlineDPOConfig
 def main():
     print(resolved_toml(parse(OnlineDPOConfig, description="Trains at 100 %.").config))
     raise KeyError("a bug")
-run_main(main, FileNotFoundError)
+run_main(main)
 """
 
 

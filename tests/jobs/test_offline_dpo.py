@@ -19,6 +19,7 @@ from jobs.preprocess import read_data
 from rlhf.data.cache import read_manifest
 from rlhf.data.media import decode_image
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
@@ -320,7 +321,7 @@ def test_a_run_that_skips_broken_rows_keeps_the_list(cluster, stable_diffusion, 
 )
 def test_misuse_is_told_before_anything_starts(stable_diffusion, tmp_path, tables, what):
     file = write_parquet(tmp_path / "pairs.parquet", [row(i) for i in range(8)])
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(Refused, match=what):
         offline_dpo.dry_run(offline_config(tmp_path, stable_diffusion, file, **tables))
 
 

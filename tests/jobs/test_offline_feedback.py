@@ -9,6 +9,7 @@ from actors import checks
 from actors.feedback import Scores, _keep
 from jobs.offline_feedback import _work, relabel_by_judge
 from jobs.offline_pairs import read_pair_sets, refuse_other_pairs
+from rlhf.errors import Refused
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.runs.folder import RunFolder
 from tests.jobs.offline_world import offline_config
@@ -55,7 +56,7 @@ def test_too_few_held_out_pairs_are_told_also_after_the_judge_failed_on_some(sta
     config = offline_config(tmp_path, stable_diffusion, train, data=data, judges=JUDGE, eval=evaluation)
     pairs = read_pair_sets(config, IN_THREADS)
     scored_beforehand(config, pairs, failed=1)
-    with pytest.raises(ValueError, match=r"has 7 pairs, .* is 8: too few"):
+    with pytest.raises(Refused, match=r"has 7 pairs, .* is 8: too few"):
         relabel_by_judge(config, pairs, "name", str)
 
 
@@ -66,7 +67,7 @@ def test_no_pair_left_is_told(stable_diffusion, tmp_path):
     )
     pairs = read_pair_sets(config, IN_THREADS)
     scored_beforehand(config, pairs, failed=4)
-    with pytest.raises(ValueError, match="'green' scored none of 4 pairs"):
+    with pytest.raises(Refused, match="'green' scored none of 4 pairs"):
         relabel_by_judge(config, pairs, "name", str)
 
 
@@ -103,5 +104,5 @@ def test_a_run_does_not_go_on_with_other_pairs_but_a_start_that_did_nothing_may(
     (claim().path / "metrics.jsonl").write_text('{"step": 1}\n')
     refuse_other_pairs(read_pair_sets(config, IN_THREADS), claim())
     file.write_text("\n".join(text[:2]))
-    with pytest.raises(ValueError, match=r"the pairs are not those that .* began with .* 3, are .* 2\)"):
+    with pytest.raises(Refused, match=r"the pairs are not those that .* began with .* 3, are .* 2\)"):
         refuse_other_pairs(read_pair_sets(config, IN_THREADS), claim())

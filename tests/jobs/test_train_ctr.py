@@ -13,6 +13,7 @@ import jobs
 from jobs.cli import parse
 from rlhf.data.media import encode_png
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.config import TrainCTRConfig
 from rlhf.rewards.ctr.model import CTRReward
 from rlhf.types import Item
@@ -83,7 +84,7 @@ def test_without_an_eval_file_products_are_held_out_for_either_use(data, tmp_pat
 def test_keys_that_do_not_fit_the_rows(data, tmp_path):
     from jobs.train_ctr import load_rows
 
-    with pytest.raises(ValueError, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
+    with pytest.raises(Refused, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
         load_rows(recipe(data, tmp_path / "out", path=str(data / "one.csv")))
 
 
@@ -167,6 +168,6 @@ def test_two_ranks_train_one_model(cluster, data, tmp_path, capsys):
 def test_a_failed_training_leaves_no_output_and_tells_why(cluster, data, tmp_path):
     from jobs.train_ctr import train_ctr
 
-    with pytest.raises(RuntimeError, match=r"lower train\.learning_rate"):
+    with pytest.raises(Refused, match=r"lower train\.learning_rate"):
         train_ctr(recipe(data, tmp_path / "bad", train={"learning_rate": 1e30, "max_grad_norm": 1e30, "ranks": 2}))
     assert not list(tmp_path.iterdir())

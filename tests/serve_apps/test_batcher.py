@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ray import serve
 
+from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.rewards.protocols import JudgeError, checked_scores
 from serve_apps.batcher import Batcher, options
@@ -104,7 +105,7 @@ class Gated:
         assert self.tickets.acquire(timeout=30)
         self.batches.append(list(prompts))
         if "bad" in prompts:
-            raise ValueError("this prompt cannot be read")
+            raise Refused("this prompt cannot be read")
         return [float(prompt) for prompt in prompts]
 
 
@@ -166,7 +167,7 @@ def test_a_request_that_cannot_be_read_spoils_no_other(gated):
         return await asyncio.gather(*first, *rest, return_exceptions=True)
 
     zero, one, bad, two = asyncio.run(run())
-    assert (zero, one, two) == (0, 1, 2) and isinstance(bad, ValueError)
+    assert (zero, one, two) == (0, 1, 2) and isinstance(bad, Refused)
 
 
 def judge(**settings):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.model import CTRReward
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.rewards.protocols import JudgeError
@@ -39,7 +40,7 @@ def test_ctr_needs_an_item(judges, models, picture):
     handle = judges.handle("ctr")
     expected = CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0]
     assert handle.score.remote(ray.put(picture), "", ITEM).result(timeout_s=60) == expected
-    with pytest.raises(ValueError, match="needs the item"):
+    with pytest.raises(Refused, match="needs the item"):
         handle.score.remote(picture, "", None).result(timeout_s=60)
 
 

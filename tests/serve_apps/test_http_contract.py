@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from rlhf.data.media import encode_base64, encode_png
+from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig, PythonJudgeConfig
 from rlhf.rewards.ctr.model import CTRReward
@@ -194,7 +195,7 @@ def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
                 await remote["stranger"].score(picture, "x")
             with pytest.raises(JudgeError, match="502"):
                 await remote["filter"].judge(picture, None, "break")
-            with pytest.raises(ValueError, match="item"):
+            with pytest.raises(Refused, match="item"):
                 await remote["ctr"].score(picture, "")
             return (
                 await remote["hps"].score(picture, "x"),

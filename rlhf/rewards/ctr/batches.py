@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.media import decode_image
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import Click
 from rlhf.rewards.ctr.config import CTRTrainConfig
 from rlhf.rewards.ctr.model import CTRModelConfig, encode_items, transform
@@ -95,7 +96,7 @@ class Batches:
         """Rows of a batch over all ranks: fewer than configured where the log has fewer."""
         size = min(self.config.batch_size, rows // self.world * self.world)
         if not size:
-            raise ValueError(f"{rows} training rows cannot be shared by train.ranks = {self.world}; lower it")
+            raise Refused(f"{rows} training rows cannot be shared by train.ranks = {self.world}; lower it")
         return size
 
     def ordered(self, clicks: Sequence[Click]) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from rlhf.data.media import ImageError, decode_image
 from rlhf.data.records import ITEM_FIELDS, BadInput, Problem
+from rlhf.errors import Refused
 from rlhf.types import Item, seed_from
 
 COLUMNS = ("image_url", *ITEM_FIELDS, "pv_ctr")
@@ -162,11 +163,11 @@ def _problem(path: Path, line: int | None, field: str | None, what: str, remedy:
 def split(clicks: Sequence[Click], fraction: float, seed: int, key: str) -> tuple[list[Click], list[Click]]:
     """(kept, held out): `fraction` of the products, at least one, with all their rows; so no product is in both.
 
-    Which ones depends on the seed and the product alone. Raises: ValueError, naming `key`, for fewer than two products.
+    Which ones depends on the seed and the product alone. Raises: Refused, naming `key`, for fewer than two products.
     """
     products = sorted({click.item for click in clicks}, key=lambda item: seed_from(seed, *vars(item).values()))
     if len(products) < 2:
-        raise ValueError(
+        raise Refused(
             f"{key} = {fraction:g}: the click log has {len(products)} product (rows with equal {', '.join(ITEM_FIELDS)}), "
             "and products are held out whole; add rows of others, or hold out nothing here"
         )

@@ -31,6 +31,7 @@ from torchvision.transforms.functional import resize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.data.media import check_array
+from rlhf.errors import Refused
 from rlhf.rewards.config import CTRJudgeConfig
 from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
 from rlhf.types import Item
@@ -157,11 +158,11 @@ class CTRReward:
 
     @torch.inference_mode()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """Predicted click rate per picture; ValueError where an item is missing. See `Reward.score`."""
+        """Predicted click rate per picture; Refused where an item is missing. See `Reward.score`."""
         check_batch(images, prompts, items)
         known = [item for item in items if item is not None]
         if len(known) < len(items):
-            raise ValueError(f"the CTR reward needs an item for every picture; {len(items) - len(known)} have none")
+            raise Refused(f"the CTR reward needs an item for every picture; {len(items) - len(known)} have none")
         rows = self.batch_rows or max(1, len(images))
         scores: list[float] = []
         for start in range(0, len(images), rows):
@@ -248,15 +249,15 @@ def save(folder: Path, model: CTRModel, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def load(folder: Path) -> tuple[CTRModel, PreTrainedTokenizerBase]:
-    """A CTR model (fp32, CPU) and its tokenizer. Raises: FileNotFoundError or ValueError that name what is wrong."""
+    """A CTR model (fp32, CPU) and its tokenizer. Raises: Refused, naming what is wrong."""
     for name in ("config.json", "model.safetensors", "tokenizer"):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} is no CTR checkpoint: {name} is missing; make one with jobs.train_ctr")
+            raise Refused(f"{folder} is no CTR checkpoint: {name} is missing; make one with jobs.train_ctr")
     model = CTRModel(CTRModelConfig.model_validate(json.loads((folder / "config.json").read_text())))
     missing, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     missing = [name for name in missing if name in _floating(model)]
     if missing or unknown:
-        raise ValueError(f"{folder}/model.safetensors does not fit its config: missing {missing}, unknown {unknown}")
+        raise Refused(f"{folder}/model.safetensors does not fit its config: missing {missing}, unknown {unknown}")
     return model, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.errors import Refused
 from rlhf.rewards.ctr import report as ctr_report
 from rlhf.rewards.ctr.batches import Batch, Batches, Update
 from rlhf.rewards.ctr.build import create, parameter_groups
@@ -108,7 +109,7 @@ def train(
 ) -> tuple[Trained, dict[str, float]]:
     """One rank in this process: the trained model, and the figures of `fit` and of the held-out rows.
 
-    Raises: ValueError where `config.loss` needs impressions that the rows lack; RuntimeError for a non-finite loss.
+    Raises: Refused where `config.loss` needs impressions that the rows lack; RuntimeError for a non-finite loss.
     """
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         learner = Learner(rows, section, config, seed=seed, device=device)
@@ -131,7 +132,7 @@ class Learner:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Seeds torch's generators: equal seeds give equal weights. Raises: ValueError, see `train`."""
+        """Seeds torch's generators: equal seeds give equal weights. Raises: Refused, see `train`."""
         self.binomial = uses_binomial(rows, config)
         self.rows, self.config, self.seed, self.device, self.rank, self.world = rows, config, seed, device, rank, world
         torch.manual_seed(seed)
@@ -168,7 +169,7 @@ class Learner:
         else:
             found = {name: value.item() for name, value in values.items()}
         if not all(map(math.isfinite, found.values())):
-            raise RuntimeError(f"epoch {index + 1} of the CTR training gave {found}; lower train.learning_rate")
+            raise Refused(f"epoch {index + 1} of the CTR training gave {found}; lower train.learning_rate")
         return found
 
     def step(self, update: Update) -> float:
@@ -185,7 +186,7 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         if not norm.isfinite() and not self.scaler.is_enabled():  # the scaler skips such an update
-            raise RuntimeError("a gradient of the CTR model is not finite; lower train.learning_rate")
+            raise Refused("a gradient of the CTR model is not finite; lower train.learning_rate")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -238,9 +239,9 @@ class Learner:
 
 
 def uses_binomial(rows: Rows, config: CTRTrainConfig) -> bool:
-    """What `train.loss` comes to. Raises: ValueError where it is "binomial" and impressions are missing."""
+    """What `train.loss` comes to. Raises: Refused where it is "binomial" and impressions are missing."""
     if config.loss == "binomial" and not rows.counted:
-        raise ValueError('train.loss = "binomial" needs the columns impressions and clicks in data.path')
+        raise Refused('train.loss = "binomial" needs the columns impressions and clicks in data.path')
     return config.loss == "binomial" or (config.loss == "auto" and rows.counted)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf.data.examples import check_block, gather, pictures_of, read_index, write_index
 from rlhf.data.pair_files import blocks_of, read_block
+from rlhf.errors import Refused
 from tests.rlhf.data.pair_tables import png, row, write_jsonl, write_parquet
 
 BROKEN = {
@@ -60,7 +61,7 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     assert pictures_of(pair, again.blocks[pair.block], read_block) == [rows[5]["jpg_0"], rows[5]["jpg_1"]]
     assert again.captions() == ["a dish 0", "a dish 1", "a dish 2"]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
-    with pytest.raises(ValueError, match="row 6 changed since it was checked"):
+    with pytest.raises(Refused, match="row 6 changed since it was checked"):
         pictures_of(pair, again.blocks[pair.block], read_block)
 
 
@@ -97,7 +98,7 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
     assert pictures_of(index[2], index.blocks[0], read_block) == [file.read_bytes() for file in files]
     source = files[2].read_bytes()
     files[2].write_bytes(png(99))
-    with pytest.raises(ValueError, match="row 3 changed since it was checked"):
+    with pytest.raises(Refused, match="row 3 changed since it was checked"):
         pictures_of(index[2], index.blocks[0], read_block)
     files[2].write_bytes(source)
     good = {"prompt": "x", "winner": "pictures/0_w.png", "loser": "pictures/0_l.png", "source": "pictures/0_s.png"}

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from rlhf.diffusion.ddpm import DDPM
+from rlhf.errors import Refused
 from rlhf.types import noise_from
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
@@ -80,7 +81,7 @@ def test_training_times_are_uniform_over_the_timesteps_and_depend_on_the_seed_al
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused_with_its_file_and_key(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         ddpm(**changes)
 
 

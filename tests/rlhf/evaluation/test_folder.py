@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.evaluation.folder import check_out, claim
 from rlhf.types import Prompt
@@ -46,7 +47,7 @@ def test_other_pictures_are_refused_and_what_differs_is_named(world):
     (world / "tuned" / "weights.safetensors").write_bytes(b"trained on")
     other = Prompt(**(vars(PROMPT) | {"instruction": "y"}))
     with (
-        pytest.raises(ValueError, match="begun with other values of seed, the prompts, the tuned weights;"),
+        pytest.raises(Refused, match="begun with other values of seed, the prompts, the tuned weights;"),
         claim(recipe(world, seed=1), [other], ""),
     ):
         pass
@@ -58,7 +59,7 @@ def test_weights_that_were_replaced_where_they_lie_are_others(world, folder, nam
         pass
     (world / folder / "weights.safetensors").write_bytes(b"trained on")
     with (
-        pytest.raises(ValueError, match=rf"begun with other values of the .*{named}"),
+        pytest.raises(Refused, match=rf"begun with other values of the .*{named}"),
         claim(recipe(world), [PROMPT], ""),
     ):
         pass
@@ -67,7 +68,7 @@ def test_weights_that_were_replaced_where_they_lie_are_others(world, folder, nam
 def test_one_writer_at_a_time(world):
     with (
         claim(recipe(world), [PROMPT], ""),
-        pytest.raises(ValueError, match="in use"),
+        pytest.raises(Refused, match="in use"),
         claim(recipe(world), [PROMPT], ""),
     ):
         pass
@@ -77,11 +78,11 @@ def test_a_finished_evaluation_and_foreign_folders_are_left_alone(world):
     check_out(world / "absent")
     (world / "empty").mkdir()
     check_out(world / "empty")
-    with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
+    with pytest.raises(Refused, match="is not empty and holds no evaluation"):
         check_out(world / "base")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(Refused, match="is a file"):
         check_out(world / "base" / "weights.safetensors")
     with claim(recipe(world), [PROMPT], "") as out:
         (out / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="never overwritten"), claim(recipe(world), [PROMPT], ""):
+    with pytest.raises(Refused, match="never overwritten"), claim(recipe(world), [PROMPT], ""):
         pass

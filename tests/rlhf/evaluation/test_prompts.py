@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.evaluation.config import EvaluateConfig
 from rlhf.evaluation.prompts import read_evaluation
 from rlhf.models.tiny import write_stable_diffusion
@@ -132,5 +133,5 @@ def test_wrong_weights_are_found_before_anything_loads(diffusion, kontext, tmp_p
     ):
         with pytest.raises(BadInput, match=says):
             read_evaluation(recipe(diffusion, file, {"lora": str(lora)}))
-    with pytest.raises(ValueError, match="is no Stable Diffusion folder"):
+    with pytest.raises(Refused, match="is no Stable Diffusion folder"):
         read_evaluation(recipe(tmp_path, file))

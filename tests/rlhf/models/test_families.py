@@ -14,6 +14,7 @@ from peft import get_peft_model_state_dict
 
 from rlhf.data.cache import ConditionCache, commit, write_part
 from rlhf.diffusion.objectives import SFT
+from rlhf.errors import Refused
 from rlhf.models import FAMILIES, load_family, lora
 from rlhf.models.sampling import sample
 from rlhf.shards.files import SafetensorsFolder
@@ -295,7 +296,7 @@ def test_training_can_begin_with_a_trained_folder(trained, one_rank, folders, ki
 def test_a_trained_folder_of_something_else_is_refused(folders, kind):
     for place, what in (("vae", "is a AutoencoderKL, but the base model has a"), ("nowhere", "holds no config.json")):
         model = CheckpointConfig(family=kind.split()[0], path=str(folders[kind]), denoiser=str(folders[kind] / place))
-        with pytest.raises(ValueError, match=rf"model.denoiser = .*{place}' {what}"):
+        with pytest.raises(Refused, match=rf"model.denoiser = .*{place}' {what}"):
             load_family(model, "bf16").empty_denoiser(torch.float32)
 
 

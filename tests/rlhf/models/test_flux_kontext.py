@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf.errors import Refused
 from rlhf.models.flux_kontext import pack, position_ids, unpack
 from rlhf.models.sampling import sample
 from rlhf.types import noise_from
@@ -91,7 +92,7 @@ def test_unknown_tokens(kontext):
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"model.path = .*no Flux Kontext folder.*config.json is missing"):
+    with pytest.raises(Refused, match=r"model.path = .*no Flux Kontext folder.*config.json is missing"):
         family(tmp_path).load_denoiser("cpu")
 
 

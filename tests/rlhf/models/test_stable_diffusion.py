@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+from rlhf.errors import Refused
 from rlhf.models.sampling import sample
 from rlhf.models.stable_diffusion import StableDiffusion
 from rlhf.models.tiny import write_stable_diffusion
@@ -185,10 +186,10 @@ def test_sizes(folders, tmp_path):
 )
 def test_a_checkpoint_of_another_kind_is_refused_with_its_file_and_key(folders, tmp_path, file, changes, message):
     family = StableDiffusion(path=copy(folders[False, "epsilon"], tmp_path / "model", file, **changes))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         family.empty_denoiser(torch.float32), family.process
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"model.path = .*no Stable Diffusion folder.*unet/config.json is missing"):
+    with pytest.raises(Refused, match=r"model.path = .*no Stable Diffusion folder.*unet/config.json is missing"):
         StableDiffusion(path=tmp_path).load_denoiser("cpu")

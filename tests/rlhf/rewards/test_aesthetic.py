@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
+from rlhf.errors import Refused
 from rlhf.rewards import load_reward, tiny
 from rlhf.rewards.aesthetic import load_head
 from rlhf.rewards.config import AestheticJudgeConfig
@@ -84,7 +85,7 @@ def test_the_version_names_both_files(clip, head, tmp_path):
 def test_a_head_of_another_width_is_refused(clip, pictures, tmp_path):
     head = tiny.write_aesthetic_head(tmp_path / "wide.pth", width=768)
     message = r"judges\.aesthetic\.head = .*wide\.pth' reads features of width 768, but judges\.aesthetic\.path .* 32"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         score(clip, head, pictures)
 
 
@@ -98,9 +99,9 @@ def test_files_that_are_no_head_are_refused(clip, head, pictures, tmp_path):
     }
     for message, content in cases.items():
         torch.save(content, tmp_path / "bad.pth")
-        with pytest.raises(ValueError, match=rf"(?s)judges\.aesthetic\.head = .*{message}"):
+        with pytest.raises(Refused, match=rf"(?s)judges\.aesthetic\.head = .*{message}"):
             score(clip, tmp_path / "bad.pth", pictures)
-    with pytest.raises(FileNotFoundError, match=r"judges\.aesthetic\.head = .*gone\.pth"):
+    with pytest.raises(Refused, match=r"judges\.aesthetic\.head = .*gone\.pth"):
         score(clip, tmp_path / "gone.pth", pictures)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
+from rlhf.errors import Refused
 from rlhf.rewards import load_reward, tiny
 from rlhf.rewards.clip import CLIPFeatures
 from rlhf.rewards.config import CLIPJudgeConfig
@@ -110,7 +111,7 @@ def test_a_processor_elsewhere_is_used(folder, tmp_path, pictures):
         FileNotFoundError, match=r"holds no image processor and no tokenizer; set judges\.pickscore\.proc"
     ):
         score("pickscore", pictures, path=str(model))
-    with pytest.raises(FileNotFoundError, match=r"judges\.pickscore\.processor = .*gone"):
+    with pytest.raises(Refused, match=r"judges\.pickscore\.processor = .*gone"):
         score("pickscore", pictures, path=str(model), processor=str(tmp_path / "gone"))
     together = score("pickscore", pictures, path=str(folder))
     assert score("pickscore", pictures, path=str(model), processor=str(processor)) == together
@@ -136,24 +137,24 @@ def test_a_processor_of_another_model_is_refused(folder, tmp_path, pictures):
     other = CLIPProcessor.from_pretrained(folder)
     other.tokenizer.add_tokens(["<one-more>"])
     other.save_pretrained(tmp_path / "words")
-    with pytest.raises(ValueError, match=r"judges\.clip\.processor: .* has 515 tokens, but the model knows 514"):
+    with pytest.raises(Refused, match=r"judges\.clip\.processor: .* has 515 tokens, but the model knows 514"):
         score("clip", pictures, path=str(folder), processor=str(tmp_path / "words"))
     other = CLIPProcessor.from_pretrained(folder, crop_size=32)
     other.save_pretrained(tmp_path / "size")
-    with pytest.raises(ValueError, match=r"judges\.clip\.processor: .* crops pictures to 32, but the model reads 64"):
+    with pytest.raises(Refused, match=r"judges\.clip\.processor: .* crops pictures to 32, but the model reads 64"):
         score("clip", pictures, path=str(folder), processor=str(tmp_path / "size"))
 
 
 def test_folders_that_are_no_clip_are_refused(folder, tmp_path, pictures):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"judges\.clip\.path = .*has no config\.json"):
+    with pytest.raises(Refused, match=r"judges\.clip\.path = .*has no config\.json"):
         score("clip", pictures, path=str(tmp_path / "empty"))
     other = copy(folder, tmp_path / "siglip")
     (other / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    with pytest.raises(ValueError, match=r"judges\.clip\.path = .*type 'siglip', not 'clip'"):
+    with pytest.raises(Refused, match=r"judges\.clip\.path = .*type 'siglip', not 'clip'"):
         score("clip", pictures, path=str(other))
     (copy(folder, tmp_path / "bare") / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"judges\.clip\.path = .*does not load"):
+    with pytest.raises(Refused, match=r"judges\.clip\.path = .*does not load"):
         score("clip", pictures, path=str(tmp_path / "bare"))
 
 
@@ -162,7 +163,7 @@ def test_missing_weights_are_never_drawn_at_random(folder, tmp_path, pictures):
     state = load_file(other / "model.safetensors")
     del state["visual_projection.weight"]
     save_file(state, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"weights lack 1 tensors, the first is visual_projection\.weight"):
+    with pytest.raises(Refused, match=r"weights lack 1 tensors, the first is visual_projection\.weight"):
         score("clip", pictures, path=str(other))
 
 

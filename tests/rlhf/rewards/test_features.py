@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf.errors import Refused
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
 
 
@@ -50,7 +51,7 @@ def test_the_prompts_least_recently_used_are_forgotten():
 
 def test_paths_are_checked_under_their_key(tmp_path):
     assert existing("judges.x.path", str(tmp_path), "a folder") == tmp_path
-    with pytest.raises(ValueError, match=r"judges\.x\.path is not set; give a folder"):
+    with pytest.raises(Refused, match=r"judges\.x\.path is not set; give a folder"):
         existing("judges.x.path", None, "a folder")
-    with pytest.raises(FileNotFoundError, match=r"judges\.x\.path = .*gone.* give a folder"):
+    with pytest.raises(Refused, match=r"judges\.x\.path = .*gone.* give a folder"):
         existing("judges.x.path", tmp_path / "gone", "a folder")

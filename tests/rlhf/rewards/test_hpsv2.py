@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from rlhf.errors import Refused
 from rlhf.rewards import tiny
 from rlhf.rewards.hpsv2 import FILES, HPSv2Reward, find_checkpoint, load_model, transform
 
@@ -102,7 +103,7 @@ def test_safetensors_and_module_prefix_load(tmp_path, checkpoint, reward, pictur
 
 
 def test_a_folder_is_searched_for_the_version(tmp_path, checkpoint):
-    with pytest.raises(FileNotFoundError, match=FILES["v2.0"]):
+    with pytest.raises(Refused, match=FILES["v2.0"]):
         find_checkpoint(tmp_path, "v2.0")
     (tmp_path / FILES["v2.0"]).write_bytes(b"")
     assert find_checkpoint(tmp_path, "v2.0").name == "HPS_v2_compressed.pt"
@@ -120,7 +121,7 @@ def test_wrong_checkpoints_are_refused(tmp_path, checkpoint):
         file = tmp_path / f"{name}.pt"
         torch.save(content, file)
         file.with_suffix(".json").write_text(json.dumps(tiny.CLIP_CONFIG))
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(Refused, match=name):
             load_model(file, device="cpu", dtype=torch.float32)
 
 

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.rewards.protocols import JudgeError
@@ -125,7 +126,7 @@ def test_a_callable_object_and_a_method_are_functions_too(package):
     ],
 )
 def test_what_cannot_be_called_is_refused_at_load(package, function, message):
-    with pytest.raises(ValueError, match=rf"judges\.python\.mine\.function = '{function}'.*{message}"):
+    with pytest.raises(Refused, match=rf"judges\.python\.mine\.function = '{function}'.*{message}"):
         load(function)
 
 

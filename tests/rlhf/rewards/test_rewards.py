@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf.data.media import decode_base64_image
+from rlhf.errors import Refused
 from rlhf.rewards import REWARDS, load_reward, tiny
 from rlhf.rewards.config import (
     AestheticJudgeConfig,
@@ -210,7 +211,7 @@ def test_the_item_is_asked_for_if_it_is_needed(reward, judge, pictures):
         return
     a, b = reward.score([pictures[0]] * 2, ["x"] * 2, [ITEM, OTHER])
     assert abs(a - b) > 1e-5
-    with pytest.raises(ValueError, match="needs an item"):
+    with pytest.raises(Refused, match="needs an item"):
         reward.score([pictures[0]] * 2, ["x"] * 2, [ITEM, None])
 
 
@@ -225,5 +226,5 @@ def test_a_missing_source_is_named(kind, name, judge, pictures):
     key = "judges.python.mine.function" if kind == "python" else f"judges.{kind}.path"
     gone = "no.such:function" if kind == "python" else "/no/such"
     for value, message in ((gone, f"{key} = '{gone}'"), (None, f"{key} is not set")):
-        with pytest.raises((FileNotFoundError, ValueError), match="is no CTR checkpoint" if kind == "ctr" else message):
+        with pytest.raises(Refused, match="is no CTR checkpoint" if kind == "ctr" else message):
             load(value)

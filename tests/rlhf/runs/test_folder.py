@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from rlhf.errors import Refused
 from rlhf.runs.folder import Fenced, RunFolder, RunInUse
 
 CONFIG = """
@@ -61,7 +62,7 @@ def test_a_commit_alone_keeps_its_configuration(claim):
     folder = claim()
     save(folder, 1)
     folder.release()
-    with pytest.raises(ValueError, match="beta"):
+    with pytest.raises(Refused, match="beta"):
         claim(CONFIG.replace("beta = 5000.0", "beta = 100.0"))
 
 
@@ -84,7 +85,7 @@ def test_an_unfinished_run_is_resumed_under_the_next_epoch(claim):
 )
 def test_another_configuration_is_refused_with_both_values(claim, old, new, message):
     trained(claim())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Refused, match=message):
         claim(CONFIG.replace(old, new))
     assert claim().epoch == 2  # the refused claim left no lock and took no epoch
 
@@ -107,7 +108,7 @@ def test_resume_never_takes_the_next_version(claim):
 
 def test_names_stay_inside_the_root(tmp_path):
     for name in ("", "../x", "a/b", ".hidden"):
-        with pytest.raises(ValueError, match=r"run\.name"):
+        with pytest.raises(Refused, match=r"run\.name"):
             RunFolder.claim(tmp_path, name, CONFIG)
 
 
@@ -300,5 +301,5 @@ def test_an_updates_pairs_may_be_split_otherwise_but_not_be_more_or_fewer(claim)
 
     trained(claim(split(8, 2, 4)))
     claim(split(4, 1, 16)).release()
-    with pytest.raises(ValueError, match=r"trainer.ranks × .*steps: was 64, now 32\n"):
+    with pytest.raises(Refused, match=r"trainer.ranks × .*steps: was 64, now 32\n"):
         claim(split(4, 2, 4))

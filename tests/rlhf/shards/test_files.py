@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.errors import Refused
 from rlhf.shards.buffers import checksum, load, pack
 from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
 
@@ -54,15 +55,15 @@ def test_variants_of_the_weights_are_passed_over(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     save_file(WHOLE, tmp_path / "w.safetensors")
     folder = SafetensorsFolder(tmp_path)
-    with pytest.raises(ValueError, match=r"no tensor 'x'"):
+    with pytest.raises(Refused, match=r"no tensor 'x'"):
         folder.rows("x", 0, 1, (1,))
-    with pytest.raises(ValueError, match=r"a.weight has shape \[5, 3\], the model wants \[5, 4\]"):
+    with pytest.raises(Refused, match=r"a.weight has shape \[5, 3\], the model wants \[5, 4\]"):
         folder.rows("a.weight", 0, 1, (5, 4))
     data = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(data[:-3])
-    with pytest.raises(ValueError, match=r"cut off: .* ends early"):
+    with pytest.raises(Refused, match=r"cut off: .* ends early"):
         SafetensorsFolder(tmp_path).rows("c.one", 0, 1, (1, 2, 2))
-    with pytest.raises(ValueError, match=r"no \*.safetensors"):
+    with pytest.raises(Refused, match=r"no \*.safetensors"):
         SafetensorsFolder(tmp_path / "nowhere")
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from rlhf.data.media import encode_png
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import read_clicks, split
 from rlhf.types import Item
 
@@ -92,5 +93,5 @@ def test_split_leaves_both_sides_a_product(write):
     for fraction in (0.001, 0.5, 0.999):
         train, held_out = split(clicks, fraction, 0, "x")
         assert len({click.item for click in train}) == len({click.item for click in held_out}) == 1
-    with pytest.raises(ValueError, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
+    with pytest.raises(Refused, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
         split(clicks[:1], 0.1, 0, "data.validation_fraction")

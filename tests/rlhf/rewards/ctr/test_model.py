@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.errors import Refused
 from rlhf.rewards.ctr import model as ctr
 from rlhf.rewards.ctr import small as ctr_small
 from rlhf.rewards.ctr.model import CTRModel, CTRReward, binomial_loss, compound_loss, describe, encode_items, transform
@@ -123,7 +124,7 @@ def test_padded_batches_give_the_same_bits(folder, pictures):
 
 
 def test_a_missing_item_is_an_error(folder, pictures):
-    with pytest.raises(ValueError, match="1 have none"):
+    with pytest.raises(Refused, match="1 have none"):
         CTRReward(folder).score(pictures, ["", ""], [ITEMS[0], None])
 
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_loads_back_to_the_same_bits(folder, tmp_path):
 
 
 def test_incomplete_and_misfitting_checkpoints_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+    with pytest.raises(Refused, match=r"config\.json is missing"):
         ctr.load(tmp_path)
     model, tokenizer = ctr.load(folder)
     bad = ctr.save(tmp_path / "bad", model, tokenizer)
@@ -143,7 +144,7 @@ def test_incomplete_and_misfitting_checkpoints_are_refused(folder, tmp_path):
 
     state = load_file(bad / "model.safetensors")
     save_file({name: t for name, t in state.items() if name != "modality"}, bad / "model.safetensors")
-    with pytest.raises(ValueError, match="modality"):
+    with pytest.raises(Refused, match="modality"):
         ctr.load(bad)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf.errors import Refused
 from rlhf.rewards.ctr import build as ctr_build
 from rlhf.rewards.ctr import training as ctr_training
 from rlhf.rewards.ctr.batches import Batches, Update
@@ -90,13 +91,13 @@ def test_the_same_seed_gives_the_same_weights(clicks, tmp_path):
 
 def test_binomial_loss_needs_impressions(clicks):
     bare = [replace(click, impressions=None) for click in clicks[:32]]
-    with pytest.raises(ValueError, match="impressions and clicks"):
+    with pytest.raises(Refused, match="impressions and clicks"):
         train(bare, loss="binomial")
     assert "binomial_loss" not in train(bare, bare, epochs=1)[1]
 
 
 def test_a_non_finite_loss_stops(clicks):
-    with pytest.raises(RuntimeError, match=r"learning_rate"):
+    with pytest.raises(Refused, match=r"learning_rate"):
         train(clicks[:64], learning_rate=1e30, max_grad_norm=1e30, epochs=4)
 
 

@@ -1,0 +1,9 @@
+"""The one distinction between errors: what a person can mend from the message alone, and everything else.
+
+Jobs end with status 2 and the message for a `Refused`. Any other exception is a defect, or a fault of the machine: status 1
+with its traceback.
+"""
+
+
+class Refused(Exception):
+    """Wrong input, a wrong recipe, a folder that is in use, too few resources: the message says what and how to mend it."""
