@@ -24,12 +24,14 @@ from rlhf.data.examples import (
     Checked,
     PairIndex,
     Preference,
+    blocks_of,
     check_block,
     gather,
     read_index,
     write_index,
 )
-from rlhf.data.pair_files import Block, blocks_of, find_files
+from rlhf.data.files import find_files
+from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem
 from rlhf.tables import PreprocessConfig
 from rlhf.types import Item
@@ -135,7 +137,7 @@ def _told(log: Callable[[str], None], blocks: Sequence[Block], found: Iterable[T
 def on_cluster(
     settings: PreprocessConfig, log: Callable[[str], None], blocks: Sequence[Block], check: Check
 ) -> list[Checked]:
-    """By tasks of Ray Data, on every node that sees the files. Raises: PreprocessFailed."""
+    """By tasks of Ray Data, on every node that sees the files. Raises: PreprocessFailed, StreamBroken."""
     streaming.prepare()
     rows = [{"number": number, "block": json.dumps(asdict(block))} for number, block in enumerate(blocks)]
 

@@ -1,19 +1,20 @@
-"""Prompts into the condition cache by Ray Data: load pictures in tasks, encode and write in a pool of encoder actors.
+"""Encoders: actors with a frozen codec, as a stage of Ray Data that fills the cache, or beside the trainer on call.
 
-A dataset row is one work item: up to a few batches of rows of one kind and size, which become one file. The driver
-only sees where the rows landed, commits the manifest now and then, and shows progress. Every batch is padded to the
-same size, so that the cached bytes do not depend on what else was missing.
+A row of the data set is one piece of work: up to a few batches of encodings of one kind and size, which become one file. The
+driver only sees where the rows landed, commits the manifest now and then, and shows progress. Every batch is padded to the same
+size, so that no cached bit depends on what a row was encoded with, only on its place among them. Between the processes work is
+pickled, and a fault is a text in the row: an exception would lose its cause on the way.
 
 Every operator asks for its CPUs explicitly: with Ray Data's default of one CPU per task it waits for ever on a machine
 whose CPUs are taken. One deadline holds for the whole thing. Left out: retrying a row that cannot be encoded.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -21,133 +22,172 @@ import ray.data
 import torch
 
 from actors import streaming
-from actors.loading import Picture, Text, load
-from rlhf.data.cache import Part, Place, commit, read_manifest, write_part
+from rlhf.data.cache import Part, commit, read_manifest, write_part
+from rlhf.data.encoding import encode_all, encode_group, grouped
+from rlhf.data.sources import media_of, read_column
+from rlhf.errors import Refused
 from rlhf.models import load_family
-from rlhf.models.family import Codec
-from rlhf.offline_config import TrainingConfig
+from rlhf.tables import ModelTable, PreprocessConfig
+from rlhf.types import Encoded, Encoding
 
 LOADER_CPUS = 0.1
 LOADERS_PER_ENCODER = 2
-T = TypeVar("T")
-
-COMMIT_EVERY_S = 20.0
-PROGRESS_EVERY_S = 2.0
 BATCHES_PER_FILE = 4
+PROGRESS_EVERY_S = 2.0
+COMMIT_EVERY_S = 20.0
+
+Work = list[tuple[str, Encoding]]
+"""(cache key, encoding) of encodings of one kind and size."""
+
+
+def load_codec(model: ModelTable, preprocess: PreprocessConfig) -> Any:
+    """The codec of a recipe's model on an encoder's device."""
+    return load_family(model).load_codec("cuda" if preprocess.num_gpus > 0 else "cpu")
+
+
+# --- before training ---------------------------------------------------------------------------------------------------
 
 
 def encode(
-    config: TrainingConfig,
-    texts: Sequence[Text],
-    pictures: Sequence[Picture],
-    log: Callable[[str], None] = print,
+    model: ModelTable,
+    preprocess: PreprocessConfig,
+    cache: str,
+    wanted: Mapping[str, Encoding],
+    log: Callable[[str], None],
 ) -> None:
-    """Encode everything given and commit it to `config.data.cache`. Ray must be initialised.
+    """Encode what is `wanted`, by key, into the cache folder. What is done is committed as it comes, so a stop loses little.
 
-    Raises: PreprocessFailed with the cause, at the deadline `preprocess.timeout_s`, or where another node's files are missing.
+    Raises: StreamBroken; PreprocessFailed, also where files that were written are not seen here: on several nodes the folder
+    is shared.
     """
-    settings = config.preprocess
-    items = plan(texts, pictures, settings.batch_size, settings.encoders)
+    work = plan(wanted, preprocess.batch_size, preprocess.encoders)
     streaming.prepare()
-    dataset: ray.data.Dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    loaders = ray.data.TaskPoolStrategy(size=min(LOADERS_PER_ENCODER * settings.encoders, len(items)))
+    dataset: ray.data.Dataset = ray.data.from_items(
+        [{"work": pickle.dumps(part)} for part in work], override_num_blocks=len(work)
+    )
+    loaders = ray.data.TaskPoolStrategy(size=min(LOADERS_PER_ENCODER * preprocess.encoders, len(work)))
     dataset = dataset.map(load, compute=loaders, num_cpus=LOADER_CPUS).map(
         cast(Any, Encoder),  # Ray Data makes one per actor from fn_constructor_args
-        fn_constructor_args=(config,),
-        compute=ray.data.ActorPoolStrategy(size=min(settings.encoders, len(items))),
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_gpus,
+        fn_constructor_args=(model, preprocess, cache),
+        compute=ray.data.ActorPoolStrategy(size=min(preprocess.encoders, len(work))),
+        num_cpus=preprocess.num_cpus,
+        num_gpus=preprocess.num_gpus,
     )
-    total, done, parts = len(texts) + len(pictures), 0, []
-    shown = committed = monotonic()
-    first: tuple[float, int] | None = None  # start-up does not count for the rate
-    log(f"preprocess: encoding {len(texts)} instructions and {len(pictures)} pictures")
+    texts = sum(not encoding.sources for encoding in wanted.values())
+    log(f"preprocess: encoding {texts} texts and {len(wanted) - texts} pictures")
+    progress = _Progress(len(wanted), log)
+    parts: list[Part] = []
+    committed = monotonic()
     try:
-        for row in streaming.stream(dataset, "preprocess", settings.timeout_s):
-            parts.append(_part_from_json(row["part"]))
-            done += len(parts[-1].places)
-            now = monotonic()
-            first = first or (now, done)
-            if now - shown >= PROGRESS_EVERY_S or done == total:
-                shown, rate = now, (done - first[1]) / max(now - first[0], 1e-9)
-                pace = f", {rate:.1f}/s, {(total - done) / rate:.0f} s to go" if rate else ""
-                log(f"preprocess: {done}/{total} rows{pace}")
-            if now - committed >= COMMIT_EVERY_S:
-                commit(config.data.cache, parts)
-                committed, parts = now, []
+        for row in streaming.stream(dataset, "preprocess", preprocess.timeout_s):
+            parts.append(pickle.loads(row["part"]))
+            progress.add(len(parts[-1].places))
+            if monotonic() - committed >= COMMIT_EVERY_S:
+                commit(cache, parts)
+                committed, parts = monotonic(), []
     finally:
         if parts:
-            commit(config.data.cache, parts)
-    wanted = {text.key for text in texts} | {picture.key for picture in pictures}
-    if lost := len(wanted - read_manifest(config.data.cache).places.keys()):
+            commit(cache, parts)
+    if lost := len(wanted.keys() - read_manifest(cache).places.keys()):
         raise streaming.PreprocessFailed(
-            f"{lost} encoded rows are not in data.cache = {config.data.cache}; on several nodes it must be a shared folder"
+            f"{lost} encoded rows are not in data.cache = {cache}; on several nodes it must be a shared folder"
         )
 
 
-def plan(texts: Sequence[Text], pictures: Sequence[Picture], batch_size: int, encoders: int) -> list[str]:
-    """Work items as JSON, {"texts": […]} or {"pictures": […] of one role and size}; enough to keep every encoder busy."""
-    batches = math.ceil((len(texts) + len(pictures)) / batch_size)
+class _Progress:
+    """A line with the rate now and then. Start-up does not count for the rate."""
+
+    def __init__(self, total: int, log: Callable[[str], None]):
+        self._total, self._log = total, log
+        self._done = 0
+        self._first: tuple[float, int] | None = None
+        self._shown = monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now, total, done = monotonic(), self._total, self._done
+        self._first = self._first or (now, done)
+        if now - self._shown >= PROGRESS_EVERY_S or done == total:
+            self._shown, rate = now, (done - self._first[1]) / max(now - self._first[0], 1e-9)
+            pace = f", {rate:.1f}/s, {(total - done) / rate:.0f} s to go" if rate else ""
+            self._log(f"preprocess: {done}/{total} rows{pace}")
+
+
+def plan(wanted: Mapping[str, Encoding], batch_size: int, encoders: int) -> list[Work]:
+    """Pieces of work, each of one kind and size; enough of them to keep every encoder busy."""
+    keys = {encoding: key for key, encoding in wanted.items()}
+    batches = math.ceil(len(wanted) / batch_size)
     count = batch_size * min(BATCHES_PER_FILE, max(1, batches // (2 * encoders)))
-    kinds: dict[tuple[str, int, int], list[Picture]] = {}
-    for picture in pictures:
-        kinds.setdefault((picture.role, picture.height, picture.width), []).append(picture)
-    groups: list[tuple[str, Sequence[Text | Picture]]] = [("texts", texts), *(("pictures", p) for p in kinds.values())]
     return [
-        json.dumps({kind: [asdict(row) for row in rows[start : start + count]]})
-        for kind, rows in groups
-        for start in range(0, len(rows), count)
+        [(keys[encoding], encoding) for encoding in group[start : start + count]]
+        for group in grouped(wanted.values())
+        for start in range(0, len(group), count)
     ]
 
 
-def encode_pictures(codec: Codec, role: str, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the cache keeps of uint8 pictures (B, H, W, 3), leading dimension B."""
-    return codec.encode_source(pixels) if role == "source" else {"latents": codec.encode_target(pixels)}
+def load(row: dict[str, Any]) -> dict[str, Any]:
+    """Add `media` to a piece of work: the bytes of its sources, uint8 (F, H, W, 3) each, in order."""
+    work: Work = pickle.loads(row["work"])
+    try:
+        media = b"".join(medium.numpy().tobytes() for _, encoding in work for medium in media_of(encoding))
+        return {"work": row["work"], "media": media, "error": ""}
+    except (OSError, Refused) as error:
+        return {"work": row["work"], "media": b"", "error": str(error)}
 
 
 class Encoder:
-    """A frozen codec that turns work items into cache files."""
+    """A stage of Ray Data: work with its media → a file of the cache, as a pickled `Part`."""
 
-    def __init__(self, config: TrainingConfig):
-        family = load_family(config.model, config.trainer.mixed_precision)
-        self.codec = family.load_codec("cuda" if config.preprocess.num_gpus > 0 else "cpu")
-        self.folder, self.batch_size = config.data.cache, config.preprocess.batch_size
+    def __init__(self, model: ModelTable, preprocess: PreprocessConfig, cache: str):
+        self.codec = load_codec(model, preprocess)
+        self._cache, self._batch_size = cache, preprocess.batch_size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """{"part": JSON of the file that was written, "error": what went wrong or ""}."""
         if row["error"]:
-            return {"part": "", "error": row["error"]}
-        item = json.loads(row["item"])
-        rows: list[tuple[str, dict[str, torch.Tensor], float | None]] = []
-        if "texts" in item:
-            texts = [Text(**text) for text in item["texts"]]
-            for batch, filled in self._batches(texts):
-                condition = self.codec.encode_text([text.instruction for text in filled])
-                shares = self.codec.unknown_tokens([text.instruction for text in batch])
-                rows += [
-                    (text.key, {name: tensor[i] for name, tensor in condition.items()}, shares[i])
-                    for i, text in enumerate(batch)
-                ]
-        else:
-            pictures = [Picture.from_json(values) for values in item["pictures"]]
-            shape = (len(pictures), pictures[0].height, pictures[0].width, 3)
-            pixels = torch.from_numpy(np.frombuffer(bytearray(row["pixels"]), dtype=np.uint8).reshape(shape))
-            for chosen, padded in self._batches(range(len(pictures))):
-                tensors = encode_pictures(self.codec, pictures[0].role, pixels[list(padded)])
-                rows += [
-                    (pictures[index].key, {name: tensor[i] for name, tensor in tensors.items()}, None)
-                    for i, index in enumerate(chosen)
-                ]
-        return {"part": json.dumps(asdict(write_part(self.folder, rows))), "error": ""}
-
-    def _batches(self, rows: Sequence[T]) -> Iterator[tuple[Sequence[T], Sequence[T]]]:
-        """(rows, the same padded with the last one to the constant batch size)."""
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            yield batch, [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+            return {"part": b"", "error": row["error"]}
+        work: Work = pickle.loads(row["work"])
+        encodings, keys = [encoding for _, encoding in work], {encoding: key for key, encoding in work}
+        media = _media_from_bytes(encodings, row["media"])
+        rows = {keys[e]: encoded for e, encoded in encode_group(self.codec, encodings, media, self._batch_size)}
+        return {"part": pickle.dumps(write_part(self._cache, rows)), "error": ""}
 
 
-def _part_from_json(text: str) -> Part:
-    document = json.loads(text)
-    places = {key: Place(**{**place, "names": tuple(place["names"])}) for key, place in document["places"].items()}
-    return Part(file=document["file"], size=document["size"], places=places)
+def _media_from_bytes(encodings: Sequence[Encoding], data: bytes) -> dict[Encoding, list[torch.Tensor]]:
+    pixels, place = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)), 0
+    media: dict[Encoding, list[torch.Tensor]] = {}
+    for encoding in encodings:
+        media[encoding] = []
+        for geometry in encoding.geometries:
+            shape = (geometry.frames, geometry.height, geometry.width, 3)
+            size = math.prod(shape)
+            media[encoding].append(pixels[place : place + size].view(shape))
+            place += size
+    return media
+
+
+# --- beside the trainer ------------------------------------------------------------------------------------------------
+
+
+class CallEncoder:
+    """Encodes what it is asked for and hands the rows over, for data that is not cached."""
+
+    def __init__(self, model: ModelTable, preprocess: PreprocessConfig, blocks_held: int):
+        """blocks_held: row groups of a table, two columns of pictures each, that stay in memory."""
+        self._codec, self._batch_size = load_codec(model, preprocess), preprocess.batch_size
+        self._read = lru_cache(maxsize=2 * blocks_held)(read_column)
+
+    def encode(self, encodings: Sequence[Encoding]) -> tuple[int, dict[Encoding, dict[str, np.ndarray]]]:
+        """(count, rows as arrays, fp32 or of whole numbers): the count tells the driver that all went well.
+
+        Raises: OSError, Refused for a medium that has changed.
+        """
+        rows = encode_all(self._codec, encodings, self._batch_size, self._read)
+        return len(rows), {encoding: _arrays(row) for encoding, row in rows.items()}
+
+
+def _arrays(row: Encoded) -> dict[str, np.ndarray]:
+    """numpy has no bf16."""
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy().copy()
+        for name, tensor in row.tensors.items()
+    }

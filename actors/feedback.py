@@ -1,38 +1,31 @@
 """AI feedback: a judge of the reward tier decides which picture of a pair wins (Diffusion-DPO's `choice_model`).
 
-Pictures are read and decoded in tasks and go to the judge by reference; its replicas batch them. Scores are kept beside the
-index as they come, so that an interrupted relabelling goes on. Left out: scores from more than one judge.
+Pictures are read and decoded in tasks and go to the judge by reference, at their own size; its replicas batch them. Scores are
+kept beside the index as they come, so that an interrupted relabelling goes on. Left out: scores from more than one judge.
 """
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
-from actors.asking import Failure
-from rlhf.data.examples import PairIndex, Preference, pictures_of
-from rlhf.data.media import decode_image
-from rlhf.data.pair_files import Block, read_block
-from rlhf.errors import Refused
+from actors.judges import Answer
+from actors.judging import Judging, Read, judge_all
+from actors.reading import start_sources
+from rlhf.data.examples import PairIndex, Preference
 from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
-from rlhf.types import Item
+from rlhf.types import Geometry, Item, Prompt, Source
 
-READER_CPUS = 0.1
-PAIRS_PER_TASK = 16
-TASKS_AT_ONCE = 4
+PAIRS_PER_READ = 16
 KEEP_EVERY_S = 30.0
-
-
-class FeedbackFailed(Refused):
-    """The judge or a reader of pictures was lost, or a picture has changed; what is scored is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +78,23 @@ def relabel(index: PairIndex, scores: Scores) -> Feedback:
 def score_pairs(
     index: PairIndex,
     judge: str,
-    scorer: ray.actor.ActorHandle,
+    judging: Judging,
     items: Mapping[str, Item],
     kept: Path,
-    timeout_s: float,
     max_failure_rate: float,
     log: Callable[[str], None],
 ) -> Scores:
-    """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is told and marked.
+    """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is logged and marked.
 
-    `timeout_s` is for one task and its pictures. Raises: JudgeUnreliable above `max_failure_rate`, and then all marks are
-    taken back, to be asked again of a judge that was mended; FeedbackFailed.
+    judging: of a judging actor that asks `judge` alone, and no filter. Raises: JudgeUnreliable above `max_failure_rate`,
+    and then all marks are taken back, to be asked again of a judge that was mended; what `judge_all` does.
     """
     scores, rates = read_scores(kept, index), FailureRates(max_failure_rate)
     todo = scores.unasked()
     log(f"feedback: {judge} scores {len(todo)} of {len(index)} pairs")
     saved = monotonic()
     try:
-        for done, (row, answer) in enumerate(_answers(index, todo, judge, scorer, items, timeout_s), start=1):
+        for done, (row, answer) in enumerate(_answers(index, todo, judge, judging, items), start=1):
             if isinstance(answer, str):
                 pair = index[row]
                 answer = f"{index.blocks[pair.block].file} row {pair.number}: {answer}"
@@ -119,81 +111,62 @@ def score_pairs(
     except JudgeUnreliable:
         scores.failed[:] = False
         raise
-    except ray.exceptions.RayError as error:
-        raise FeedbackFailed(f"scoring stopped: {getattr(error, 'cause', None) or error}") from error
     finally:
         _keep(kept, scores, index)
     return scores
 
 
 def _answers(
-    index: PairIndex,
-    rows: np.ndarray,
-    judge: str,
-    scorer: ray.actor.ActorHandle,
-    items: Mapping[str, Item],
-    timeout_s: float,
+    index: PairIndex, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
 ) -> Iterator[tuple[int, tuple[float, float] | str]]:
-    """(row of the index, its two scores or why it has none), as they come. Raises: FeedbackFailed at the deadline."""
-    work, running = _work(index, rows), {}
-    try:
-        while True:
-            for some, block, pairs in work:
-                running[score_some.remote(judge, scorer, block, pairs, items, timeout_s)] = some
-                if len(running) == TASKS_AT_ONCE:
-                    break
-            if not running:
-                return
-            done, _ = ray.wait(list(running), timeout=timeout_s)
-            if not done:
-                raise FeedbackFailed(f"judge {judge!r} finished none of {len(running)} tasks in {timeout_s:.0f} s")
-            answers = ray.get(done[0], timeout=timeout_s)
-            yield from zip(running.pop(done[0]), answers, strict=True)
-    finally:
-        for task in running:
-            ray.cancel(task)
+    """(row of the index, its two scores or why it has none), as they come. Raises: what `judge_all` does."""
+    with closing(judge_all(judging, _reads(index, rows, items))) as judged:
+        for some in judged:
+            for row, both in zip(some.key, zip(some.answers[::2], some.answers[1::2], strict=True), strict=True):
+                yield row, _both(judge, *both)
 
 
-def _work(index: PairIndex, rows: np.ndarray) -> Iterator[tuple[list[int], Block, list[Preference]]]:
-    """(index rows, their block, their pairs), some of one block at a time."""
+def _reads(index: PairIndex, rows: np.ndarray, items: Mapping[str, Item]) -> Iterator[Read[list[int]]]:
+    """Some pairs of one block at a time, by their rows in the index."""
     blocks = index.table["block"].to_numpy()
     for block in np.unique(blocks[rows]):
         inside = [int(row) for row in rows[blocks[rows] == block]]
-        for start in range(0, len(inside), PAIRS_PER_TASK):
-            part = inside[start : start + PAIRS_PER_TASK]
-            yield part, index.blocks[block], [index[row] for row in part]
+        for start in range(0, len(inside), PAIRS_PER_READ):
+            part = inside[start : start + PAIRS_PER_READ]
+            pairs = [index[row] for row in part]
+            yield Read(
+                key=part,
+                start=partial(start_sources, _pictures(index, pairs)),
+                prompts=partial(_prompts, pairs, items),
+            )
 
 
-@ray.remote(num_cpus=READER_CPUS, max_retries=2)
-def score_some(
-    judge: str,
-    scorer: ray.actor.ActorHandle,
-    block: Block,
-    pairs: list[Preference],
-    items: Mapping[str, Item],
-    timeout_s: float,
-) -> list[tuple[float, float] | str]:
-    """Scores of both pictures of every pair, at their own size; or why a pair has none."""
-    asked = []
-    for pair in pairs:
-        item = items.get(pair.image_id) if pair.image_id else None
-        pictures = [ray.put(decode_image(data)) for data in pictures_of(pair, block, _block)[:2]]
-        asked += [scorer.score.remote([picture], pair.caption, item) for picture in pictures]
-    answers = [answer[judge] for answer in ray.get(asked, timeout=timeout_s)]
-    return [_both(*answers[i : i + 2]) for i in range(0, len(answers), 2)]
+def _pictures(index: PairIndex, pairs: Sequence[Preference]) -> list[Source]:
+    """The first and second picture of every pair; one that is compared with no other twice, so that nothing is swapped."""
+    pictures = [list(pair.pictures(index.blocks[pair.block]).values()) for pair in pairs]
+    return [picture for some in pictures for picture in (some[0], some[-1])]
 
 
-def _both(first: float | Failure, second: float | Failure) -> tuple[float, float] | str:
+def _prompts(pairs: Sequence[Preference], items: Mapping[str, Item], sizes: Sequence[tuple[int, int]]) -> list[Prompt]:
+    """What the two pictures of every pair are judged for. A source is brought to the size of the picture beside it."""
+    twice = [pair for pair in pairs for _ in range(2)]
+    return [
+        Prompt(
+            key=pair.key,
+            instruction=pair.caption,
+            sources=pair.sources(),
+            item=items.get(pair.image_id, {}) if pair.image_id else {},
+            geometry=Geometry(height=height, width=width),
+        )
+        for pair, (height, width) in zip(twice, sizes, strict=True)
+    ]
+
+
+def _both(judge: str, first: Answer, second: Answer) -> tuple[float, float] | str:
     for answer in (first, second):
-        if isinstance(answer, Failure):
-            return answer.reason
-    assert not isinstance(first, Failure) and not isinstance(second, Failure)
-    return first, second
-
-
-@lru_cache(maxsize=2)
-def _block(block: Block):
-    return read_block(block)
+        if answer.failures:
+            return answer.failures[0].reason
+    return first.rewards[judge], second.rewards[judge]
 
 
 def _keep(file: Path, scores: Scores, index: PairIndex) -> None:

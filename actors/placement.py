@@ -7,7 +7,7 @@ read without loading anything.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -16,12 +16,12 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf.errors import Refused
-from rlhf.models import load_family
 from rlhf.models.family import Family
-from rlhf.offline_config import OfflineDPOConfig, TrainingConfig
+from rlhf.models.trainable import Counts
 from rlhf.rewards.config import JudgesConfig
 from rlhf.section import local_paths
-from rlhf.tables import LoRAConfig, OnlineDPOConfig
+from rlhf.tables import PreprocessConfig, SamplersConfig, TrainerConfig
+from rlhf.types import Geometry, Source
 
 GIB = 2**30
 OVERHEAD = 1.0 * GIB
@@ -39,6 +39,8 @@ class Role:
     nbytes: float
     before: bool = False
     """Over before the others start."""
+    judge: str | None = None
+    """The judge that it serves, if it does."""
 
 
 class NotEnoughResources(Refused):
@@ -55,68 +57,37 @@ def _judge_bytes(path: str) -> float:
     return float(Path(path).stat().st_size) if Path(path).is_file() else _folder_bytes(Path(path))
 
 
-def roles(config: OnlineDPOConfig) -> list[Role]:
-    """What an online run needs beside its driver."""
-    samplers, model = config.samplers, _sizes(config)
-    found = [
-        trainer_role(config),
-        Role(
-            name="sampler",
-            count=samplers.count,
-            num_cpus=samplers.num_cpus,
-            num_gpus=samplers.num_gpus,
-            nbytes=model.compute_bytes * model.parameters + model.vae,
-        ),
-        encoder_role(config, before=True),
-        Role(name="judges", count=1, num_cpus=JUDGES_CPUS, num_gpus=0, nbytes=0),
-    ]
-    return found + judge_roles(config.judges, config.judge_names)
-
-
-def offline_roles(config: OfflineDPOConfig) -> list[Role]:
-    """What an offline run needs beside its driver. A judge that relabels is gone when training starts."""
-    judges = [replace(role, before=True) for role in judge_roles(config.judges, config.judge_names)]
-    return [trainer_role(config), encoder_role(config, before=config.data.latents == "cached"), *judges]
-
-
 class ModelSizes:
     """Sizes of a model, from its folder, without loading anything: parameters, and bytes of its frozen parts."""
 
     def __init__(self, family: Family):
-        self.lora_targets, self.denoiser = family.lora_targets, family.empty_denoiser(torch.bfloat16)
-        self.parameters = sum(p.numel() for p in self.denoiser.parameters())
-        blocks = (module for module in self.denoiser.modules() if isinstance(module, family.blocks))
+        denoiser = family.empty_denoiser(family.dtype)
+        self.parameters = sum(p.numel() for p in denoiser.parameters())
+        blocks = (module for module in denoiser.modules() if isinstance(module, family.blocks))
         self.block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
         self.compute_bytes = family.dtype.itemsize
-        folder = Path(family.path)
-        self.vae = _folder_bytes(folder / "vae")
-        self.encoders = sum(_folder_bytes(folder / name) for name in family.text_folders)
-
-    def adapter(self, lora: LoRAConfig) -> int:
-        """Parameters of one LoRA adapter."""
-        return adapter_parameters(self.denoiser, lora.rank, lora.targets or self.lora_targets)
-
-    def trained(self, lora: LoRAConfig | None) -> int:
-        """Parameters that are trained."""
-        return self.adapter(lora) if lora else self.parameters
+        folders = {kind: set(what.folders) for kind, what in family.kinds.items()}
+        decoder = family.target(ANY_SOURCE, Geometry(height=1, width=1)).kind
+        self.decoder = _bytes_of(Path(family.path), folders[decoder])
+        """What a sampler needs of the codec."""
+        self.codec = _bytes_of(Path(family.path), set().union(*folders.values()))
 
 
-def _sizes(config: TrainingConfig) -> ModelSizes:
-    return ModelSizes(load_family(config.model, config.trainer.mixed_precision))
+ANY_SOURCE = Source(path="", content="")
 
 
-def trainer_role(config: TrainingConfig) -> Role:
-    """State per rank, N = parameters, R = ranks: full fine-tuning 4N (master) + optimizer + 4N (gradient) + 2N (reference)
-    [+ 4N EMA] over R, and one gathered block; LoRA: the bf16 base over R. Activations are not counted: they depend on the
-    picture size and on gradient checkpointing.
+def _bytes_of(path: Path, folders: set[str]) -> float:
+    return sum(_folder_bytes(path / name) for name in folders)
+
+
+def trainer_role(model: ModelSizes, trainer: TrainerConfig, counts: Counts) -> Role:
+    """State per rank, T = trained parameters, R = ranks: 4T (master) + optimizer + 4T (gradient) [+ 4T EMA], the frozen base
+    and the frozen sides over R, and one gathered block. Activations are not counted: they depend on the picture size and on
+    gradient checkpointing.
     """
-    trainer, model = config.trainer, _sizes(config)
     ema = 4 if trainer.ema_decay is not None else 0
     each = 4 + OPTIMIZER_BYTES[trainer.optimizer] + 4 + ema
-    if trainer.lora:
-        shard = model.compute_bytes * model.parameters + (each + 4) * model.adapter(trainer.lora)
-    else:
-        shard = (each + model.compute_bytes) * model.parameters
+    shard = each * counts.trained + counts.frozen_bytes + counts.side_bytes
     return Role(
         name="trainer rank",
         count=trainer.ranks,
@@ -130,27 +101,44 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
 """Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
 
 
-def encoder_role(config: TrainingConfig, before: bool) -> Role:
+def sampler_role(model: ModelSizes, samplers: SamplersConfig, *, encodes: bool) -> Role:
+    """encodes: conditions are not in a cache, so the text encoders are loaded too."""
+    return Role(
+        name="sampler",
+        count=samplers.count,
+        num_cpus=samplers.num_cpus,
+        num_gpus=samplers.num_gpus,
+        nbytes=model.compute_bytes * model.parameters + (model.codec if encodes else model.decoder),
+    )
+
+
+def encoder_role(model: ModelSizes, preprocess: PreprocessConfig, *, before: bool) -> Role:
     """The encoders of `preprocess`, at work before the trainer or beside it."""
-    preprocess, model = config.preprocess, _sizes(config)
     return Role(
         name="encoder (preprocess, before the rest)" if before else "encoder",
         before=before,
         count=preprocess.encoders,
         num_cpus=preprocess.num_cpus,
         num_gpus=preprocess.num_gpus,
-        nbytes=model.encoders + model.vae,
+        nbytes=model.codec,
     )
 
 
 JUDGES_CPUS = 0.05
 
 
-def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
+def judging_role() -> Role:
+    """The judging actor."""
+    return Role(name="judging actor", count=1, num_cpus=JUDGES_CPUS, num_gpus=0, nbytes=0)
+
+
+def judge_roles(judges: JudgesConfig, names: Sequence[str], *, before: bool = False) -> list[Role]:
     """The Serve replicas of those judges of `names` that are deployed here, at their most."""
     return [
         Role(
             name=f"judge {name}",
+            judge=name,
+            before=before,
             count=judge.most_replicas,
             num_cpus=judge.num_cpus,
             num_gpus=judge.num_gpus,
@@ -160,18 +148,16 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str]) -> list[Role]:
     ]
 
 
-def checkpoint_bytes(config: TrainingConfig) -> float:
-    """Bytes of one committed checkpoint: masters, optimizer, reference, EMA."""
-    trainer, model = config.trainer, _sizes(config)
+def checkpoint_bytes(trainer: TrainerConfig, counts: Counts) -> float:
+    """Bytes of one committed checkpoint: masters, optimizer, EMA, frozen sides."""
     ema = 4 if trainer.ema_decay is not None else 0
-    reference = 4 if trainer.lora else model.compute_bytes
-    return float(model.trained(trainer.lora) * (4 + OPTIMIZER_BYTES[trainer.optimizer] + reference + ema))
+    return float(counts.trained * (4 + OPTIMIZER_BYTES[trainer.optimizer] + ema) + counts.side_bytes)
 
 
-def export_bytes(config: TrainingConfig) -> float:
+def export_bytes(trainer: TrainerConfig, counts: Counts, dtype: str) -> float:
     """Bytes of one export: the trained weights and, if they are kept, their average."""
-    kinds = 2 if config.trainer.ema_decay is not None else 1
-    return float(_sizes(config).trained(config.trainer.lora) * kinds * getattr(torch, config.run.export_dtype).itemsize)
+    kinds = 2 if trainer.ema_decay is not None else 1
+    return float(counts.trained * kinds * getattr(torch, dtype).itemsize)
 
 
 def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
@@ -194,15 +180,6 @@ def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
     blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, answers, strict=True) if not seen]
     if blind:
         raise Refused(f"{key}: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
-
-
-def adapter_parameters(denoiser: torch.nn.Module, rank: int, targets: Sequence[str]) -> int:
-    """Parameters of one LoRA adapter: rank · (in + out) for every linear layer whose name ends in a target."""
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in denoiser.named_modules()
-        if isinstance(module, torch.nn.Linear) and any(name == t or name.endswith(f".{t}") for t in targets)
-    )
 
 
 def at_once(needed: Sequence[Role]) -> list[Role]:

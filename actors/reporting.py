@@ -3,7 +3,7 @@
 Sheets are drawn in a task beside the data, so that the driver never holds a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.util.metrics import Gauge
 
-from rlhf.data.media import Fit, load_image
+from rlhf.data.sources import seen_source
 from rlhf.runs.sheets import Cell, contact_sheet
 from rlhf.runs.tracking import FileTracker
 from rlhf.types import Pair, Prompt, Score
@@ -32,20 +32,19 @@ SHOWN = {
 class Reporter:
     """The run's tracker. `resumed_at` is the committed step that it goes on from."""
 
-    def __init__(self, folder: Path, total_steps: int, resumed_at: int | None, fit: Fit = "crop"):
-        """`fit`: how sources on sheets are brought to size."""
+    def __init__(self, folder: Path, total_steps: int, resumed_at: int | None):
         self._files = FileTracker(folder, resumed_at=resumed_at)
-        self._folder, self._total, self._fit = folder, total_steps, fit
+        self._folder, self._total = folder, total_steps
         self._gauges: dict[str, Gauge] = {}
         self._started, self._first = monotonic(), resumed_at or 0
         self._last = self._started
         self._sheets: list[ray.ObjectRef] = []
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars; those of an update are also printed as one line."""
         now = monotonic()
         if "train/lr" in scalars:
-            scalars = scalars | {"time/step": now - self._last}
+            scalars = {**scalars, "time/step": now - self._last}
             self._last = now
             self._say(self._line(step, scalars, now))
         elif any(name.startswith("eval/") for name in scalars):
@@ -63,7 +62,7 @@ class Reporter:
         with (self._folder / "run.log").open("a", encoding="utf-8") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
-    def _line(self, step: int, scalars: dict[str, float], now: float) -> str:
+    def _line(self, step: int, scalars: Mapping[str, float], now: float) -> str:
         left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
         shown = [f"{word} {scalars[name]:{form}}" for name, (word, form) in SHOWN.items() if name in scalars]
         return (
@@ -76,7 +75,7 @@ class Reporter:
         rows = [
             (
                 pair.prompt,
-                [("winner", pair.winner.image, pair.winner_score), ("loser", pair.loser.image, pair.loser_score)],
+                [("winner", pair.winner.media, pair.winner_score), ("loser", pair.loser.media, pair.loser_score)],
             )
             for pair in pairs[:SHEET_ROWS]
         ]
@@ -93,7 +92,7 @@ class Reporter:
         )
         self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
-        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, self._fit))
+        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows))
 
     def _collect(self, drawn: list[ray.ObjectRef], timeout_s: float = 60.0) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""
@@ -111,17 +110,16 @@ class Reporter:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], fit: Fit) -> None:
-    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, image reference, answer)])."""
+def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
+    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, media reference, answer)])."""
     from torch.utils.tensorboard import SummaryWriter
 
     cells = []
     for prompt, entries in rows:
-        source = load_image(prompt.image, prompt.height, prompt.width, fit)
-        caption = f"source {prompt.image_id}\n{prompt.instruction}"
-        row = [Cell(image=source, caption=caption)]
-        for label, image, answer in entries:
-            row.append(Cell(image=np.asarray(ray.get(image, timeout=60)), caption=f"{label}\n{describe(answer)}"))
+        caption = f"source {prompt.key}\n{prompt.instruction}"
+        row = [Cell(image=seen_source(source, prompt.geometry)[0], caption=caption) for source in prompt.sources]
+        for label, media, answer in entries:
+            row.append(Cell(image=np.asarray(ray.get(media, timeout=60))[0], caption=f"{label}\n{describe(answer)}"))
         cells.append(row)
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(cells)

@@ -1,115 +1,106 @@
-"""An evaluation's pictures through every judge: read from their files by an actor and scored by reference.
+"""An evaluation's pictures through every judge: read from their files by tasks and judged by reference.
 
-A failed score never becomes a number: it is listed with its reason, and too many of one judge end the evaluation.
-`actors.asking` does the asking and retries. Left out: keeping scores for an evaluation that starts again; asking is
-cheap beside painting.
+A failed score never becomes a number: it is listed with its reason, and too many of one judge end the evaluation. Left out:
+keeping scores for an evaluation that starts again; asking is cheap beside painting.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import ray
-
-from actors.asking import FIRST_BACKOFF_S, Failure, last_line
-from actors.judges import reward_text
-from actors.painters import picture_file, source_file
+from actors.judges import Answer
+from actors.judging import READS_AT_ONCE, Judging, Read, judge_all
+from actors.painting import picture_file, source_file
 from actors.placement import JUDGES_CPUS, Role
-from actors.reading import Reader
-from rlhf.errors import Refused
-from rlhf.evaluation.config import EvaluateConfig
+from actors.reading import READER_CPUS, start_painted
 from rlhf.evaluation.duels import SIDES, Duel, FailedScore, Picture, Side
-from rlhf.evaluation.prompts import family_of
-from rlhf.models.family import sees_source
 from rlhf.rollouts.reliability import FailureRates
 from rlhf.types import Prompt
 
-READER_CPUS = 0.05
-READING_TIMEOUT_S = 120.0
-AT_ONCE = 32
-"""Pictures in the object store at a time."""
-
+PICTURES_PER_READ = 8
+LOG_EVERY = 32
+"""Pictures between two lines of progress."""
 
 Place = tuple[int, int, Side]
 """(place of the prompt, variant, side) of a picture."""
 
 
-class JudgingFailed(Refused):
-    """The actor that asks the judges, or a reader of pictures, was lost."""
+def judging_role() -> Role:
+    """The judging actor and the tasks that read the pictures."""
+    cpus = JUDGES_CPUS + READS_AT_ONCE * READER_CPUS
+    return Role(name="judging actor and readers", count=1, num_cpus=cpus, num_gpus=0, nbytes=0)
 
 
-def asking_role() -> Role:
-    """The actor that asks the judges and the one that reads the pictures."""
-    return Role(name="scorer and reader", count=1, num_cpus=JUDGES_CPUS + READER_CPUS, num_gpus=0, nbytes=0)
-
-
-def judge_all(
-    config: EvaluateConfig, prompts: Sequence[Prompt], scorer: ray.actor.ActorHandle, log: Callable[[str], None]
+def judge_pictures(
+    out: Path,
+    prompts: Sequence[Prompt],
+    judging: Judging,
+    names: Sequence[str],
+    *,
+    seeds: int,
+    edits: bool,
+    max_failure_rate: float,
+    log: Callable[[str], None],
 ) -> tuple[list[Duel], list[FailedScore]]:
-    """Every painted picture through every judge. Raises JudgeUnreliable, JudgingFailed.
+    """Every painted picture in `out` through every judge of `names`. Raises JudgeUnreliable, JudgingFailed.
 
-    scorer: an `actors.asking.Scorer`. The pictures stay in the object store.
+    seeds: pictures per prompt and side; edits: whether the model saw sources, which then lie in `out` too.
     """
-    out, judges = Path(config.out), config.judges
-    edits = sees_source(family_of(config.model))
-    reader = ray.remote(Reader).options(num_cpus=READER_CPUS).remote()
-    read = reader.read.options(num_returns=2)
-    silent_s = READING_TIMEOUT_S + 3 * (judges.timeout_s + FIRST_BACKOFF_S * 2**judges.retries) * (judges.retries + 1)
-    seeds = range(config.sampling.seeds)
-    todo: deque[Place] = deque(
-        (index, variant, side) for index in range(len(prompts)) for variant in seeds for side in SIDES
-    )
-    total = len(todo)
-    busy: dict[ray.ObjectRef, tuple[Place, ray.ObjectRef]] = {}
     pictures: dict[Place, Picture] = {}
     failed: list[FailedScore] = []
-    rates = FailureRates(judges.max_failure_rate)
-    while todo or busy:
-        while todo and len(busy) < AT_ONCE:
-            place = todo.popleft()
-            prompt = prompts[place[0]]
-            image, distance = read.remote(out / picture_file(*place), out / source_file(place[0]) if edits else None)
-            busy[scorer.score.remote([image], text_of(config, prompt), prompt.item)] = (place, distance)
-        ready, _ = ray.wait(list(busy), timeout=silent_s)
-        if not ready:
-            raise JudgingFailed(f"no score of any of {len(busy)} pictures in {silent_s:.0f} s")
-        place, distance = busy.pop(ready[0])
-        file = picture_file(*place)
-        try:
-            answers = ray.get(ready[0], timeout=READING_TIMEOUT_S)
-            measured = ray.get(distance, timeout=READING_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise JudgingFailed(f"{file} cannot be judged: {last_line(error)}") from error
-        for name, answer in answers.items():
-            reason = answer.reason if isinstance(answer, Failure) else None
-            if reason is not None:
-                failed.append(FailedScore(judge=name, file=file, reason=reason))
-            rates.add(name, reason)
-        scores = {name: answer for name, answer in answers.items() if not isinstance(answer, Failure)}
-        pictures[place] = Picture(file=file, scores=scores, source_distance=measured)
-        if len(pictures) % AT_ONCE == 0 or len(pictures) == total:
-            log(f"judged: {len(pictures)}/{total} pictures")
-    for name in config.reward.names:
+    rates = FailureRates(max_failure_rate)
+    total = len(prompts) * seeds * len(SIDES)
+    for judged in judge_all(judging, _reads(out, prompts, seeds, edits)):
+        for place, distance, answer in zip(judged.key, judged.about, judged.answers, strict=True):
+            file = picture_file(*place)
+            failed += _failures(answer, file, names, rates)
+            pictures[place] = Picture(file=file, scores=answer.rewards, source_distance=distance)
+            if len(pictures) % LOG_EVERY == 0 or len(pictures) == total:
+                log(f"judged: {len(pictures)}/{total} pictures")
+    for name in names:
         rates.check(name)
-    duels = [
+    return _duels(prompts, pictures, seeds, edits), sorted(failed, key=lambda score: (score.judge, score.file))
+
+
+def _reads(out: Path, prompts: Sequence[Prompt], seeds: int, edits: bool) -> Iterator[Read[list[Place]]]:
+    """Some pictures at a time, prompt by prompt."""
+    places: list[Place] = [
+        (i, variant, side) for i in range(len(prompts)) for variant in range(seeds) for side in SIDES
+    ]
+    for start in range(0, len(places), PICTURES_PER_READ):
+        part = places[start : start + PICTURES_PER_READ]
+        files = [(out / picture_file(*place), out / source_file(place[0]) if edits else None) for place in part]
+        asked = [prompts[place[0]] for place in part]
+        yield Read(key=part, start=partial(start_painted, files), prompts=partial(_known, asked))
+
+
+def _known(prompts: list[Prompt], distances: Sequence[float | None]) -> list[Prompt]:
+    """The prompts of pictures, whatever their source distances."""
+    return prompts
+
+
+def _failures(answer: Answer, file: str, names: Sequence[str], rates: FailureRates) -> list[FailedScore]:
+    """The judges that failed on a picture; every call is counted. Raises JudgeUnreliable."""
+    reasons = {failure.judge: failure.reason for failure in answer.failures}
+    failed = [FailedScore(judge=name, file=file, reason=reason) for name, reason in reasons.items()]
+    for name in names:
+        rates.add(name, reasons.get(name))
+    return failed
+
+
+def _duels(prompts: Sequence[Prompt], pictures: Mapping[Place, Picture], seeds: int, edits: bool) -> list[Duel]:
+    return [
         Duel(
             prompt=index,
             variant=variant,
-            image_id=prompt.image_id,
+            key=prompt.key,
             instruction=prompt.instruction,
-            height=prompt.height,
-            width=prompt.width,
+            height=prompt.geometry.height,
+            width=prompt.geometry.width,
             source=source_file(index) if edits else None,
             base=pictures[index, variant, "base"],
             tuned=pictures[index, variant, "tuned"],
         )
         for index, prompt in enumerate(prompts)
-        for variant in seeds
+        for variant in range(seeds)
     ]
-    return duels, sorted(failed, key=lambda score: (score.judge, score.file))
-
-
-def text_of(config: EvaluateConfig, prompt: Prompt) -> str:
-    """What the judges read. Raises Refused where the instruction is empty and nothing can stand in for it."""
-    reads = any(config.judges[name].reads_prompt for name in config.reward.names)
-    return reward_text(prompt, config.reward.hps.empty_prompt) if reads else prompt.instruction

@@ -24,7 +24,11 @@ requested = threading.Event()
 
 
 class PreprocessFailed(Refused):
-    """Checking or encoding stopped; what was encoded before is kept."""
+    """Checking or encoding stopped over an input or a limit; what was encoded before is kept."""
+
+
+class StreamBroken(RuntimeError):
+    """Ray Data failed: a worker died, or code of ours raised. What was encoded before is kept."""
 
 
 class Stopped(RuntimeError):
@@ -50,7 +54,7 @@ def stream(dataset: ray.data.Dataset, what: str, timeout_s: float) -> Iterator[d
 
     `what`: what is done, for messages.
 
-    Raises: PreprocessFailed.
+    Raises: PreprocessFailed for such a row and at the deadline; StreamBroken.
     """
     results: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
@@ -69,7 +73,7 @@ def stream(dataset: ray.data.Dataset, what: str, timeout_s: float) -> Iterator[d
     try:
         while (result := results.get(timeout=max(0.0, deadline - monotonic()))) is not None:
             if isinstance(result, BaseException):
-                raise PreprocessFailed(f"{what} failed: {result}") from result
+                raise StreamBroken(f"{what} failed: {result}") from result
             if result["error"]:
                 raise PreprocessFailed(f"{what} failed: {result['error']}")
             yield result

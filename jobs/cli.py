@@ -39,9 +39,10 @@ OLD_FLAGS = {
     "ctr_metadata_csv": "data.item_metadata",
     "h": "model.height",
     "w": "model.width",
-    "sampling_steps": "rollout.steps",
+    "sampling_steps": "sampling.steps",
     "ref_update_step": "dpo.reference_refresh_every",
     "reward_type": "reward.type",
+    "mixed_precision": "model.dtype",
     "qwen_filter_url": "judges.filter.url",
     "checkpointing_steps": "run.save_every",
     "output_dir": "run.dir",
@@ -61,7 +62,28 @@ OLD_FLAGS = {
     "cache_dir": "data.cache",
     "dataloader_num_workers": "preprocess.encoders",
 }
-"""Flags of the scripts this system replaces, for the "did you mean" of an unknown key."""
+"""Flags of the scripts that this system replaces, for the "did you mean" of an unknown key."""
+
+RENAMED = {
+    "reward.hps.empty_prompt": "reward.empty_prompt",
+    "rollout.steps": "sampling.steps",
+    "rollout.guidance_scale": "model.guidance_scale",
+    "rollout.batch_size": "sampling.batch_size",
+    "rollout.timeout_s": "samplers.timeout_s",
+    "trainer.mixed_precision": "model.dtype",
+    "model.mixed_precision": "model.dtype",
+    "painters.count": "samplers.count",
+    "painters.num_cpus": "samplers.num_cpus",
+    "painters.num_gpus": "samplers.num_gpus",
+    "painters.timeout_s": "samplers.timeout_s",
+    "trainer.lora": "trainable",
+    "trainer.lora.rank": "trainable.rank",
+    "trainer.lora.alpha": "trainable.alpha",
+    "trainer.lora.targets": "trainable.targets",
+    "edit.transformer": "tuned.denoiser",
+    "edit.lora": "tuned.lora",
+}
+"""Keys that recipes once had, and what they are called now."""
 
 C = TypeVar("C", bound=Section)
 
@@ -183,6 +205,9 @@ def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -
 
 
 def _nearest(name: str, keys: dict[str, Key]) -> str:
+    moved = {old: new for old, new in RENAMED.items() if f"{old}.".startswith(f"{name}.") and new in keys}
+    if moved:
+        return "; ".join(f"{'it' if old == name else old} is now {new}" for old, new in moved.items())
     if OLD_FLAGS.get(name) in keys:
         return f"did you mean {OLD_FLAGS[name]}?"
     leaves = [key for key in keys if keys[key].section is None]

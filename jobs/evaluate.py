@@ -12,110 +12,140 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import ray
 import xxhash
 
 from actors import placement
-from actors.asking import Scorer
-from actors.painters import paint_all, painter_role
-from actors.scoring import asking_role, judge_all, text_of
+from actors.judging import Judging, judging_actor
+from actors.painting import paint_all
+from actors.placement import Role
+from actors.scoring import judge_pictures, judging_role
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
-from jobs.running import guarded
+from jobs.launch import guarded, say
+from jobs.recipes.evaluate import EvaluateRecipe
 from rlhf.data.records import BadInput, Problem
 from rlhf.errors import Refused
-from rlhf.evaluation.config import EvaluateConfig
-from rlhf.evaluation.duels import Evaluation, judge_result, source_result
-from rlhf.evaluation.folder import check_out, claim
+from rlhf.evaluation.duels import Duel, Evaluation, FailedScore, judge_result, source_result
+from rlhf.evaluation.folder import check_out, claim, painting
 from rlhf.evaluation.page import page
 from rlhf.evaluation.prompts import Prompts, read_evaluation
+from rlhf.models import load_family
+from rlhf.rewards.questions import check_prompt
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.runs.folder import write_durably
 from serve_apps import deploy
 
 
 def main() -> None:
-    arguments = parse(EvaluateConfig, description=__doc__ or "")
-    config = arguments.config
-    prompts = checked(config)
+    arguments = parse(EvaluateRecipe, description=__doc__ or "")
+    recipe = arguments.config
+    prompts = checked(recipe)
     if arguments.dry_run:
-        print(resolved_toml(config))
-        print(f"{len(prompts.prompts)} prompts × {config.sampling.seeds} seeds × (base, tuned) → {config.out}")
-        check_placement(config)
+        say(resolved_toml(recipe))
+        say(f"{len(prompts.prompts)} prompts × {recipe.sampling.seeds} seeds × (base, tuned) → {recipe.out}")
+        check_placement(recipe)
         return
-    print(f"results: {evaluate(config, prompts) / 'index.html'}")
+    say(f"results: {evaluate(recipe, prompts) / 'index.html'}")
 
 
-def checked(config: EvaluateConfig) -> Prompts:
+def checked(recipe: EvaluateRecipe) -> Prompts:
     """The prompts, after every check that needs neither a model nor a cluster. Raises Refused."""
-    check_out(Path(config.out))
-    found = read_evaluation(config)
+    check_out(Path(recipe.out))
+    found = read_evaluation(recipe.model, recipe.tuned, recipe.data)
     for problem in found.left_out:
-        print(f"left out: {problem}", flush=True)
+        say(f"left out: {problem}")
     mute = []
     for prompt in found.prompts:
         try:
-            text_of(config, prompt)
+            check_prompt(recipe.judges, recipe.reward.names, recipe.reward.empty_prompt, prompt)
         except Refused as error:
-            what = f"{prompt.image_id!r} leaves the judges nothing to read: {error}"
-            mute.append(Problem(file=config.data.path, line=None, field="prompt", what=what, remedy="write a prompt"))
+            what = f"{prompt.key!r} leaves the judges nothing to read: {error}"
+            remedy = "write a prompt, or give what is missing"
+            mute.append(Problem(file=recipe.data.path, line=None, field="prompt", what=what, remedy=remedy))
     if mute:
         raise BadInput(mute)
-    deploy.check_sources(config.judges, config.reward.names)
+    deploy.check_sources(recipe.judges, recipe.reward.names)
     return found
 
 
-def check_placement(config: EvaluateConfig) -> None:
+def stages(recipe: EvaluateRecipe) -> list[list[Role]]:
+    """What painting needs, and then judging."""
+    sizes = placement.ModelSizes(load_family(recipe.model))
+    painting_roles = [placement.sampler_role(sizes, recipe.samplers, encodes=True)]
+    return [painting_roles, [judging_role(), *placement.judge_roles(recipe.judges, recipe.reward.names)]]
+
+
+def check_placement(recipe: EvaluateRecipe) -> None:
     """Print what painting and then judging need; raise NotEnoughResources, with the table, where either does not fit."""
-    free = free_resources(config.cluster)
-    judging = [asking_role(), *placement.judge_roles(config.judges, config.reward.names)]
-    for needed in ([painter_role(config)], judging):
-        print(placement.table(needed, free), flush=True)
-    for needed in ([painter_role(config)], judging):
-        placement.check(needed, free)
+    free, needed = free_resources(recipe.cluster), stages(recipe)
+    for roles in needed:
+        say(placement.table(roles, free))
+    for roles in needed:
+        placement.check(roles, free)
 
 
-def evaluate(config: EvaluateConfig, prompts: Prompts) -> Path:
+def evaluate(recipe: EvaluateRecipe, prompts: Prompts) -> Path:
     """Run (or go on) to the end; returns `out`."""
-    out = Path(config.out)
+    out = Path(recipe.out)
     with ExitStack() as stack:
-        stack.enter_context(claim(config, prompts.prompts, resolved_toml(config)))
+        ours = painting(recipe.model, recipe.tuned, recipe.sampling, prompts.prompts, recipe.seed)
+        stack.enter_context(claim(out, ours, resolved_toml(recipe)))
         name = f"evaluate-{xxhash.xxh3_64_hexdigest(str(out.resolve()).encode())[:6]}"
-        stack.enter_context(cluster(config.cluster, namespace=name))
-        check_placement(config)
+        stack.enter_context(cluster(recipe.cluster, namespace=name))
+        check_placement(recipe)
         placement.check_shared("out", out)
-        paint_all(config, prompts.prompts, say)
-        names = config.reward.names
-        stack.callback(deploy.undeploy, name, names)
-        judges_up = deploy.deploy(config.judges, config.serve, names, name)
-        say(f"judges: {', '.join(deploy.addresses(config.judges, names, judges_up).values())}")
-        scorer = ray.remote(Scorer).options(num_cpus=placement.JUDGES_CPUS, max_concurrency=1000)
-        duels, failed = judge_all(config, prompts.prompts, scorer.remote(config.judges, names, judges_up.apps), say)
-        results = {judge: judge_result(judge, duels, config.seed) for judge in names}
-        if unscored := [judge for judge, result in results.items() if result is None]:
-            reason = next(failure.reason for failure in reversed(failed) if failure.judge == unscored[0])
-            raise JudgeUnreliable(f"judge {unscored[0]!r} scored no pair of pictures; the last reason: {reason}")
-        evaluation = Evaluation(
-            model=config.model.denoiser or config.model.path,
-            tuned=str(config.tuned.denoiser or config.tuned.lora),
-            steps=config.sampling.steps,
-            seed=config.seed,
-            judges={judge: result for judge, result in results.items() if result},
-            source=source_result(duels, config.seed),
-            duels=duels,
-            failed=failed,
-            left_out=[str(problem) for problem in prompts.left_out],
-        )
-        (out / "index.html").write_text(page(evaluation), encoding="utf-8")
-        document = asdict(evaluation) | {"config": config.model_dump(mode="json")}
+        tables = (recipe.model, recipe.tuned, recipe.sampling, recipe.samplers)
+        paint_all(*tables, prompts.prompts, out, recipe.seed, say)
+        duels, failed = judge(recipe, prompts, name, stack)
+        found = results(recipe, prompts, duels, failed)
+        (out / "index.html").write_text(page(found), encoding="utf-8")
+        document = asdict(found) | {"config": recipe.model_dump(mode="json")}
         write_durably(out / "results.json", json.dumps(document, indent=1, allow_nan=False))
-    for judge, result in evaluation.judges.items():
-        say(f"{judge}: win rate {result.win_rate.value:.3f}, mean difference {result.difference.value:+.4g}")
+    for name, result in found.judges.items():
+        say(f"{name}: win rate {result.win_rate.value:.3f}, mean difference {result.difference.value:+.4g}")
     return out
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+def judge(
+    recipe: EvaluateRecipe, prompts: Prompts, name: str, stack: ExitStack
+) -> tuple[list[Duel], list[FailedScore]]:
+    """Deploy the judges under `name` and have them score every picture. Raises JudgeUnreliable, JudgingFailed."""
+    judges, names = recipe.judges, recipe.reward.names
+    stack.callback(deploy.undeploy, name, names)
+    judges_up = deploy.deploy(judges, recipe.serve, names, name)
+    say(f"judges: {', '.join(deploy.addresses(judges, names, judges_up).values())}")
+    new_actor = judging_actor(judges, names, judges_up.apps, empty_prompt=recipe.reward.empty_prompt)
+    judging = Judging(judges, new_actor)
+    stack.callback(judging.close)
+    return judge_pictures(
+        Path(recipe.out),
+        prompts.prompts,
+        judging,
+        names,
+        seeds=recipe.sampling.seeds,
+        edits=load_family(recipe.model).sees_source,
+        max_failure_rate=judges.max_failure_rate,
+        log=say,
+    )
+
+
+def results(recipe: EvaluateRecipe, prompts: Prompts, duels: list[Duel], failed: list[FailedScore]) -> Evaluation:
+    """What the scores add up to. Raises JudgeUnreliable for a judge that scored no pair."""
+    found = {name: judge_result(name, duels, recipe.seed) for name in recipe.reward.names}
+    if unscored := [name for name, result in found.items() if result is None]:
+        reason = next(failure.reason for failure in reversed(failed) if failure.judge == unscored[0])
+        raise JudgeUnreliable(f"judge {unscored[0]!r} scored no pair of pictures; the last reason: {reason}")
+    return Evaluation(
+        model=recipe.model.denoiser or recipe.model.path,
+        tuned=str(recipe.tuned.denoiser or recipe.tuned.lora),
+        steps=recipe.sampling.steps,
+        seed=recipe.seed,
+        judges={name: result for name, result in found.items() if result},
+        source=source_result(duels, recipe.seed),
+        duels=duels,
+        failed=failed,
+        left_out=[str(problem) for problem in prompts.left_out],
+    )
 
 
 if __name__ == "__main__":

@@ -3,121 +3,209 @@
     python -m jobs.online_dpo --config jobs/configs/online_dpo_hps_ctr.toml [--section.key VALUE …] [--dry-run]
 
 Checks configuration and data, encodes what the cache lacks, deploys the judges, starts samplers and trainer ranks, and
-runs the loop of `rlhf.loops.online_dpo`. The same command goes on where a stopped run left off.
+runs the loop of `rlhf.loops.train`. The same command goes on where a stopped run left off.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray import serve
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import placement
-from actors.judges import Judges, reward_text
-from actors.online_trainer import OnlineTrainer
+from actors.fleet import Fleet
+from actors.judging import Judging, Waiting, judging_actor
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
+from actors.sampler import Sampler
+from actors.sources import OnlineSource
+from actors.trainer import RankSetup, TrainerGroup
 from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster, dashboard, free_resources
-from jobs.preprocess import Data, preprocess, prompts_of, read_data
-from jobs.running import check_disk, guarded, train_until_done, unique_name
+from jobs.launch import Plan, Started, dry_run, guarded, launch, say, train_until_done
+from jobs.preprocess import Data, preprocess, read_data
+from jobs.recipes.online_dpo import OnlineDPORecipe
+from rlhf.data.batches import CachePlace, check_buckets
 from rlhf.data.prompts import PromptStream
-from rlhf.loops.online_dpo import online_dpo
-from rlhf.runs.folder import RunFolder
-from rlhf.tables import OnlineDPOConfig
-from rlhf.types import Prompt
+from rlhf.data.work import OnlineWork
+from rlhf.diffusion.objectives import DPO
+from rlhf.loops.evaluation import evaluation
+from rlhf.loops.train import Duty, commit, export, train
+from rlhf.models import load_family
+from rlhf.models.trainable import load_trainable
+from rlhf.rewards.questions import check_prompt
+from rlhf.types import REFERENCE, Prompt
 from serve_apps import deploy
 
 
 def main() -> None:
-    arguments = parse(OnlineDPOConfig, description=__doc__ or "")
-    config = arguments.config
-    data = read_data(config)
+    arguments = parse(OnlineDPORecipe, description=__doc__ or "")
+    recipe = arguments.config
+    data = read_data(recipe.data, recipe.eval, recipe.model)
     if data.left_out():
-        print(data.left_out(), flush=True)
+        say(data.left_out())
     if arguments.dry_run:
-        dry_run(config, data)
+        say(resolved_toml(recipe))
+        check(recipe, data)
+        dry_run(recipe.run, plan(recipe), recipe.cluster)
     else:
-        print(f"results: {run(config, data)}")
+        say(f"results: {run(recipe, data)}")
 
 
-def dry_run(config: OnlineDPOConfig, data: Data) -> None:
-    """Print the resolved recipe and the placement table; raise where the run would be refused. Starts nothing."""
-    print(resolved_toml(config))
-    check_texts(config, prompts_of(config, data.all))
-    deploy.check_sources(config.judges, config.judge_names)
-    needed, free = placement.roles(config), free_resources(config.cluster)
-    print(placement.table(needed, free))
-    check_disk(config)
-    placement.check(needed, free)
+def check(recipe: OnlineDPORecipe, data: Data) -> None:
+    """What can be refused before anything starts. Raises Refused."""
+    family = load_family(recipe.model)
+    check_buckets(family, data.training, recipe.trainer.train_batch_size)
+    check_buckets(family, data.held_out, batch_size=1)
+    for prompt in data.all:
+        check_prompt(recipe.judges, recipe.reward.names, recipe.reward.empty_prompt, prompt)
+    deploy.check_sources(recipe.judges, recipe.judge_names)
 
 
-def check_texts(config: OnlineDPOConfig, prompts: list[Prompt]) -> None:
-    """Every prompt must give the rewards that read one a text. Raises Refused for the first that does not."""
-    if any(config.judges[name].reads_prompt for name in config.reward.names):
-        for prompt in prompts:
-            reward_text(prompt, config.reward.hps.empty_prompt)
+def plan(recipe: OnlineDPORecipe) -> Plan:
+    """What the run needs beside its driver."""
+    family = load_family(recipe.model)
+    sizes, counts = placement.ModelSizes(family), load_trainable(recipe.trainable, family).counts(family, DPO.sides)
+    return Plan(
+        roles=[
+            placement.trainer_role(sizes, recipe.trainer, counts),
+            placement.sampler_role(sizes, recipe.samplers, encodes=False),
+            placement.encoder_role(sizes, recipe.preprocess, before=True),
+            placement.judging_role(),
+            *placement.judge_roles(recipe.judges, recipe.judge_names),
+        ],
+        checkpoint_bytes=placement.checkpoint_bytes(recipe.trainer, counts),
+        export_bytes=placement.export_bytes(recipe.trainer, counts, recipe.run.export_dtype),
+        steps=recipe.trainer.max_train_steps,
+    )
 
 
-def run(config: OnlineDPOConfig, data: Data) -> Path:
+def run(recipe: OnlineDPORecipe, data: Data) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
-    deploy.check_sources(config.judges, config.judge_names)
-    check_texts(config, prompts_of(config, data.all))
-    with cluster(config.cluster, namespace=config.run.name), ExitStack() as stack:
-        folder = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config), config.run.resume)
-        stack.callback(folder.release)
-        print(
-            f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}", flush=True
-        )
-        name = unique_name(config, folder)
+    check(recipe, data)
+    needed = plan(recipe)
+    with launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe)) as started:
         if data.left_out():
-            (folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
-        check_placement(config, name)
-        placement.check_shared("run.dir", folder.path)
-        check_disk(config, folder.path)
-        prompts = preprocess(config, data.all, lambda line: print(line, flush=True))
-        train, held_out = prompts[: len(data.train.rows)], prompts[len(data.train.rows) :]
-        group = placement.reserve(placement.roles(config)[:2])  # trainer ranks, then samplers
-        stack.callback(ray.util.remove_placement_group, group)
-        stack.callback(deploy.undeploy, name, config.judge_names)
-        judges_up = deploy.start(
-            config.judges, config.serve, config.judge_names, name
-        )  # after the group: judges take what trainer and samplers leave
+            (started.folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
+        cache = preprocess(recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache, data.all, say)
+        group = placement.reserve(needed.roles[:2])  # trainer ranks, then samplers
+        started.stack.callback(ray.util.remove_placement_group, group)
+        rollouts = start_rollouts(recipe, started, data, cache, group)
+        started.stack.callback(rollouts.close)
 
-        def new_judges() -> ray.actor.ActorHandle:
-            actor = ray.remote(Judges).options(num_cpus=placement.JUDGES_CPUS, max_concurrency=1000)
-            return actor.remote(config, judges_up.apps)
+        def attempt(stack: ExitStack) -> None:
+            train_once(recipe, started, data.held_out[: recipe.eval.max_prompts], cache, group, rollouts, stack)
 
-        deploy.wait(judges_up, config.judges.deploy_timeout_s)
-        addresses = deploy.addresses(config.judges, config.judge_names, judges_up)
-        print(f"judges: {', '.join(addresses.values())}", flush=True)
-        rollouts = Rollouts(config, PromptStream(train, config.run.seed), new_judges, group)
-        stack.callback(rollouts.close)
-        held_out = held_out[: config.eval.max_prompts]
-
-        def attempt() -> None:
-            with ExitStack() as inner:
-                tracker = Reporter(
-                    folder.path, config.trainer.max_train_steps, folder.last_committed(), fit=config.data.fit
-                )
-                trainer = OnlineTrainer(config, folder.fence, group, meanwhile=rollouts.pump)
-                inner.callback(trainer.kill)
-                online_dpo(config, folder, rollouts, trainer, tracker, held_out)
-                tracker.close()
-
-        train_until_done(folder, attempt)
-        return folder.path
+        train_until_done(started.folder, attempt)
+        return started.folder.path
 
 
-def check_placement(config: OnlineDPOConfig, name: str) -> None:
-    """Refuse, with a table, a run that does not fit; judges that an earlier start left running are not counted twice."""
-    ours = config.judges.to_deploy(config.judge_names)
-    running = serve.status().applications if ours else {}
-    orphans = {f"judge {judge}" for judge in ours if deploy.app_name(name, judge) in running}
-    needed = [role for role in placement.roles(config) if role.name not in orphans]
-    free = free_resources(config.cluster)
-    print(placement.table(needed, free), flush=True)
-    placement.check(needed, free)
+def start_rollouts(
+    recipe: OnlineDPORecipe, started: Started, data: Data, cache: CachePlace, group: PlacementGroup
+) -> Rollouts:
+    """Deploy the judges and start the samplers, in what the trainer's ranks leave of the placement group."""
+    samplers, judges = recipe.samplers, recipe.judges
+    started.stack.callback(deploy.undeploy, started.name, recipe.judge_names)
+    judges_up = deploy.start(judges, recipe.serve, recipe.judge_names, started.name)
+
+    def new_sampler(index: int) -> ray.actor.ActorHandle:
+        bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=recipe.trainer.ranks + index)
+        actor: Any = ray.remote(Sampler).options(
+            num_cpus=samplers.num_cpus,
+            num_gpus=samplers.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=bundle,
+        )
+        device = "cuda" if samplers.num_gpus else "cpu"
+        trainable = load_trainable(recipe.trainable, load_family(recipe.model))
+        return actor.remote(recipe.model, recipe.sampling, device, trainable=trainable, cache=cache)
+
+    deploy.wait(judges_up, judges.deploy_timeout_s)
+    say(f"judges: {', '.join(deploy.addresses(judges, recipe.judge_names, judges_up).values())}")
+    waiting: Waiting = {}
+    return Rollouts(
+        recipe.rollout,
+        recipe.sampling,
+        recipe.reward,
+        judges,
+        pairs_per_step=recipe.trainer.pairs_per_step,
+        steps=recipe.trainer.max_train_steps,
+        seed=recipe.run.seed,
+        prompts=PromptStream(data.training, recipe.run.seed),
+        family=load_family(recipe.model),
+        fleet=Fleet(
+            new_sampler,
+            samplers.count,
+            max_restarts=samplers.max_restarts,
+            timeout_s=samplers.timeout_s,
+            waiting=waiting,
+        ),
+        judging=Judging(
+            judges,
+            judging_actor(
+                judges,
+                recipe.reward.names,
+                judges_up.apps,
+                ask_filter=judges.filter.enabled,
+                empty_prompt=recipe.reward.empty_prompt,
+            ),
+            waiting,
+            max_restarts=samplers.max_restarts,
+        ),
+        waiting=waiting,
+    )
+
+
+def train_once(
+    recipe: OnlineDPORecipe,
+    started: Started,
+    held_out: Sequence[Prompt],
+    cache: CachePlace,
+    group: PlacementGroup,
+    rollouts: Rollouts,
+    stack: ExitStack,
+) -> None:
+    """The loop on a trainer group of its own, from the last commit to the end."""
+    folder, run, trainer_table = started.folder, recipe.run, recipe.trainer
+    tracker = Reporter(folder.path, trainer_table.max_train_steps, folder.last_committed())
+    setup = RankSetup(
+        model=recipe.model,
+        trainer=trainer_table,
+        trainable=load_trainable(recipe.trainable, load_family(recipe.model)),
+        objective=DPO(beta=recipe.dpo.beta),
+        work=OnlineWork(
+            trainer_table, cache, folder.path / "pairs", folder.fence, seed=run.seed, save_latents=run.save_latents
+        ),
+        fence=folder.fence,
+        seed=run.seed,
+        export_dtype=run.export_dtype,
+    )
+    trainer = TrainerGroup(setup, group, meanwhile=rollouts.pump)
+    stack.callback(trainer.kill)
+    source = OnlineSource(rollouts, trainer.publish, trainer_table.pairs_per_rank)
+    evaluate = evaluation(
+        held_out,
+        rollouts,
+        tracker,
+        source.publish,
+        rewards=recipe.reward.names,
+        variants=recipe.eval.seeds,
+        seed=run.seed,
+        ema=trainer_table.ema_decay is not None,
+    )
+    duties = [
+        Duty(every=run.sample_every, do=lambda step: tracker.pairs(step, source.pairs)),
+        Duty(every=recipe.dpo.reference_refresh_every, do=lambda step: trainer.refresh(REFERENCE)),
+        Duty(every=recipe.rollout.publish_every, do=lambda step: source.publish("policy", step)),
+        *([Duty(every=recipe.eval.every, do=evaluate, at_start=True)] if held_out else []),
+        Duty(every=run.export_every, do=export(folder, trainer)),
+        Duty(every=run.save_every, do=commit(folder, source, trainer, run.keep_checkpoints)),
+    ]
+    train(trainer_table.max_train_steps, folder, source, trainer, tracker, duties)
+    tracker.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The keys of a configuration schema as dotted names: walking, describing, assigning; what `jobs.cli` is built on.
 
-A schema is a tree of `Section` classes; a key is the dotted path to a leaf or to a section, `trainer.lora.rank`. In a
+A schema is a tree of `Section` classes; a key is the dotted path to a leaf or to a section, `judges.hps.path`. In a
 table whose entries the user names (`dict[str, Section]`), NAME stands for any of them: `judges.python.NAME.function`.
 Left out: sections inside lists, which no recipe has.
 """

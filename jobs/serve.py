@@ -1,7 +1,7 @@
 """Judges as a service, without a run: `python -m jobs.serve --config jobs/configs/serve.toml`, until Ctrl-C.
 
-Deploys every judge of the recipe that has a source, waits until each has answered a real request, and prints where they
-are. On the way out they are deleted again. `serve deploy serve_apps/serve.yaml` is the same without a process that stays.
+Deploys every judge of the recipe that has a source, waits until each has answered a real request, and prints their
+addresses. When it ends, they are deleted. `serve deploy serve_apps/serve.yaml` is the same without a process that stays.
 """
 
 import sys
@@ -12,14 +12,14 @@ from ray import serve
 from actors import placement
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, free_resources
-from rlhf.tables import ServeJobConfig
+from jobs.recipes.serve import ServeRecipe
 from serve_apps import deploy
 
 POLL_S = 5.0
 
 
 def main() -> None:
-    arguments = parse(ServeJobConfig, description=__doc__ or "")
+    arguments = parse(ServeRecipe, description=__doc__ or "")
     config = arguments.config
     deploy.check_sources(config.judges, config.judge_names)
     needed = placement.judge_roles(config.judges, config.judge_names)
@@ -38,8 +38,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def serve_until_stopped(config: ServeJobConfig) -> None:
-    """Deploy, and stay as long as the apps do, telling when one falls ill. Raises: DeployError, also for a deleted one."""
+def serve_until_stopped(config: ServeRecipe) -> None:
+    """Deploy, then watch the apps and print every change of their status. Raises: DeployError, also when one is deleted."""
     print(f"starting {', '.join(config.judge_names)}", flush=True)
     try:
         deployed = deploy.deploy(config.judges, config.serve, config.judge_names, config.name)

@@ -1,9 +1,10 @@
 """Train a CTR model from a click log: python -m jobs.train_ctr --config jobs/configs/train_ctr.toml
 
-Reads the old script's CSV (every bad row is reported before anything loads), trains on `train.ranks` Ray actors of
-`train.num_cpus` and `train.num_gpus` each, and writes to `output` the checkpoint folder that judges.ctr.path takes, with
-the figures of the held-out rows (metrics.json) and their plots (calibration.png, predicted_vs_actual.png) beside the
-weights. Uses the cluster it finds (a running one, RAY_ADDRESS, cluster.address) or starts and ends one of its own.
+Reads a CSV with the columns of FEAST's CTR scripts (every bad row is reported before anything loads), trains on
+`train.ranks` Ray actors of `train.num_cpus` and `train.num_gpus` each, and writes to `output` the checkpoint folder that
+judges.ctr.path takes, with the figures of the held-out rows (metrics.json) and their plots (calibration.png,
+predicted_vs_actual.png) beside the weights. Uses the cluster it finds (a running one, RAY_ADDRESS, cluster.address) or
+starts and ends one of its own.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""The configuration of a run: frozen, typed, and strict.
+"""The tables of recipes: frozen, typed, and strict.
 
-Each table of a TOML recipe is one class here. An unknown key is an error that names the nearest valid one, a rule between
-two keys names both values, and the defaults are the old script's (H×W 1312×784, 16 steps, β 5000, …).
+A recipe (`jobs.recipes`) puts tables together; a constructor takes the tables that it reads. An unknown key is an error that
+names the nearest valid one, a rule between two keys names both values, and the defaults are those of FEAST's
+`train_dpo_flux_kontext.py` (H×W 1312×784, 16 steps, β 5000, …). The tables of judges are in `rlhf.rewards.config`.
 """
 
 import math
@@ -9,8 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf.rewards.config import JudgesConfig, RewardConfig, ServeConfig
-from rlhf.section import ClusterConfig, LocalPath, Section
+from rlhf.section import LocalPath, Section
+from rlhf.types import Fit
 
 
 class RunConfig(Section):
@@ -20,7 +21,7 @@ class RunConfig(Section):
     seed: int = Field(42, ge=0)
     resume: Literal["auto", "never"] = "auto"
     save_every: int = Field(100, ge=1)
-    """Steps between committed checkpoints (the old script's --checkpointing_steps)."""
+    """Steps between committed checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """Older ones are removed; what is exported stays."""
     export_every: int = Field(0, ge=0)
@@ -29,52 +30,132 @@ class RunConfig(Section):
     """Of exported weights: float32 loses nothing that was learnt, the others load at half the size."""
 
 
-class OnlineRunConfig(RunConfig):
-    name: str = "online_dpo"
-    sample_every: int = Field(10, ge=1)
-    """Steps between contact sheets."""
-    save_latents: bool = True
-
-
-class CheckpointConfig(Section):
-    family: Literal["flux_kontext", "stable_diffusion"] = "flux_kontext"
+class ModelTable(Section):
+    family: str = "flux_kontext"
+    """A name of rlhf.models.FAMILIES, or module:NAME of a family of yours, importable on every node."""
     path: LocalPath
     """Folder in the diffusers layout."""
     denoiser: LocalPath | None = None
     """A trained folder in place of the model's own, e.g. RUN/final/unet of an SFT run that DPO is to begin with."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the networks compute in; trained weights stay fp32. float16 trains under a dynamic loss scale."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance when sampling; a network with embedded guidance is told it in training too. Unset: the
+    family's own default."""
 
 
-class ModelConfig(CheckpointConfig):
+class SizedModelTable(ModelTable):
     height: int = Field(ge=16, multiple_of=8)
+    """Pixels."""
     width: int = Field(ge=16, multiple_of=8)
+    frames: int = Field(1, ge=1)
+    """Of a sample; more than 1: a video."""
 
 
-class EditModelConfig(ModelConfig):
+class EditModelTable(ModelTable):
     height: int = Field(1312, ge=16, multiple_of=16)
+    """Pixels."""
     width: int = Field(784, ge=16, multiple_of=16)
     size: Literal["fixed", "auto"] = "fixed"
-    """`auto`: the nearest of the family's own sizes per image."""
+    """`auto`: the nearest of the family's own sizes per picture."""
+
+
+class TrainedEditModelTable(EditModelTable):
+    frames: int = Field(1, ge=1)
+    """Of a sample; more than 1: a video."""
+
+
+class EvaluatedModelTable(ModelTable):
+    """The base model."""
+
+    height: int | None = Field(None, ge=16, multiple_of=16)
+    """Pixels. Unset, with `width`: the family's own size, for edits the nearest to each source picture."""
+    width: int | None = Field(None, ge=16, multiple_of=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height = {self.height} and width = {self.width}: give both or neither")
+        return self
+
+
+class SolverTable(Section):
+    steps: int = Field(16, ge=1)
+    guidance_scale: float | None = None
+    """Unset: model.guidance_scale."""
+
+
+class SamplingTable(SolverTable):
+    batch_size: int = Field(4, ge=1)
+    """Pictures per denoising batch. Short ones are padded, so that no bit of a picture depends on its neighbours or their number.
+    Its place may change its last bits: with 1 there is one place, and a resumed run repeats an uninterrupted one on any CPU."""
+
+
+class WeightsTable(Section):
+    """Trained weights in place of the base model's own."""
+
+    denoiser: LocalPath | None = None
+    """A trained folder, e.g. RUN/final/transformer, RUN/final/ema_unet."""
+    lora: LocalPath | None = None
+    """A LoRA file or its folder, e.g. RUN/final/lora."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if self.denoiser is not None and self.lora is not None:
+            raise ValueError(f"denoiser = {self.denoiser!r} and lora = {self.lora!r}: give one of them")
+        return self
 
 
 class DataConfig(Section):
     path: LocalPath
-    """JSONL: image_id, prompt, image (relative to the file)."""
+    """JSONL: image_id, prompt, image (a path relative to the file, or a list of them)."""
     item_metadata: LocalPath | None = None
     """CSV: image_id, food_name, food_type, city_name, shop_name. Required where a CTR reward is used."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Fit = "crop"
     prompt_column: str = "prompt"
     on_bad_row: Literal["stop", "skip"] = "stop"
     cache: LocalPath = "cache"
-    """Folder of the content-addressed cache of encoded prompts."""
+    """Folder of the content-addressed cache of encodings."""
+
+
+class PairDataConfig(Section):
+    path: LocalPath
+    """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
+    out), a JSONL of winner, loser, prompt[, source] (a path or a list of them), or the pairs/ folder of an online run."""
+    split: str = "train"
+    """Of a folder with split-00000-of-….parquet files, those to read."""
+    item_metadata: LocalPath | None = None
+    """CSV: image_id, food_name, food_type, city_name, shop_name; for a choice_model that reads the item of a JSONL's row."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    cache: LocalPath = "cache"
+    """Folder of the checked index, of encoded captions and of cached latents."""
+    choice_model: str | None = None
+    """A judge whose scores decide the winner in place of the human label (AI feedback). Equal scores keep the label."""
+    latents: Literal["cached", "on_the_fly"] = "cached"
+    """`cached`: every picture is encoded once, before training. `on_the_fly`: encoder actors work beside the trainer."""
+    crop: Literal["centre", "random"] = "centre"
+    hflip: bool = True
+    """Mirror half of the pairs, both pictures (and the source) alike."""
+    caption_dropout: float = Field(0.2, ge=0, le=1)
+    """Share of pairs that train with the empty caption, which classifier-free guidance needs."""
+    shuffle: bool = True
+    """False: the order of the files, epoch after epoch."""
+    shuffle_blocks: int = Field(16, ge=1)
+    """On the fly: Parquet row groups whose rows are mixed with each other; every encoder holds as many. Cached: all are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop == "random" and self.latents == "cached":
+            raise ValueError(
+                'crop = "random" draws a crop for every visit, but latents = "cached" encodes a picture once; set '
+                'latents = "on_the_fly" or crop = "centre"'
+            )
+        return self
 
 
 class RolloutConfig(Section):
-    steps: int = Field(16, ge=1)
-    guidance_scale: float = 3.5
     num_valid_samples: int = Field(2, ge=2)
     max_sample_attempts: int = Field(20, ge=2)
-    batch_size: int = Field(4, ge=1)
-    """Candidates per denoising batch; short batches are padded so that a candidate's pixels never depend on its neighbours."""
     lookahead: int = Field(0, ge=0)
     """Batches of groups sampled ahead of the trainer. 0 with publish_every 1 is strictly on-policy."""
     publish_every: int = Field(1, ge=1)
@@ -82,8 +163,6 @@ class RolloutConfig(Section):
     """Largest (steps since its policy was published) a pair may have when it trains; default: the smallest that works."""
     max_dropped_in_a_row: int = Field(32, ge=1)
     """Groups in a row without a pair after which the run stops with the counts."""
-    timeout_s: float = Field(1800.0, gt=0)
-    """One sampling batch."""
 
     @property
     def oldest(self) -> int:
@@ -110,11 +189,46 @@ class DPOConfig(Section):
     """Steps between copies of the policy into the reference; 0: never."""
 
 
-class LoRAConfig(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    targets: tuple[str, ...] | None = None
-    """Module name endings; default: the family's attention and MLP projections."""
+class TrainableTable(Section):
+    """What of the denoiser is trained."""
+
+    kind: Literal["full", "lora", "modules"] = "full"
+    """`full`: every weight. `lora`: adapters, and the modules of `patterns` if there are any. `modules`: those alone."""
+    rank: int | None = Field(None, ge=1)
+    """Of LoRA; unset: 16."""
+    alpha: float | None = Field(None, gt=0)
+    """Of LoRA, whose update is scaled by alpha / rank; unset: 16."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Of LoRA: module name endings; unset: the family's attention and MLP projections."""
+    patterns: tuple[str, ...] = ()
+    """Whole modules by their dotted names; `*` matches anything, e.g. "transformer_blocks.*.attn"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "lora":
+            return {"rank": 16, "alpha": 16.0} | {key: value for key, value in values.items() if value is not None}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        set_keys = {key: value for key in ("rank", "alpha", "targets") if (value := getattr(self, key)) is not None}
+        problems = []
+        if self.kind != "lora":
+            problems += [
+                f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
+                for key, value in set_keys.items()
+            ]
+        if self.kind == "modules" and not self.patterns:
+            problems.append('kind = "modules" needs patterns, e.g. ["transformer_blocks.*.attn"]')
+        if self.kind == "full" and self.patterns:
+            problems.append(
+                f'patterns = {list(self.patterns)!r} chooses modules, but kind = "full" trains every weight: set '
+                'kind = "modules", or "lora" to train both, or leave patterns out'
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class TrainerConfig(Section):
@@ -154,12 +268,9 @@ class TrainerConfig(Section):
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """What the network computes in; the trained weights stay fp32. fp16 trains under a dynamic loss scale."""
     gradient_checkpointing: bool = True
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the exponential moving average of the weights; unset: none is kept."""
-    lora: LoRAConfig | None = None
     num_cpus: float = Field(0.3, ge=0)
     num_gpus: float = Field(1.0, ge=0)
     timeout_s: float = Field(1800.0, gt=0)
@@ -233,10 +344,18 @@ def _is_step_rules(text: str) -> bool:
 
 
 class SamplersConfig(Section):
+    """The processes that sample."""
+
     count: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     num_gpus: float = Field(1.0, ge=0)
+    timeout_s: float = Field(1800.0, gt=0)
+    """Starting, loading weights, and one batch."""
+
+
+class OnlineSamplersConfig(SamplersConfig):
     max_restarts: int = Field(4, ge=0)
+    """Of one sampler; a further failure ends the run."""
 
 
 class EvalConfig(Section):
@@ -246,42 +365,22 @@ class EvalConfig(Section):
     max_prompts: int = Field(16, ge=1)
 
 
-class EditRequestConfig(Section):
-    """What `jobs.edit` edits, with which weights, and where the PNGs go."""
-
-    image: LocalPath | None = None
-    prompt: str = ""
-    data: LocalPath | None = None
-    """A JSONL like data.path, instead of one image."""
-    transformer: LocalPath | None = None
-    """A trained transformer folder, e.g. RUN/final/transformer; unset: the base model's."""
-    lora: LocalPath | None = None
-    """A LoRA file or its folder, e.g. RUN/final/lora."""
-    out: LocalPath = "edits"
-    seed: int = 0
-    variants: int = Field(1, ge=1)
-    """Edits per prompt, each from noise of its own."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.image is None) == (self.data is None):
-            raise ValueError(f"give either image or data: image = {self.image!r}, data = {self.data!r}")
-        return self
-
-
-class EditConfig(Section):
-    model: EditModelConfig
-    edit: EditRequestConfig
-    rollout: RolloutConfig = RolloutConfig()
+class HeldOutConfig(Section):
+    path: LocalPath | None = None
+    """Pairs that are never trained on, in any format that data.path may have; unset: no evaluation."""
+    split: str = "validation_unique"
+    every: int = Field(100, ge=1)
+    max_pairs: int = Field(256, ge=1)
+    """Of the first so many, as many as fill batches of every rank."""
+    draws: int = Field(4, ge=1)
+    """(t, noise) draws per pair, always the same ones."""
 
 
 class PreprocessConfig(Section):
     encoders: int = Field(1, ge=1)
     """Processes that hold the text encoders and the VAE."""
     batch_size: int = Field(8, ge=1)
-    """Texts, or pictures (on the fly: pairs), encoded at once; short batches are padded."""
+    """Encodings computed at once; short batches are padded."""
     num_cpus: float = Field(0.3, ge=0)
     """Of each encoder."""
     num_gpus: float = Field(0.0, ge=0)
@@ -290,58 +389,31 @@ class PreprocessConfig(Section):
     """All of the encoding before training and, offline, before it all of the check of the pairs."""
 
 
-class OnlineDPOConfig(Section):
-    run: OnlineRunConfig = OnlineRunConfig()
-    model: EditModelConfig
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
-    judges: JudgesConfig = JudgesConfig()
-    dpo: DPOConfig = DPOConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    samplers: SamplersConfig = SamplersConfig()
-    eval: EvalConfig = EvalConfig()
-    serve: ServeConfig = ServeConfig()
-    preprocess: PreprocessConfig = PreprocessConfig()
-    cluster: ClusterConfig = ClusterConfig()
+class PromptDataTable(Section):
+    """The prompts; the keys mean what they mean in a run's recipe."""
 
-    @property
-    def judge_names(self) -> list[str]:
-        """The judges of this run."""
-        return [*self.reward.names, *(["filter"] if self.judges.filter.enabled else [])]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        needing = [n for n in self.reward.names if n in self.judges.rewards and self.judges[n].needs_item]
-        if needing and self.data.item_metadata is None:
-            problems.append(f"the reward {needing[0]!r} needs data.item_metadata: it reads the item of a picture")
-        if self.model.size == "auto" and self.trainer.train_batch_size != 1:
-            problems.append(
-                f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
-                "stacks pairs; set it to 1 and raise trainer.gradient_accumulation_steps"
-            )
-        problems += self.judges.problems(self.reward)
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    path: LocalPath
+    """JSONL with image_id, prompt and image; where the model sees no source: JSONL with prompt (and image_id), or a .txt
+    file with one prompt a line."""
+    item_metadata: LocalPath | None = None
+    """CSV: image_id, food_name, food_type, city_name, shop_name. Required where a CTR judge is asked."""
+    prompt_column: str = "prompt"
+    fit: Fit = "crop"
+    max_prompts: int | None = Field(None, ge=1)
+    """Only the first so many."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
 
 
-class ServeJobConfig(Section):
-    """What `jobs.serve` keeps up: every judge below that has a checkpoint, a function or a server to ask."""
+class EvaluateSamplingTable(SamplingTable):
+    seeds: int = Field(1, ge=1)
+    """Pictures per prompt, each from noise of its own; base and tuned get the same."""
 
-    name: str = "judges"
-    judges: JudgesConfig = JudgesConfig()
-    serve: ServeConfig = ServeConfig()
-    cluster: ClusterConfig = ClusterConfig()
 
-    @property
-    def judge_names(self) -> list[str]:
-        names = [*self.judges.rewards, *(["filter"] if self.judges.filter.enabled else [])]
-        return list(self.judges.to_deploy(names))
+class TunedTable(WeightsTable):
+    """The weights that are compared with the base model's own."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.judge_names:
-            raise ValueError("nothing to serve: give a judge its source, e.g. judges.hps.path or judges.filter.path")
+    def _check_given(self) -> Self:
+        if self.denoiser is None and self.lora is None:
+            raise ValueError("give denoiser (a trained folder) or lora (a LoRA)")
         return self

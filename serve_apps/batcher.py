@@ -7,6 +7,7 @@ that contains one bad request fails for that request only.
 
 import asyncio
 import time
+from collections import defaultdict
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -15,10 +16,9 @@ from typing import Any
 import numpy as np
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
-from rlhf.rewards.config import JudgeConfig
-from rlhf.rewards.protocols import JudgeError, JudgeUnreachable, Reward
+from rlhf.rewards.config import CTRJudgeConfig, JudgeConfig
+from rlhf.rewards.protocols import JudgeError, JudgeUnreachable, Reward, Sources, check_batch
 from rlhf.types import Item
 from serve_apps.metrics import JudgeMetrics
 
@@ -29,10 +29,17 @@ _BACKOFF_S = 0.02
 """How often a full replica is looked at again. Serve's own wait grows to half a second, in which a free replica idles while
 callers are turned away: at twice the capacity a judge then answered a quarter of what it could."""
 
-_PROBE_IMAGE = np.full((32, 32, 3), 128, dtype=np.uint8)
-_PROBE_ITEM = Item(food_name="probe", food_type="probe", city_name="probe", shop_name="probe")
+Request = tuple[np.ndarray, str, Sources, Item]
+"""Medium (F, H, W, 3), prompt, sources, item."""
 
-Request = tuple[np.ndarray, str, Item | None]
+_GREY = np.full((1, 32, 32, 3), 128, dtype=np.uint8)
+_PROBE: Request = (
+    _GREY,
+    "probe",
+    (_GREY,),
+    defaultdict(lambda: "probe", dict.fromkeys(CTRJudgeConfig.item_columns, "probe")),
+)
+"""The request that warms a model up and checks its health; its item has every column that is read."""
 
 
 class Batcher:
@@ -47,21 +54,20 @@ class Batcher:
         self._metrics = JudgeMetrics(reward.name)
         Thread(target=self._work, name=reward.name, daemon=True).start()
 
-    async def score(self, image: np.ndarray, prompt: str, item: Item | None) -> float:
-        """The reward of one picture. Raises: Refused for a bad request, JudgeError where no usable number came."""
-        check_array(image)
+    async def score(self, medium: np.ndarray, prompt: str, sources: Sources, item: Item) -> float:
+        """The reward of one medium. Raises: Refused for a bad request, JudgeError where no usable number came."""
+        check_batch([medium], [prompt], [sources], [item])
         with self._metrics.request():
-            return await self._enqueue((image, prompt, item))
+            return await self._enqueue((medium, prompt, sources, item))
 
     def warm_up(self) -> None:
         """One full batch, so that the first callers do not pay for what a model does once."""
-        count = self._max_batch_size
-        self.reward.score([_PROBE_IMAGE] * count, ["probe"] * count, [_PROBE_ITEM] * count)
+        self.reward.score(*zip(*[_PROBE] * self._max_batch_size, strict=True))
 
     async def probe(self) -> None:
         """Raise unless the model has answered within `PROBE_AGE_S` or answers now, through the same path."""
         if time.monotonic() - self._worked_at > PROBE_AGE_S:
-            await self._enqueue((_PROBE_IMAGE, "probe", _PROBE_ITEM))
+            await self._enqueue(_PROBE)
 
     async def _enqueue(self, request: Request) -> float:
         answer: Future[float] = Future()
@@ -83,17 +89,17 @@ class Batcher:
 
     def _score(self, batch: list[tuple[Request, Future[float]]]) -> None:
         """Answer every request of a batch, each with its score or with why it has none."""
-        if rows := sum(image is not _PROBE_IMAGE for (image, _, _), _ in batch):
+        if rows := sum(request is not _PROBE for request, _ in batch):
             self._metrics.batch(rows)
         try:
-            images, prompts, items = zip(*(request for request, _ in batch), strict=True)
-            scores = self.reward.score(images, prompts, items)
+            media, prompts, sources, items = zip(*(request for request, _ in batch), strict=True)
+            scores = self.reward.score(media, prompts, sources, items)
         except Exception as error:
             self._worked_at = float("-inf")
             unreachable = isinstance(error, JudgeUnreachable)
             if len(batch) > 1 and isinstance(error, JudgeError | Refused) and not unreachable:
                 for alone in batch:
-                    self._score([alone])  # only the guilty one fails
+                    self._score([alone])  # so that only the bad request fails
             else:
                 for _, answer in batch:
                     answer.set_exception(error)

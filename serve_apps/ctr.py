@@ -1,11 +1,10 @@
-"""The CTR app: what every reward's app has, and the old script's POST /ctr/predict (multipart)."""
+"""The CTR app: what every reward's app has, and POST /ctr/predict (multipart), as FEAST's clients send it."""
 
 from typing import Annotated
 
 from fastapi import FastAPI, File, Form, UploadFile
 from pydantic import BaseModel, Field
 
-from rlhf.types import Item
 from serve_apps.http import MAX_TEXT, PICTURE_ERRORS, decode_upload
 from serve_apps.rewards import RewardApp
 
@@ -34,7 +33,7 @@ class CTRApp(RewardApp):
             city_name: Annotated[str, Form(max_length=MAX_TEXT, examples=["上海"])],
             shop_name: Annotated[str, Form(max_length=MAX_TEXT, examples=["老王饭店"])],
         ) -> PredictResponse:
-            item = Item(food_name=food_name, food_type=food_type, city_name=city_name, shop_name=shop_name)
+            item = {"food_name": food_name, "food_type": food_type, "city_name": city_name, "shop_name": shop_name}
             async with self.room:
-                rate = await self.score(await decode_upload("image", await image.read()), "", item)
+                rate = await self.score(await decode_upload("image", await image.read()), "", item=item)
             return PredictResponse(success=True, data=Prediction(ctr=round(rate, 6), ctr_percent=f"{rate:.2%}"))

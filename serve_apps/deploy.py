@@ -64,12 +64,12 @@ class Deployed:
 
 
 def route(judge: str) -> str:
-    """/hpsv2, /ctr, /filter, …: the old script's names, and the judge's own for the rest."""
+    """/hpsv2, /ctr, /filter, …: the names that FEAST's clients ask, and the judge's own for the rest."""
     return "/hpsv2" if judge == "hps" else f"/{judge}"
 
 
 def start(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
-    """Submit the apps of those judges of `names` that are ours, and return; `wait` tells when they answer.
+    """Submit the apps of those judges of `names` that are ours, and return; `wait` returns once they answer.
 
     Raises: what `check_sources` does; DeployError where Serve already listens elsewhere, another run holds a route, or
     an orphan of this run cannot be removed.
@@ -103,7 +103,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     """What `import_path` of a Serve config file names: one judge, from the keys that a recipe has below [judges].
 
     The token is RLHF_SERVE_TOKEN and the filter's key QWEN_API_KEY, from the application's environment.
-    Raises: Refused for other than one judge or a relative path (no one knows a replica's working directory).
+    Raises: Refused for other than one judge or a relative path (a replica's working directory is not known here).
     """
     judges = JudgesConfig.model_validate(args)
     named = {*args, *args.get("python", {}), *args.get("http", {})}  # not what the environment alone would add
@@ -130,7 +130,7 @@ def wait(deployed: Deployed, timeout_s: float) -> None:
         pending = {}
         for name in deployed.apps.values():
             if name not in applications:
-                raise DeployError(f"the Serve app {name} has vanished: was it deleted while it started?")
+                raise DeployError(f"the Serve app {name} is gone: was it deleted while it started?")
             overview = applications[name]
             messages = [overview.message, *(status.message for status in overview.deployments.values())]
             detail = "\n".join(dict.fromkeys(message for message in messages if message))
@@ -144,7 +144,7 @@ def wait(deployed: Deployed, timeout_s: float) -> None:
             states = "; ".join(f"{name} {state}" for name, state in pending.items())
             raise DeployError(
                 f"judges not ready after {timeout_s:g} s (judges.deploy_timeout_s): {states}. Free resources: "
-                f"{_free()}. `serve status` and the replica's log tell more."
+                f"{_free()}. Details are in `serve status` and the replica's log."
             )
         time.sleep(_POLL_S)
 
@@ -226,7 +226,7 @@ def _start_serve(section: ServeConfig, timeout_s: float) -> str:
 def _check_port(section: ServeConfig) -> None:
     """Raise DeployError where another program listens already, a Serve of another cluster for one.
 
-    Two proxies can share a port, and requests then go to either. Only the head node, where the proxy runs, can tell.
+    Two proxies can share a port, and requests then go to either. Only the head node, where the proxy runs, can be checked.
     """
     here = ray.get_runtime_context().get_node_id()
     head = any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes())
@@ -240,7 +240,7 @@ def _check_port(section: ServeConfig) -> None:
 
 
 def check_free(names: Iterable[str], run_name: str) -> None:
-    """Raise DeployError where apps of this name are up: a service has no folder whose lock would keep a second one out."""
+    """Raise DeployError where apps of this name are up: a service has no folder, and so no lock against a second one."""
     up = [app_name(run_name, name) for name in names if app_name(run_name, name) in serve.status().applications]
     if up:
         raise DeployError(
@@ -269,8 +269,8 @@ def _adopt(name: str, settings: str) -> bool:
         try:
             if serve.get_app_handle(name).settings.remote().result(timeout_s=_DESCRIBE_S) == settings:
                 return True
-        except Exception as error:  # a foreign, dead or hung app is replaced whatever ails it
-            _log.warning("the Serve app %s does not tell its settings (%s); it is replaced", name, error)
+        except Exception as error:  # a foreign, dead or hung app is replaced whatever its fault is
+            _log.warning("the settings of the Serve app %s cannot be read (%s); it is replaced", name, error)
     serve.delete(name, _blocking=False)
     deadline = time.monotonic() + _DELETE_S
     while name in serve.status().applications:

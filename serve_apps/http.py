@@ -11,19 +11,20 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.data.media import ImageError, decode_base64_image, decode_image
 from rlhf.errors import Refused
-from rlhf.rewards.protocols import JudgeError
+from rlhf.rewards.filters import MAX_SOURCES
+from rlhf.rewards.protocols import JudgeError, Sources
 
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mM8EaDBwMDAxMDAwMDAAAAPygFEi5XGRAAAAABJRU5ErkJggg=="
@@ -42,7 +43,13 @@ def _documented(*statuses: tuple[int, str]) -> dict[int | str, dict[str, Any]]:
 
 
 MAX_TEXT = 10_000
-"""Characters of a prompt or of an item's field: tokenizers read whatever they are given before they cut it."""
+"""Characters of a prompt or of an item's column: tokenizers read whatever they are given before they cut it."""
+
+SourceField = Annotated[
+    str | Annotated[list[str], Field(max_length=MAX_SOURCES)] | None,
+    Field(description="the picture before the edit; a list where there are several", examples=[None]),
+]
+"""`source_base64`, wherever a request has it."""
 
 COMMON_ERRORS = _documented(
     (401, "no or wrong bearer token"),
@@ -61,7 +68,7 @@ PICTURE_ERRORS = _documented(
 
 @dataclass(frozen=True, kw_only=True)
 class Secrets:
-    """What an app is given beside its config, and never writes anywhere."""
+    """What an app is given beside its config. It is never written anywhere."""
 
     token: str | None = None
     """Bearer token that every route asks for."""
@@ -70,7 +77,7 @@ class Secrets:
 
 
 class Health(BaseModel):
-    """What /health says of a judge that has just done a real forward."""
+    """The answer of /health for a judge whose last forward succeeded."""
 
     model: str
     version: str
@@ -114,6 +121,16 @@ async def decode_field(field: str, text: str) -> np.ndarray:
     return await _decode(field, decode_base64_image, text)
 
 
+async def decode_sources(
+    field: str, given: str | list[str] | None, decode: Callable[[str, str], Awaitable[np.ndarray]] = decode_field
+) -> Sources:
+    """The pictures of a `SourceField`, in order; HTTPException names the field and, in a list, the place."""
+    if given is None:
+        return ()
+    texts = {field: given} if isinstance(given, str) else {f"{field}.{i}": text for i, text in enumerate(given)}
+    return tuple([await decode(name, text) for name, text in texts.items()])
+
+
 async def decode_upload(field: str, data: bytes) -> np.ndarray:
     """The picture in an uploaded file, decoded off the event loop; HTTPException names the field."""
     return await _decode(field, decode_image, data)
@@ -143,8 +160,8 @@ def _answered(status: int) -> Callable[[Request, Exception], Awaitable[JSONRespo
 
 
 async def _defect(request: Request, error: Exception) -> JSONResponse:
-    # What it says may be anything, so only the log has it.
-    return JSONResponse({"detail": f"{type(error).__name__}; the replica's log says more"}, status_code=500)
+    # An exception's text may hold anything, so it goes to the log only.
+    return JSONResponse({"detail": f"{type(error).__name__}; details are in the replica's log"}, status_code=500)
 
 
 class BearerToken:

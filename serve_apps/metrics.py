@@ -1,4 +1,4 @@
-"""What each judge tells Prometheus, through Ray's own metrics endpoint: latency, batch size, failures."""
+"""What each judge reports to Prometheus, through Ray's own metrics endpoint: latency, batch size, failures."""
 
 import time
 from collections.abc import Iterator

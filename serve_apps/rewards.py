@@ -1,8 +1,9 @@
 """The app of every reward: POST /score and /score_batch outside, `score` by deployment handle inside.
 
-Handle: `await handle.score.remote(image, prompt, item)` → float. `image` is a uint8 (H, W, 3) array or an ObjectRef of
-one as a top-level argument: Ray resolves it in the replica as a read-only zero-copy array. A reference inside a list or
-object would arrive as a reference and be refused.
+Handle: `await handle.score.remote(media, prompt, sources, item)` → float. `media` is a picture uint8 (H, W, 3), media uint8
+(F, H, W, 3), or an ObjectRef of one as a top-level argument: Ray resolves it in the replica as a read-only zero-copy
+array. A reference inside a list or object would arrive as a reference and be refused. Of more frames than the reward
+reads, some are chosen here. `sources` is a tuple of such arrays, which not every reward reads: see `reads_sources`.
 """
 
 import asyncio
@@ -12,30 +13,42 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import JudgeConfig
+from rlhf.rewards.protocols import Sources, as_media, check_columns, frames_of
 from rlhf.types import Item
 from serve_apps.batcher import Batcher
-from serve_apps.http import EXAMPLE_IMAGE, MAX_TEXT, PICTURE_ERRORS, Health, Secrets, create_api, decode_field
+from serve_apps.http import (
+    EXAMPLE_IMAGE,
+    MAX_TEXT,
+    PICTURE_ERRORS,
+    Health,
+    Secrets,
+    SourceField,
+    create_api,
+    decode_field,
+    decode_sources,
+)
 
 MAX_ITEMS = 64
 MAX_BODY = 256 * 2**20
+MAX_COLUMNS = 64
 
-
-class ItemFields(BaseModel):
-    """What is known of the product on the picture."""
-
-    food_name: Annotated[str, Field(max_length=MAX_TEXT, examples=["红烧肉"])]
-    food_type: Annotated[str, Field(max_length=MAX_TEXT, examples=["中式快餐"])]
-    city_name: Annotated[str, Field(max_length=MAX_TEXT, examples=["上海"])]
-    shop_name: Annotated[str, Field(max_length=MAX_TEXT, examples=["老王饭店"])]
+Column = Annotated[str, Field(max_length=100)]
+ItemField = Annotated[dict[Column, Annotated[str, Field(max_length=MAX_TEXT)]], Field(max_length=MAX_COLUMNS)]
 
 
 class ScoreRequest(BaseModel):
     image_base64: Annotated[str, Field(description="PNG, JPEG or WEBP file, base64", examples=[EXAMPLE_IMAGE])]
     prompt: Annotated[str, Field(max_length=MAX_TEXT, examples=["a red apple"])]
-    item: Annotated[ItemFields | None, Field(description="the product; the CTR model needs it")] = None
+    source_base64: SourceField = None
+    item: Annotated[
+        ItemField | None,
+        Field(
+            description="what is known of the product, column by column; the CTR model needs these four",
+            examples=[{"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"}],
+        ),
+    ] = None
 
 
 class ScoreResponse(BaseModel):
@@ -67,13 +80,18 @@ class RewardApp:
         # Requests beyond two batches wait as the bytes they came in: 64 times 64 decoded pictures would be 12 GB.
         self.room = asyncio.Semaphore(2 * judge.max_batch_size)
 
-    async def score(self, image: np.ndarray, prompt: str, item: Item | None = None) -> float:
-        """Handle method. image: uint8 (H, W, 3). Raises: Refused (also where `item` is missing), JudgeError."""
-        if item is None and self.judge.needs_item:
-            raise Refused(
-                f"the reward {self.name!r} needs the item of the picture (food_name, food_type, city_name, shop_name)"
-            )
-        return await self.batcher.score(image, prompt, item)
+    async def score(self, media: np.ndarray, prompt: str, sources: Sources = (), item: Item | None = None) -> float:
+        """Handle method. media, sources: uint8 (H, W, 3) or (F, H, W, 3).
+
+        Raises: Refused (also where the item lacks a column that is needed), JudgeError.
+        """
+        check_columns(self.name, self.judge.item_columns, item or {})
+        medium, *befores = (frames_of(as_media(array), self.judge.frames) for array in (media, *sources))
+        return await self.batcher.score(medium, prompt, tuple(befores), item or {})
+
+    async def reads_sources(self) -> bool:
+        """Whether the reward reads sources; if not, callers need not send them."""
+        return getattr(self.batcher.reward, "reads_sources", self.judge.reads_sources)
 
     async def settings(self) -> str:
         """Digest of the config that this app was deployed with."""
@@ -95,19 +113,22 @@ class RewardApp:
     def add_routes(self, api: FastAPI) -> None:
         @api.post("/score", responses=PICTURE_ERRORS)
         async def score(request: ScoreRequest) -> ScoreResponse:
-            return ScoreResponse(score=await self._score_request("image_base64", request))
+            return ScoreResponse(score=await self._score_request("", request))
 
         @api.post("/score_batch", responses=PICTURE_ERRORS)
         async def score_batch(request: BatchRequest) -> BatchResponse:
-            asked = [self._score_request(f"items.{i}.image_base64", item) for i, item in enumerate(request.items)]
+            asked = [self._score_request(f"items.{i}.", item) for i, item in enumerate(request.items)]
             scores = await asyncio.gather(*asked, return_exceptions=True)
             for score in scores:
                 if isinstance(score, BaseException):
                     raise score  # the first in order, whichever was first in time
             return BatchResponse(scores=scores)
 
-    async def _score_request(self, field: str, request: ScoreRequest) -> float:
+    async def _score_request(self, place: str, request: ScoreRequest) -> float:
+        """place: what stands before the names of the request's fields, for messages."""
         async with self.room:
-            image = await decode_field(field, request.image_base64)
-            item = Item(**request.item.model_dump()) if request.item else None
-            return await self.score(image, request.prompt, item)
+            image = await decode_field(f"{place}image_base64", request.image_base64)
+            sources: Sources = ()
+            if await self.reads_sources():
+                sources = await decode_sources(f"{place}source_base64", request.source_base64)
+            return await self.score(image, request.prompt, sources, request.item)

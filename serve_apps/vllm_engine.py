@@ -17,8 +17,16 @@ from PIL import Image
 from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.filters import VERDICTS, build_messages, decide, pass_probability, reason_messages, shrink
-from rlhf.rewards.protocols import JudgeError, fingerprint
+from rlhf.rewards.filters import (
+    MAX_SOURCES,
+    VERDICTS,
+    build_messages,
+    decide,
+    pass_probability,
+    reason_messages,
+    shrink,
+)
+from rlhf.rewards.protocols import JudgeError, Sources, fingerprint
 from rlhf.types import Verdict
 
 TOP_LOGPROBS = 20
@@ -57,7 +65,7 @@ class VLLMFilter:
             tensor_parallel_size=judge.tensor_parallel_size,
             gpu_memory_utilization=judge.gpu_memory_utilization,
             max_num_seqs=judge.max_batch_size,
-            limit_mm_per_prompt={"image": 2, "video": 0},
+            limit_mm_per_prompt={"image": MAX_SOURCES + 1, "video": 0},
             enforce_eager=not judge.num_gpus,
             enable_prefix_caching=True,
             disable_log_stats=True,
@@ -66,13 +74,13 @@ class VLLMFilter:
         engine = AsyncLLM.from_engine_args(arguments)
         return cls(judge, engine, engine.get_tokenizer())
 
-    async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
+    async def judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
         """See `Filter.judge`."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        pictures = [_to_pil(picture) for picture in (source, image) if picture is not None]
-        messages = build_messages(self.judge_config.system_prompt, has_source=source is not None, prompt=prompt)
+        pictures = [_to_pil(picture) for picture in (*sources, image)]
+        messages = build_messages(self.judge_config.system_prompt, sources=len(sources), prompt=prompt)
         choice = SamplingParams(
             temperature=0.0,
             max_tokens=8,

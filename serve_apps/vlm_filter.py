@@ -1,8 +1,9 @@
 """The filter app: POST /filter/validate outside, `judge` by deployment handle inside.
 
-Handle: `await handle.judge.remote(image, source, prompt)` → `Verdict`; `source` may be None. How object references
-arrive: see `serve_apps.rewards`. The verdict comes from a vLLM engine in the replica (`judges.filter.path`) or from an
-OpenAI-compatible server (`judges.filter.api_base`); either way a judge that fails raises: nothing passes by default.
+Handle: `await handle.judge.remote(media, sources, prompt)` → `Verdict`; `sources` may be empty. Of media of several frames
+the filter sees the one in the middle. How object references arrive: see `serve_apps.rewards`. The verdict comes from a
+vLLM engine in the replica (`judges.filter.path`) or from an OpenAI-compatible server (`judges.filter.api_base`); either way
+a judge that fails raises: nothing passes by default.
 """
 
 import asyncio
@@ -14,13 +15,23 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from rlhf.data.media import MAX_BYTES
-from rlhf.rewards.api_filter import APIFilter
+from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.filters import shrink
-from rlhf.rewards.protocols import Filter
+from rlhf.rewards.filters import MAX_SOURCES, APIFilter, shrink
+from rlhf.rewards.protocols import Filter, Sources, as_media, frames_of, picture_of
 from rlhf.types import Verdict
 from serve_apps.batcher import PROBE_AGE_S
-from serve_apps.http import EXAMPLE_IMAGE, MAX_TEXT, PICTURE_ERRORS, Health, Secrets, create_api, decode_field
+from serve_apps.http import (
+    EXAMPLE_IMAGE,
+    MAX_TEXT,
+    PICTURE_ERRORS,
+    Health,
+    Secrets,
+    SourceField,
+    create_api,
+    decode_field,
+    decode_sources,
+)
 from serve_apps.metrics import JudgeMetrics
 from serve_apps.vllm_engine import VLLMFilter
 
@@ -32,7 +43,7 @@ class ValidateRequest(BaseModel):
     image_base64: Annotated[
         str, Field(description="the edited picture: PNG, JPEG or WEBP file, base64", examples=[EXAMPLE_IMAGE])
     ]
-    source_base64: Annotated[str | None, Field(description="the picture before the edit", examples=[None])] = None
+    source_base64: SourceField = None
     prompt: Annotated[
         str, Field(max_length=MAX_TEXT, description="the edit instruction", examples=["Make the light warm."])
     ] = ""
@@ -55,14 +66,18 @@ class FilterApp:
         api_mode = judge.api_base is not None
         self.filter: Filter = APIFilter(judge, api_key=secrets.api_key) if api_mode else await VLLMFilter.start(judge)
         self.secrets = secrets
+        self._frames = judge.frames
         self._settings = settings
         self._worked_at = float("-inf")
         self._metrics = JudgeMetrics(name)
 
-    async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
-        """Handle method. image, source: uint8 (H, W, 3). Raises: Refused, JudgeError."""
+    async def judge(self, media: np.ndarray, sources: Sources, prompt: str) -> Verdict:
+        """Handle method. media, sources: uint8 (H, W, 3) or (F, H, W, 3). Raises: Refused, JudgeError."""
+        if len(sources) > MAX_SOURCES:
+            raise Refused(f"{len(sources)} sources; the filter looks at {MAX_SOURCES} at most")
+        image, *befores = (picture_of(frames_of(as_media(array), self._frames)) for array in (media, *sources))
         with self._metrics.request():
-            return await self._judge(image, source, prompt)
+            return await self._judge(image, tuple(befores), prompt)
 
     async def settings(self) -> str:
         """Digest of the config that this app was deployed with."""
@@ -71,11 +86,11 @@ class FilterApp:
     async def check_health(self) -> None:
         """Raise unless a verdict came within `PROBE_AGE_S` or comes now; Serve calls a replica ready only after one."""
         if time.monotonic() - self._worked_at > PROBE_AGE_S:
-            await self._judge(_PROBE_IMAGE, None, "")
+            await self._judge(_PROBE_IMAGE, (), "")
 
-    async def _judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
+    async def _judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
         try:
-            verdict = await self.filter.judge(image, source, prompt)
+            verdict = await self.filter.judge(image, sources, prompt)
         except Exception:
             self._worked_at = float("-inf")  # the next probe asks anew
             raise
@@ -97,10 +112,8 @@ class FilterApp:
         @api.post("/validate", responses=PICTURE_ERRORS)
         async def validate(request: ValidateRequest) -> ValidateResponse:
             image = await _decode_small("image_base64", request.image_base64)
-            source = None
-            if request.source_base64 is not None:
-                source = await _decode_small("source_base64", request.source_base64)
-            verdict = await self.judge(image, source, request.prompt)
+            sources = await decode_sources("source_base64", request.source_base64, _decode_small)
+            verdict = await self.judge(image, sources, request.prompt)
             return ValidateResponse(
                 valid=verdict.valid,
                 reason=verdict.reason,

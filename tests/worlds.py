@@ -1,4 +1,4 @@
-"""Small real things that many tests share: tiny folders of every family, a trainer on one, and random pairs for Kontext."""
+"""Small real things that many tests share: tiny folders of every family, every way to train one, random pairs for Kontext."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from rlhf.diffusion.objectives import DPO
-from rlhf.models import FAMILIES, tiny
-from rlhf.tables import LoRAConfig, TrainerConfig
+from rlhf.models import load_family, tiny
+from rlhf.models.trainable import Trainable, load_trainable
+from rlhf.tables import ModelTable, TrainableTable, TrainerConfig
 from rlhf.training.trainer import Trainer
-from rlhf.types import PairBatch
+from rlhf.types import Batch
+from tests import strange
 
 needs_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None,
@@ -22,19 +24,43 @@ OPTIMIZER_NAMES = [
     "adafactor",
     pytest.param("adamw_8bit", marks=needs_bitsandbytes),
 ]
-LORA = LoRAConfig(rank=4, alpha=8.0)
+RANK, ALPHA = 4, 8.0
+PATTERNS = {
+    "flux_kontext": ("transformer_blocks.*.ff", "single_transformer_blocks.1", "norm_out"),
+    "stable_diffusion": ("*.transformer_blocks.0.attn2", "up_blocks.*.resnets", "conv_out"),
+    "tests.strange:Strange": ("blocks.0.looking", "blocks.1", "out"),
+}
+"""By family: modules inside an FSDP block that LoRA adapts too, whole FSDP blocks (alone, and as a list), one of the root."""
 
+
+def _lora(**more) -> TrainableTable:
+    return TrainableTable(kind="lora", rank=RANK, alpha=ALPHA, **more)
+
+
+TRAINABLES = {
+    "full": lambda patterns: TrainableTable(),
+    "lora": lambda patterns: _lora(),
+    "modules": lambda patterns: TrainableTable(kind="modules", patterns=patterns),
+    "lora_modules": lambda patterns: _lora(patterns=patterns),
+}
+"""Every way to train: its `[trainable]`, from the family's patterns."""
 
 WRITERS = {
     "flux_kontext": tiny.write_flux_kontext,
     "stable_diffusion": tiny.write_stable_diffusion,
     "stable_diffusion xl": partial(tiny.write_stable_diffusion, xl=True, prediction_type="v_prediction"),
+    "tests.strange:Strange": strange.write,
 }
 """A tiny checkpoint of every kind that a family must serve, by the family's name and a word for the kind."""
 
 
 def family(path: Path, dtype: torch.dtype = torch.bfloat16, kind: str = "flux_kontext"):
-    return FAMILIES[kind.split()[0]](path=path, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    return load_family(ModelTable(family=kind.split()[0], path=str(path), dtype=name))
+
+
+def trainable(how: str, family, kind: str = "flux_kontext") -> Trainable:
+    return load_trainable(TRAINABLES[how](PATTERNS[kind.split()[0]]), family)
 
 
 def trainer(
@@ -42,17 +68,23 @@ def trainer(
     path: Path,
     *,
     kind: str = "flux_kontext",
-    lora: bool = False,
+    how: str = "full",
     beta: float = 5000.0,
     dtype=torch.bfloat16,
     **changes,
 ) -> Trainer:
-    settings = dict(learning_rate=1e-3, ema_decay=0.9, mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
-    config = TrainerConfig(**{**settings, "lora": LORA if lora else None, **changes})
-    return Trainer(family=family(path, dtype, kind), config=config, objective=DPO(beta=beta), mesh=mesh, seed=7)
+    found = family(path, dtype, kind)
+    return Trainer(
+        family=found,
+        config=TrainerConfig(**{"learning_rate": 1e-3, "ema_decay": 0.9, **changes}),
+        trainable=trainable(how, found, kind),
+        objective=DPO(beta=beta),
+        mesh=mesh,
+        seed=7,
+    )
 
 
-def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels: int = 4) -> PairBatch:
+def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels: int = 4) -> Batch:
     """`count` random pairs for the tiny Kontext world."""
     g = torch.Generator().manual_seed(seed)
     shape = (count, channels, height // 8, width // 8)
@@ -60,9 +92,8 @@ def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels
     def normal(*size):
         return torch.randn(*size, generator=g)
 
-    return PairBatch(
-        winner=normal(*shape),
-        loser=normal(*shape),
+    return Batch(
+        x0={"winner": normal(*shape), "loser": normal(*shape)},
         condition={
             "prompt_embeds": normal(count, 24, 32),
             "pooled_prompt_embeds": normal(count, 32),
@@ -70,15 +101,21 @@ def pairs(count: int, seed: int = 0, height: int = 48, width: int = 32, channels
         },
         t=torch.rand(count, generator=g),
         noise=normal(*shape),
+        weight={"winner": torch.ones(count), "loser": torch.ones(count)},
     )
 
 
-def part(batch: PairBatch, start: int, stop: int) -> PairBatch:
-    """Pairs [start, stop) of a batch."""
-    return PairBatch(
-        winner=batch.winner[start:stop],
-        loser=batch.loser[start:stop],
-        condition={name: tensor[start:stop] for name, tensor in batch.condition.items()},
+def part(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows [start, stop) of a batch."""
+
+    def rows(tensors):
+        return {name: tensor[start:stop] for name, tensor in tensors.items()}
+
+    return Batch(
+        x0=rows(batch.x0),
+        condition=rows(batch.condition),
         t=batch.t[start:stop],
         noise=batch.noise[start:stop],
+        weight=rows(batch.weight),
+        loss_mask=rows(batch.loss_mask),
     )

@@ -5,78 +5,56 @@
 Photos come under a warm and a cold light, and people click on the warm one. A VAE and then a UNet are fitted to all of them
 (SFT), which gives a base whose samples look a little like photos. DPO then trains on pairs. The measure is the implicit
 accuracy on held-out pairs; the null is not 0.5 ± the spread over pairs, but whole runs on shuffled labels. Everything is
-the product's own: trainer, objectives, family, sampling; without Ray, in one process.
+the product's own: index, loop, trainer, objectives, family, sampling; without Ray, in one process.
 """
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from actors.checks import check_pairs, in_threads
+from actors.sources import OfflineSource
 from jobs.benchmarks.curves import Curve, plot
+from jobs.benchmarks.one_process import OneRank, train_in
 from jobs.cli import resolved_toml
 from jobs.demo.photos import photo, relight
-from rlhf.data.batches import draws
-from rlhf.data.media import decode_image, fit_image
-from rlhf.data.pair_files import blocks_of, find_files, read_block
+from jobs.recipes.evaluate import EvaluateRecipe
+from rlhf.data.batches import EncodedExample, HandedEncodings, batch_of
+from rlhf.data.encoding import encode_all
+from rlhf.data.examples import PairIndex
+from rlhf.data.media import encode_png
+from rlhf.data.sources import open_source
+from rlhf.data.stream import Visit
+from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import DPO, SFT, Objective
-from rlhf.evaluation.config import EvaluateConfig
-from rlhf.models import FAMILIES
+from rlhf.loops.train import Duty
+from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
+from rlhf.models.trainable import Full, Trainable
+from rlhf.runs.folder import RunFolder
 from rlhf.shards import distributed
-from rlhf.tables import TrainerConfig
+from rlhf.tables import SizedModelTable, TrainerConfig
 from rlhf.training.trainer import Trainer
-from rlhf.types import Condition, PairBatch
+from rlhf.types import CENTRE, Batch, Geometry
 
 Labels = Literal["true", "shuffled"]
 SIDE, BATCH, HELD_OUT, DRAWS = 32, 16, 64, 4
 BETA, LEARNING_RATE = 1000.0, 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """Pairs of pictures of one thing each, the preferred one first."""
-
-    winners: np.ndarray
-    """uint8 (pairs, H, W, 3)."""
-    losers: np.ndarray
-    captions: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """The same, encoded: latents (pairs, C, h, w), fp32, and conditions."""
-
-    winners: Tensor
-    losers: Tensor
-    condition: Condition
-
-    def batch(self, family: Family, rows: np.ndarray, seed: int, step: int) -> PairBatch:
-        t, noise = draws(family.process, seed=seed, step=step, indices=range(len(rows)), shape=self.winners.shape[1:])
-        condition = {name: tensor[rows] for name, tensor in self.condition.items()}
-        return PairBatch(winner=self.winners[rows], loser=self.losers[rows], condition=condition, t=t, noise=noise)
-
-    def part(self, rows: slice) -> "Pairs":
-        condition = {name: tensor[rows] for name, tensor in self.condition.items()}
-        return Pairs(winners=self.winners[rows], losers=self.losers[rows], condition=condition)
-
-    def shuffled(self, seed: int) -> "Pairs":
-        """Winner and loser exchanged in half of the pairs, at random."""
-        swap = torch.from_numpy(np.random.default_rng(seed).random(len(self.winners)) < 0.5)[:, None, None, None]
-        winners, losers = torch.where(swap, self.losers, self.winners), torch.where(swap, self.winners, self.losers)
-        return Pairs(winners=winners, losers=losers, condition=self.condition)
-
+GEOMETRY = Geometry(height=SIDE, width=SIDE)
 
 SCENES = ("fruit", "soup", "boxes")
 COLOURS = {
@@ -97,53 +75,81 @@ def warmth(images: Sequence[np.ndarray], prompts: object = None, items: object =
     return [float(mean[0] - mean[2]) for mean in means]
 
 
-def generated_pictures(count: int, seed: int = 0) -> Pictures:
+def generated_pairs(folder: Path, count: int, seed: int = 0) -> PairIndex:
     """Photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
     random = np.random.default_rng(seed)
-    winners: list[np.ndarray] = []
-    losers: list[np.ndarray] = []
-    captions = []
+    rows = []
     for index in range(count):
         colour, scene = list(COLOURS)[index % len(COLOURS)], SCENES[index // len(COLOURS) % len(SCENES)]
         picture = photo(scene, COLOURS[colour], SIDE, SIDE, random) / 255
-        for light, side in ((1, winners), (-1, losers)):
-            relit = relight(picture, light * random.uniform(0.3, 0.6), 1.0 + random.uniform(-0.1, 0.1))
-            side.append((relit * 255).astype(np.uint8))
-        captions.append(f"a photo of {colour} {scene}")
-    return Pictures(winners=np.stack(winners), losers=np.stack(losers), captions=tuple(captions))
+        warm, cold = (
+            (relight(picture, light * random.uniform(0.3, 0.6), 1.0 + random.uniform(-0.1, 0.1)) * 255).astype(np.uint8)
+            for light in (1, -1)
+        )
+        caption = f"a photo of {colour} {scene}"
+        rows.append({"jpg_0": encode_png(warm), "jpg_1": encode_png(cold), "label_0": 1.0, "caption": caption})
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    return read_pairs(folder / "pairs.parquet", folder)
 
 
-def read_pictures(path: Path, split: str = "train") -> Pictures:
-    """Pairs of a Parquet file or folder in Pick-a-Pic's columns, cropped to SIDE × SIDE."""
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-    captions = []
-    for file in find_files(path, split):
-        for raw in (raw for block in blocks_of(file) for raw in read_block(block)):
-            first, second = (fit_image(decode_image(data or b""), SIDE, SIDE, "crop") for data in raw.pictures)
-            label = raw.fields["label_0"]
-            if label in (0, 1):
-                for side, picture in zip(sides, (first, second) if label == 1 else (second, first), strict=True):
-                    side.append(picture)
-                captions.append(raw.fields["caption"])
-    return Pictures(winners=np.stack(sides[0]), losers=np.stack(sides[1]), captions=tuple(captions))
+def read_pairs(path: Path, folder: Path, split: str = "train") -> PairIndex:
+    """The checked pairs of a file or folder in Pick-a-Pic's columns; `folder` keeps their index. Raises: BadInput."""
+    return check_pairs(
+        path,
+        split,
+        key="--pairs",
+        cache=folder,
+        on_bad_row="stop",
+        needs_source=False,
+        needs_loser=True,
+        items=None,
+        check_all=partial(in_threads, print),
+    ).index
 
 
-def make_base(folder: Path, pictures: Pictures, mesh: DeviceMesh, *, vae_steps: int, sft_steps: int) -> Path:
-    """A Stable Diffusion folder whose VAE reconstructs `pictures` and whose UNet has learnt to draw them."""
-    write_stable_diffusion(folder)
-    everything = np.concatenate([pictures.winners, pictures.losers])
-    fit_vae(folder / "vae", everything, vae_steps)
-    family = FAMILIES["stable_diffusion"](path=folder)
-    pairs = encode(family, pictures)
-    alike = Pairs(
-        winners=torch.cat([pairs.winners, pairs.losers]),
-        losers=torch.cat([pairs.losers, pairs.winners]),
-        condition={name: torch.cat([tensor] * 2) for name, tensor in pairs.condition.items()},
+def pictures_of(pairs: PairIndex) -> np.ndarray:
+    """uint8 (2 · pairs, H, W, 3): all winners, then all losers."""
+    shown = [pair.pictures(pairs.blocks[pair.block]) for pair in pairs.preferences(len(pairs))]
+    return np.concatenate([open_source(of[role], GEOMETRY) for role in ("winner", "loser") for of in shown])
+
+
+def encode(family: Family, pairs: PairIndex) -> list[EncodedExample]:
+    """Every pair with its winner and loser."""
+    indexed = IndexedExamples(family, pairs, GEOMETRY, ("winner", "loser"))
+    visits = [Visit(row=row, mirrored=False, blank=False, crop=CENTRE) for row in range(len(pairs))]
+    wanted = [encoding for visit in visits for encoding in indexed.encodings(visit)]
+    rows = encode_all(family.load_codec("cpu"), wanted, BATCH)
+    encodings = HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
+    return [indexed.encoded(visit, encodings) for visit in visits]
+
+
+def shuffled(pairs: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
+    """Winner and loser exchanged in half of the pairs, at random."""
+    swap = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    return [
+        replace(pair, x0={"winner": pair.x0["loser"], "loser": pair.x0["winner"]}) if swapped else pair
+        for pair, swapped in zip(pairs, swap, strict=True)
+    ]
+
+
+def model_of(folder: Path) -> SizedModelTable:
+    return SizedModelTable(family="stable_diffusion", path=str(folder), height=SIDE, width=SIDE)
+
+
+def make_base(keep: Path, pairs: PairIndex, mesh: DeviceMesh, *, vae_steps: int, sft_steps: int) -> Path:
+    """`keep`/base: a Stable Diffusion whose VAE reconstructs the pictures and whose UNet has learnt to draw them."""
+    folder = write_stable_diffusion(keep / "base")
+    fit_vae(folder / "vae", pictures_of(pairs), vae_steps)
+    encoded = encode(load_family(model_of(folder)), pairs)
+    alike = [replace(pair, x0={"target": pair.x0[role]}) for role in ("winner", "loser") for pair in encoded]
+    run = RunFolder.claim(keep / "runs", "base", "", resume="never")
+    work = InMemory(alike, (), seed=0, steps=sft_steps)
+    final = train_in(
+        run, sft_steps, OfflineSource(), new_trainer(folder, SFT(), work, mesh, seed=0, steps=sft_steps), []
     )
-    trainer = train(family, SFT(), alike, mesh, seed=0, steps=sft_steps)
-    trainer.export(folder / "tuned")
     shutil.rmtree(folder / "unet")
-    (folder / "tuned").rename(folder / "unet")
+    shutil.copytree(final / "unet", folder / "unet")
     return folder
 
 
@@ -178,26 +184,31 @@ def fit_vae(folder: Path, pictures: np.ndarray, steps: int) -> None:
     vae.save_pretrained(folder)
 
 
-def encode(family: Family, pictures: Pictures) -> Pairs:
-    codec = family.load_codec("cpu")
-    winners, losers = (
-        codec.encode_target(torch.from_numpy(side)).float() for side in (pictures.winners, pictures.losers)
-    )
-    return Pairs(winners=winners, losers=losers, condition=codec.encode_text(list(pictures.captions)))
+class InMemory:
+    """`rlhf.data.work.Work` of encoded examples: BATCH at random for every update, and all held-out ones DRAWS times."""
+
+    def __init__(
+        self, training: Sequence[EncodedExample], held_out: Sequence[EncodedExample], *, seed: int, steps: int
+    ):
+        random = np.random.default_rng(seed)
+        self._rows = [random.choice(len(training), BATCH, replace=False) for _ in range(steps)]
+        self._training, self._held_out, self._seed = training, held_out, seed
+
+    def open(self, family: Family) -> None:
+        self._family = family
+
+    def batches(self, step: int, rank: int, handed: None, values: Sequence[Any]) -> list[Batch]:
+        examples = [self._training[row] for row in self._rows[step - 1]]
+        return [batch_of(self._family, examples, seed=self._seed, step=step, first_index=0)]
+
+    def held_out(self, rank: int) -> list[Batch]:
+        draws = range(1, DRAWS + 1)
+        return [batch_of(self._family, self._held_out, seed=0, step=-draw, first_index=0) for draw in draws]
 
 
-def train(
-    family: Family,
-    objective: Objective,
-    pairs: Pairs,
-    mesh: DeviceMesh,
-    *,
-    seed: int,
-    steps: int,
-    every: int = 0,
-    watch: Callable[[int, Trainer], None] = lambda step, trainer: None,
-) -> Trainer:
-    """A trainer after `steps` updates; `watch` sees it at the start and after every `every`-th."""
+def new_trainer(
+    folder: Path, objective: Objective, work: InMemory, mesh: DeviceMesh, *, seed: int, steps: int
+) -> OneRank:
     config = TrainerConfig(
         train_batch_size=BATCH,
         gradient_accumulation_steps=1,
@@ -206,32 +217,33 @@ def train(
         gradient_checkpointing=False,
         weight_decay=0.0,
     )
-    trainer = Trainer(family=family, config=config, objective=objective, mesh=mesh, seed=seed)
-    random = np.random.default_rng(seed)
-    watch(0, trainer)
-    for step in range(1, steps + 1):
-        rows = random.choice(len(pairs.winners), BATCH, replace=False)
-        trainer.step([pairs.batch(family, rows, seed, step)])
-        if every and step % every == 0:
-            watch(step, trainer)
-    return trainer
+    trainable, family = Trainable(parts=(Full(),)), load_family(model_of(folder))
+    return OneRank(
+        Trainer(family=family, config=config, trainable=trainable, objective=objective, mesh=mesh, seed=seed), work
+    )
 
 
 def learning_curve(
-    folder: Path, train_on: Pairs, held_out: Pairs, mesh: DeviceMesh, seed: int, labels: Labels, steps: int, every: int
-) -> tuple[Curve, Trainer]:
-    """(step, implicit accuracy on held-out pairs) of one run, and its trainer."""
-    family = FAMILIES["stable_diffusion"](path=folder)
-    pairs = train_on.shuffled(seed) if labels == "shuffled" else train_on
-    rows = np.arange(len(held_out.winners))
-    measured = [held_out.batch(family, rows, 0, -draw) for draw in range(1, DRAWS + 1)]
+    keep: Path,
+    train_on: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
+    mesh: DeviceMesh,
+    seed: int,
+    labels: Labels,
+    steps: int,
+    every: int,
+) -> tuple[Curve, Path]:
+    """(step, implicit accuracy on held-out pairs) of one run from `keep`/base, and the folder of its weights."""
+    run = RunFolder.claim(keep / "runs", f"{labels}_{seed}", "", resume="never")
+    pairs = shuffled(train_on, seed) if labels == "shuffled" else train_on
+    work = InMemory(pairs, held_out, seed=seed, steps=steps)
+    trainer = new_trainer(keep / "base", DPO(beta=BETA), work, mesh, seed=seed, steps=steps)
     curve: Curve = []
 
-    def watch(step: int, trainer: Trainer) -> None:
-        curve.append((step, trainer.evaluate(measured)["implicit_acc"]))
+    def measure(step: int) -> None:
+        curve.append((step, trainer.evaluate()["implicit_acc"]))
 
-    trainer = train(family, DPO(beta=BETA), pairs, mesh, seed=seed, steps=steps, every=every, watch=watch)
-    return curve, trainer
+    return curve, train_in(run, steps, OfflineSource(), trainer, [Duty(every=every, do=measure, at_start=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,33 +257,32 @@ class Size:
     seeds: int = 3
 
 
-def all_curves(size: Size, pictures: Pictures, keep: Path) -> dict[Labels, list[Curve]]:
+def all_curves(size: Size, pairs: PairIndex, keep: Path) -> dict[Labels, list[Curve]]:
     """Curves of runs with true and with shuffled labels from one base. `keep`/base and `keep`/tuned hold weights."""
     torch.set_num_threads(1)  # these matrices are too small to share
     mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
     try:
-        folder = make_base(keep / "base", pictures, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
-        pairs = encode(FAMILIES["stable_diffusion"](path=folder), pictures)
-        train_on, held_out = pairs.part(slice(None, -HELD_OUT)), pairs.part(slice(-HELD_OUT, None))
+        folder = make_base(keep, pairs, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
+        encoded = encode(load_family(model_of(folder)), pairs)
+        train_on, held_out = encoded[:-HELD_OUT], encoded[-HELD_OUT:]
         curves: dict[Labels, list[Curve]] = {"true": [], "shuffled": []}
         for labels, runs in curves.items():
             for seed in range(size.seeds):
-                curve, trainer = learning_curve(
-                    folder, train_on, held_out, mesh, seed, labels, size.dpo_steps, size.every
-                )
+                curve, final = learning_curve(keep, train_on, held_out, mesh, seed, labels, size.dpo_steps, size.every)
                 runs.append(curve)
                 if labels == "true" and seed == 0:
-                    trainer.export(keep / "tuned")
+                    shutil.copytree(final / "unet", keep / "tuned", dirs_exist_ok=True)
         return curves
     finally:
         distributed.stop()
 
 
-def evaluation(keep: Path, captions: Sequence[str], seeds: int = 2) -> EvaluateConfig:
+def evaluation(keep: Path, pairs: PairIndex, seeds: int = 2) -> EvaluateRecipe:
     """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of their samples."""
-    (keep / "prompts.txt").write_text("\n".join(sorted(set(captions))) + "\n")
+    captions = sorted(set(pairs.table["caption"].to_pylist()))
+    (keep / "prompts.txt").write_text("\n".join(captions) + "\n")
     judge = {"function": "jobs.benchmarks.offline_learning:warmth", "num_cpus": 0.1}
-    return EvaluateConfig.model_validate(
+    return EvaluateRecipe.model_validate(
         {
             "out": str(keep / "evaluation"),
             "model": {
@@ -286,7 +297,7 @@ def evaluation(keep: Path, captions: Sequence[str], seeds: int = 2) -> EvaluateC
             "sampling": {"steps": 20, "seeds": seeds, "batch_size": 8},
             "reward": {"weights": {"warmth": 1.0}},
             "judges": {"python": {"warmth": judge}},
-            "painters": {"num_cpus": 0.3, "num_gpus": 0.0},
+            "samplers": {"num_cpus": 0.3, "num_gpus": 0.0},
             "cluster": {"num_cpus": 2.0, "object_store_memory": 200_000_000},
         }
     )
@@ -305,13 +316,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("offline_learning"), help="folder for models, plot and pages")
     arguments = parser.parse_args()
     keep = arguments.out.resolve()
-    pictures = read_pictures(arguments.pairs) if arguments.pairs else generated_pictures(264)
-    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), pictures, keep)
+    pairs = read_pairs(arguments.pairs, keep) if arguments.pairs else generated_pairs(keep / "data", 264)
+    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), pairs, keep)
     measure = "implicit accuracy on held-out pairs (0.5: none)"
     plot(curves, keep / "curves.png", legend="labels", measure=measure, title="Offline DPO, small Stable Diffusion")
     for labels, values in last(curves).items():
         print(f"{labels:>9}: " + "  ".join(f"{value:.3f}" for value in values))
-    (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep, pictures.captions)))
+    (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep, pairs)))
     print(
         f"curves: {keep / 'curves.png'}; base against tuned: python -m jobs.evaluate --config {keep / 'evaluate.toml'}"
     )

@@ -65,11 +65,11 @@ class Direct:
     def batches(self, pictures: list[Any], prompts: list[str], seconds: float) -> int:
         """Score full batches for so long; how many pictures that were. pictures: references."""
         loaded = ray.get(pictures)
-        images = [loaded[index % len(loaded)] for index in range(self._rows)]
+        media = [loaded[index % len(loaded)][None] for index in range(self._rows)]
         texts = [prompts[index % len(prompts)] for index in range(self._rows)]
         end, scored = time.monotonic() + seconds, 0
         while time.monotonic() < end:
-            self._reward.score(images, texts, [None] * self._rows)
+            self._reward.score(media, texts, [()] * self._rows, [{}] * self._rows)
             scored += self._rows
         return scored
 
@@ -186,7 +186,7 @@ async def _turns(
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=300) as client:
 
         async def by_handle(number: int) -> None:
-            await handle.score.remote(references[number % PICTURES], prompts[number % PROMPTS], None)
+            await handle.score.remote(references[number % PICTURES], prompts[number % PROMPTS])
 
         async def by_http(number: int) -> None:
             (await client.post(url, content=bodies[number % PICTURES])).raise_for_status()

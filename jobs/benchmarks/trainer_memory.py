@@ -65,12 +65,13 @@ def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Qu
     """Run every operation on one rank and send {operation: (peak, lasting) bytes}."""
     import torch.distributed as dist
 
-    from rlhf.diffusion.objectives import DPO, SFT
+    from rlhf.diffusion.objectives import SFT
     from rlhf.models import FAMILIES
-    from rlhf.models.reference import FrozenCopy
+    from rlhf.models.trainable import Full, Trainable
     from rlhf.shards import buffers, distributed
     from rlhf.tables import TrainerConfig
     from rlhf.training.trainer import Trainer
+    from rlhf.types import REFERENCE
 
     store = dist.FileStore(f"{folder}/store", ranks)
     mesh = distributed.start(rank=rank, world=ranks, store=store, device="cpu", timeout_s=600)
@@ -78,21 +79,20 @@ def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Qu
     made: dict[str, Trainer] = {}
 
     def load() -> None:
-        made["trainer"] = Trainer(family=family, config=TrainerConfig(), objective=SFT(), mesh=mesh, seed=0)
+        full = Trainable(parts=(Full(),))
+        made["trainer"] = Trainer(
+            family=family, config=TrainerConfig(), trainable=full, objective=SFT(), mesh=mesh, seed=0
+        )
 
     figures = {"load": measured(load)}
     trainer = made["trainer"]
-    trainer.objective = DPO(beta=1.0)
-
-    def make_reference() -> None:
-        trainer.reference = FrozenCopy(trainer.policy, family, mesh)
 
     def publish() -> None:  # one buffer at a time, as the object store takes them
         for buffer, _ in buffers.pack(trainer.shards(), capacity=64 * 2**20):
             del buffer
 
-    figures["make reference"] = measured(make_reference)
-    figures["refresh"] = measured(trainer.refresh_reference)
+    figures["make reference"] = measured(lambda: trainer.keep(REFERENCE))
+    figures["refresh"] = measured(lambda: trainer.refresh(REFERENCE))
     figures["publish"] = measured(publish)
     figures["save"] = measured(lambda: trainer.save(Path(folder) / "state"))
     figures["export"] = measured(lambda: trainer.export(Path(folder) / "export"))

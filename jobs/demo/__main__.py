@@ -1,13 +1,13 @@
-"""The whole system on two CPU cores in a few minutes, on a miniature world of its own: `make demo`.
+"""The whole system on two CPU cores in a few minutes, on models and photos that it makes itself: `make demo`.
 
     python -m jobs.demo [--dir demo]
 
 Builds, once, tiny random models in the real formats and a set of generated product photos; then trains the CTR model,
 deploys the three judges on Ray Serve, and runs online DPO with two samplers and two FSDP ranks. Nothing is downloaded.
-The pictures stay abstract, since the models are random: what the demo shows is every part at work, and its outputs.
+The edits stay abstract, since the models are random: the demo shows that every part works, and what each one writes.
 
 The tiny filter model would pass nearly everything, so its threshold is set to a quantile of its own probabilities on base
-edits of the photos. The summary says so again.
+edits of the photos. The summary repeats it.
 """
 
 import argparse
@@ -15,30 +15,28 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 
+from actors.sampler import Sampler, SampleRequest
 from jobs.cli import parse, resolved_toml, run_main
 from jobs.cluster import cluster, dashboard
 from jobs.demo import world as demo_world
-from jobs.online_dpo import guarded, run
+from jobs.launch import guarded
+from jobs.online_dpo import run
 from jobs.preprocess import read_data
+from jobs.recipes.online_dpo import OnlineDPORecipe
 from jobs.train_ctr import train_ctr
-from rlhf.data.media import load_image
-from rlhf.data.prompts import Row, read_rows
 from rlhf.errors import Refused
-from rlhf.models import load_family
-from rlhf.models.sampling import sample
 from rlhf.models.tiny import write_flux_kontext
 from rlhf.rewards.ctr.config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
-from rlhf.tables import OnlineDPOConfig
-from rlhf.types import noise_from
+from rlhf.tables import WeightsTable
+from rlhf.types import Prompt, seed_from
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.toml"
 REJECTED = 0.35
@@ -64,11 +62,11 @@ def main() -> None:
     with cluster(recipe.cluster, recipe.run.name):
         threshold = prepare(recipe, world)
         config = _recipe(home, "--judges.filter.min_pass_probability", repr(threshold))
-        folder = run(config, read_data(config))
+        folder = run(config, read_data(config.data, config.eval, config.model))
         print(summary(config, folder, threshold))
 
 
-def _recipe(home: Path, *overrides: str) -> OnlineDPOConfig:
+def _recipe(home: Path, *overrides: str) -> OnlineDPORecipe:
     """demo.toml with its `demo/…` paths moved below `home`."""
     paths = {
         "run.dir": "runs",
@@ -82,7 +80,7 @@ def _recipe(home: Path, *overrides: str) -> OnlineDPOConfig:
         "judges.filter.path": "world/qwen3-vl",
     }
     moved = [word for key, path in paths.items() for word in (f"--{key}", str(home / path))]
-    return parse(OnlineDPOConfig, ["--config", str(RECIPE), *moved, *overrides]).config
+    return parse(OnlineDPORecipe, ["--config", str(RECIPE), *moved, *overrides]).config
 
 
 def _ctr_recipe(world: Path) -> TrainCTRConfig:
@@ -114,23 +112,25 @@ def _write_hpsv2(folder: Path) -> None:
     write_hpsv2(folder / "HPS_tiny.pt")
 
 
-def ask_filter(config: OnlineDPOConfig) -> list[float]:
+def ask_filter(config: OnlineDPORecipe) -> list[float]:
     """P(PASS) of base edits of 16 photos, from the filter's own engine. A Ray task, so that its memory is given back."""
     from serve_apps.vllm_engine import VLLMFilter
 
-    rows = read_rows(config.data.path).rows[:16]
-    edits = base_edits(config, rows)
+    prompts = read_data(config.data, config.eval, config.model).training[:16]
+    edits = base_edits(config, prompts)
 
     async def ask() -> list[float]:
         engine = await VLLMFilter.start(config.judges.filter)
-        verdicts = [await engine.judge(edit, None, row.instruction) for edit, row in zip(edits, rows, strict=True)]
+        verdicts = [
+            await engine.judge(edit, (), prompt.instruction) for edit, prompt in zip(edits, prompts, strict=True)
+        ]
         await engine.close()
         return [verdict.pass_probability for verdict in verdicts if verdict.pass_probability is not None]
 
     return asyncio.run(ask())
 
 
-def prepare(config: OnlineDPOConfig, world: Path) -> float:
+def prepare(config: OnlineDPORecipe, world: Path) -> float:
     """Train the CTR model and, beside it, work out the filter threshold that rejects about REJECTED of base edits."""
     kept = world / "filter_threshold.json"
     asking = None
@@ -146,18 +146,20 @@ def prepare(config: OnlineDPOConfig, world: Path) -> float:
     return float(json.loads(kept.read_text()))
 
 
-def base_edits(config: OnlineDPOConfig, rows: tuple[Row, ...]) -> list[np.ndarray]:
-    """One base-model edit per row, uint8 (H, W, 3)."""
-    family = load_family(config.model, "bf16")
-    denoiser, codec = family.load_denoiser("cpu"), family.load_codec("cpu")
-    height, width = config.model.height, config.model.width
-    sources = np.stack([load_image(row.image, height, width, config.data.fit) for row in rows])
-    condition = codec.encode_text([row.instruction for row in rows]) | codec.encode_source(torch.from_numpy(sources))
-    noise = noise_from(0, (len(rows), *family.latent_shape(height, width)))
-    return list(codec.decode(sample(family, denoiser, condition, noise, config.rollout.steps)).numpy())
+def base_edits(recipe: OnlineDPORecipe, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """One base-model edit per prompt, uint8 (H, W, 3)."""
+    sampler = Sampler(recipe.model, recipe.sampling, "cpu")
+    sampler.use(WeightsTable())
+    size, edits = recipe.sampling.batch_size, list[np.ndarray]()
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        requests = [SampleRequest(prompt=p, noise_seed=seed_from("demo", p.key), slot=i) for i, p in enumerate(batch)]
+        _, *results = sampler.sample(requests)
+        edits += [np.asarray(medium)[0] for medium in results[::2]]
+    return edits
 
 
-def summary(config: OnlineDPOConfig, folder: Path, threshold: float) -> str:
+def summary(config: OnlineDPORecipe, folder: Path, threshold: float) -> str:
     """Where everything lies, and what the run did."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/loss" in row]
@@ -186,17 +188,15 @@ def summary(config: OnlineDPOConfig, folder: Path, threshold: float) -> str:
     return "\n".join(["", "demo finished", *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
 
 
-def write_edit_recipe(config: OnlineDPOConfig, folder: Path) -> None:
+def write_edit_recipe(config: OnlineDPORecipe, folder: Path) -> None:
     """A recipe for `jobs.edit` with the weights of this run."""
     import tomli_w
 
     recipe = {
         "model": {"path": config.model.path, "height": config.model.height, "width": config.model.width},
-        "rollout": {"steps": config.rollout.steps},
-        "edit": {
-            "prompt": "Give the picture a warm, sunny light.",
-            "transformer": str(folder / "final" / "transformer"),
-        },
+        "sampling": {"steps": config.sampling.steps},
+        "tuned": {"denoiser": str(folder / "final" / "transformer")},
+        "edit": {"prompt": "Give the picture a warm, sunny light."},
     }
     (folder / "edit.toml").write_text(tomli_w.dumps(recipe))
 

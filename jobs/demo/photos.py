@@ -1,7 +1,7 @@
 """Product photos drawn by arithmetic: fruit on a plate, a bowl of soup, a stack of boxes, in varied light and colour.
 
-Enough like photos (shading, cast shadows, grain, one light) for an edit model to have something to change and for a
-click model to have something to see. Deterministic in the random generator given. Left out: any claim to realism.
+They have shading, cast shadows, grain and one light, so that edits change them visibly and a click model can tell them apart.
+Deterministic in the random generator given. Left out: realism.
 
 Arrays are fp32 (H, W, 3) in 0 … 1.
 """

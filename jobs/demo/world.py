@@ -1,18 +1,18 @@
-"""A miniature world for the demo: product photos, their metadata and a click log, made here and needing nothing else.
+"""The demo's data: product photos, their metadata and a click log, all generated here.
 
     images/  train_metadata.jsonl  eval_metadata.jsonl  ctr_metadata.csv      what preference training reads
     variants/  ctr_train.csv  ctr_test.csv                                    the click log
 
 The click log is simulated: a picture's true click rate rises with its warmth and brightness and differs between items;
-impressions and clicks are binomial draws. So a click model has a truth to find, and preference training on it should
-make pictures warmer and brighter, which anybody can see. Deterministic in the seed; built once.
+impressions and clicks are binomial draws. So it is known what a click model should find, and preference training on it should
+make pictures visibly warmer and brighter. Deterministic in the seed; built once.
 """
 
 import csv
 import json
 import math
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,9 @@ ITEM_COLUMNS = ("food_name", "food_type", "city_name", "shop_name")
 
 
 def build(folder: str | Path, seed: int = 0) -> Path:
-    """Make the world in `folder` unless it is there already, and return the folder.
+    """Write the data into `folder` unless it is complete there already, and return the folder.
 
-    What else lies in the folder is left alone; the marker that says the world is complete is written last.
+    Other files in the folder are not touched; the marker of a complete folder is written last.
     """
     folder = Path(folder)
     marker = folder / "world.json"
@@ -85,7 +85,7 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     for name, ids in (("train", train), ("eval", held_out)):
         lines = [json.dumps(rows[image_id], ensure_ascii=False) + "\n" for image_id in ids]
         (folder / f"{name}_metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    metadata = [{"image_id": image_id, **asdict(item)} for image_id, item in items.items()]
+    metadata = [{"image_id": image_id, **item} for image_id, item in items.items()]
     _write_csv(folder / "ctr_metadata.csv", metadata)
     _write_csv(folder / "ctr_train.csv", [row for image_id in train for row in clicks[image_id]])
     _write_csv(folder / "ctr_test.csv", [row for image_id in held_out for row in clicks[image_id]])
@@ -98,21 +98,21 @@ def true_rate(picture: np.ndarray, item: Item) -> float:
     red, green, blue = picture.reshape(-1, 3).mean(axis=0) / 255
     warmth, brightness = red - blue, (red + green + blue) / 3
     names = [name for name, *_ in PRODUCTS]
-    taste = 0.5 * math.sin(2.4 * names.index(item.food_name))
+    taste = 0.5 * math.sin(2.4 * names.index(item["food_name"]))
     return float(1 / (1 + math.exp(-(-2.9 + 3.0 * (warmth - 0.15) + 3.0 * (brightness - 0.5) + taste))))
 
 
 def _item(index: int) -> Item:
     food_name, food_type, _, _ = PRODUCTS[index % len(PRODUCTS)]
     city, shop = PLACES[index % len(PLACES)]
-    return Item(food_name=food_name, food_type=food_type, city_name=city, shop_name=shop)
+    return dict(zip(ITEM_COLUMNS, (food_name, food_type, city, shop), strict=True))
 
 
 def _clicks(file: str, picture: np.ndarray, item: Item, random: np.random.Generator) -> dict[str, object]:
     impressions = int(random.integers(300, 900))
     clicks = int(random.binomial(impressions, true_rate(picture, item)))
     log = {"pv_ctr": f"{clicks / impressions:.6f}", "impressions": impressions, "clicks": clicks}
-    return {"image_url": file, **{column: getattr(item, column) for column in ITEM_COLUMNS}, **log}
+    return {"image_url": file, **item, **log}
 
 
 def _save(picture: np.ndarray, path: Path) -> None:
@@ -122,7 +122,7 @@ def _save(picture: np.ndarray, path: Path) -> None:
         Image.fromarray(picture).save(path, quality=92)
 
 
-def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -4,9 +4,12 @@ A file holds one rank's pairs of one step, so nothing is ever appended to a file
 With latents it is enough to train on the same pairs again offline.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +18,7 @@ import pyarrow.parquet as pq
 from rlhf.data.batches import noise_seed, t_seed
 from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
-from rlhf.types import Candidate, Pair, Score, seed_from
+from rlhf.types import Candidate, Cell, Geometry, Pair, Prompt, Score, Source, seed_from
 
 _SIDE = [
     ("attempt", pa.int32()),
@@ -30,12 +33,13 @@ SCHEMA = pa.schema(
         ("step", pa.int64()),
         ("index", pa.int32()),
         ("cursor", pa.int64()),
-        ("image_id", pa.string()),
+        ("key", pa.string()),
         ("instruction", pa.string()),
-        ("text_key", pa.string()),
-        ("source_key", pa.string()),
+        ("sources", pa.string()),
+        ("encoding_keys", pa.list_(pa.string())),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("frames", pa.int32()),
         ("margin", pa.float64()),
         ("t", pa.float64()),
         ("t_seed", pa.int64()),
@@ -44,7 +48,8 @@ SCHEMA = pa.schema(
         *((f"{side}_{name}", kind) for side in ("winner", "loser") for name, kind in _SIDE),
     ]
 )
-"""`latents` are bf16 bytes (C, h, w), the sampler's own; `seed` is the candidate's starting noise."""
+"""`sources` are the prompt's, in JSON. `latents` are bf16 bytes (C, h, w), the sampler's own; `seed` is the candidate's
+starting noise."""
 
 
 def candidate_seed(seed: int, cursor: int, attempt: int) -> int:
@@ -65,23 +70,33 @@ def _side(name: str, candidate: Candidate, score: Score, seed: int, latents: boo
 
 
 def write_pairs(
-    file: Path, pairs: Sequence[Pair], process: Process, *, seed: int, step: int, first_index: int, save_latents: bool
+    file: Path,
+    pairs: Sequence[Pair],
+    encoding_keys: Sequence[Sequence[str]],
+    process: Process,
+    *,
+    seed: int,
+    step: int,
+    first_index: int,
+    save_latents: bool,
 ) -> None:
-    """Write this rank's pairs of one step, whole or not at all (temporary name, fsync, rename)."""
+    """Write this rank's pairs of one step, whole or not at all (temporary name, fsync, rename).
+
+    encoding_keys: of each pair, the cache keys of what its prompt was encoded to.
+    """
     rows = []
-    for index, pair in enumerate(pairs, first_index):
+    for index, (pair, keys) in enumerate(zip(pairs, encoding_keys, strict=True), first_index):
         prompt = pair.prompt
         rows.append(
             {
                 "step": step,
                 "index": index,
                 "cursor": pair.cursor,
-                "image_id": prompt.image_id,
+                "key": prompt.key,
                 "instruction": prompt.instruction,
-                "text_key": prompt.text_key,
-                "source_key": prompt.source_key,
-                "height": prompt.height,
-                "width": prompt.width,
+                "sources": json.dumps([asdict(source) for source in prompt.sources]),
+                "encoding_keys": list(keys),
+                **asdict(prompt.geometry),
                 "margin": pair.margin,
                 "t": process.draw_t(t_seed(seed, step, index)),
                 "t_seed": t_seed(seed, step, index),
@@ -97,6 +112,17 @@ def write_pairs(
     with open(partial, "rb") as written:
         os.fsync(written.fileno())
     partial.rename(file)
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row that `write_pairs` wrote."""
+    sources = [{**values, "crop": tuple(values["crop"])} for values in json.loads(row["sources"])]
+    return Prompt(
+        key=row["key"],
+        instruction=row["instruction"],
+        sources=tuple(Source(**{**s, "cell": Cell(**s["cell"]) if s["cell"] else None}) for s in sources),
+        geometry=Geometry(height=row["height"], width=row["width"], frames=row["frames"]),
+    )
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Content-addressed store of encoded prompts: a key is what went in, so a changed picture, text, size or model misses.
+"""Content-addressed store of encodings: a key is what went in, so a changed picture, text, size or model misses.
 
 Tensors lie as raw bytes (bf16 exactly as computed) in Arrow files of one fixed schema, one record batch per tensor,
 that readers map into memory: any number of actors on a node share one copy in the page cache, and a read touches only
@@ -27,9 +27,9 @@ import xxhash
 from torch import Tensor
 
 from rlhf.errors import Refused
-from rlhf.types import Condition, Prompt
+from rlhf.types import Encoded, Encoding
 
-FORMAT = 1
+FORMAT = 2
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -58,7 +58,8 @@ class Place:
     checksum: str
     """xxh3-128 over the tensors' names, dtypes, shapes and bytes."""
     unknown: float | None = None
-    """Text rows: share of tokens that the text encoder does not know."""
+    """See `Encoded`."""
+    cut: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,36 +79,31 @@ class Manifest:
     places: Mapping[str, Place]
 
 
-def text_key(instruction: str, fingerprint: str) -> str:
-    """Key of an encoded instruction."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(["text", instruction, fingerprint]).encode())
+def encoding_key(encoding: Encoding, fingerprint: str) -> str:
+    """The key of an encoding's row: all that decides its values, and so not where a medium lies.
 
-
-def source_key(content: str, height: int, width: int, fit: str, fingerprint: str, mirrored: bool = False) -> str:
-    """Key of an encoded source picture; `content` is the hash of its file's bytes."""
-    parts = ["source", content, height, width, fit, fingerprint, *(["mirrored"] if mirrored else [])]
+    fingerprint: of the encoders of its kind, see `rlhf.data.fingerprint`.
+    """
+    sources = [[s.content, s.fit, s.mirrored, s.crop] for s in encoding.sources]
+    geometries = [[g.height, g.width, g.frames] for g in encoding.geometries]
+    parts = [encoding.kind, encoding.text, sources, geometries, fingerprint]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
-def target_key(content: str, height: int, width: int, mirrored: bool, fingerprint: str) -> str:
-    """Key of an encoded target picture, cropped from its centre."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(["target", content, height, width, mirrored, fingerprint]).encode())
-
-
-def write_part(folder: str | Path, rows: Sequence[tuple[str, Mapping[str, Tensor], float | None]]) -> Part:
-    """Write rows (key, tensors without a batch dimension, unknown share) as one file and return where they lie.
+def write_part(folder: str | Path, rows: Mapping[str, Encoded]) -> Part:
+    """Write rows, by key, as one file and return where they lie.
 
     The file is complete and on disk when this returns; `commit` makes it visible.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    places: dict[str, tuple[int, tuple[str, ...], str, float | None]] = {}
+    places: dict[str, tuple[int, tuple[str, ...], str, float | None, float | None]] = {}
     whole = xxhash.xxh3_128()
     batches: list[pa.RecordBatch] = []
-    for key, tensors, unknown in rows:
+    for key, row in rows.items():
         checksum = xxhash.xxh3_128()
         first = len(batches)
-        for name, tensor in tensors.items():
+        for name, tensor in row.tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in DTYPES:
                 raise ValueError(f"{name} of row {key} is {dtype}; the cache keeps {', '.join(DTYPES)}")
@@ -117,8 +113,8 @@ def write_part(folder: str | Path, rows: Sequence[tuple[str, Mapping[str, Tensor
             columns = [[key], [name], [dtype], [list(tensor.shape)], [data]]
             arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
             batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
-        whole.update(f"{key} {checksum.hexdigest()} {unknown}\n".encode())
-        places[key] = first, tuple(tensors), checksum.hexdigest(), unknown
+        whole.update(f"{key} {checksum.hexdigest()} {row.unknown} {row.cut}\n".encode())
+        places[key] = first, tuple(row.tensors), checksum.hexdigest(), row.unknown, row.cut
     file = f"part-{whole.hexdigest()}.arrow"
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".part-")
     try:
@@ -139,8 +135,8 @@ def write_part(folder: str | Path, rows: Sequence[tuple[str, Mapping[str, Tensor
         file=file,
         size=size,
         places={
-            key: Place(file=file, first=first, names=names, checksum=checksum, unknown=unknown)
-            for key, (first, names, checksum, unknown) in places.items()
+            key: Place(file=file, first=first, names=names, checksum=checksum, unknown=unknown, cut=cut)
+            for key, (first, names, checksum, unknown, cut) in places.items()
         },
     )
 
@@ -158,7 +154,7 @@ def commit(folder: str | Path, parts: Sequence[Part]) -> Manifest:
         document = {
             "format": FORMAT,
             "files": files,
-            "rows": {k: [p.file, p.first, p.names, p.checksum, p.unknown] for k, p in places.items()},
+            "rows": {k: [p.file, p.first, p.names, p.checksum, p.unknown, p.cut] for k, p in places.items()},
         }
         temporary = folder / f".manifest-{os.getpid()}"
         with open(temporary, "w") as stream:
@@ -183,8 +179,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise CacheError(f"{path} has format {document['format']}, not {FORMAT}; use another data.cache")
         present = {file: size for file, size in document["files"].items() if _size(folder / file) == size}
         places = {
-            key: Place(file=file, first=first, names=tuple(names), checksum=checksum, unknown=unknown)
-            for key, (file, first, names, checksum, unknown) in document["rows"].items()
+            key: Place(file=file, first=first, names=tuple(names), checksum=checksum, unknown=unknown, cut=cut)
+            for key, (file, first, names, checksum, unknown, cut) in document["rows"].items()
             if file in present
         }
     except FileNotFoundError:
@@ -194,8 +190,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     return Manifest(files=present, places=places)
 
 
-class ConditionCache:
-    """Reads conditions; cheap to make, one per process. Files stay mapped, the least recently used are let go."""
+class EncodingCache:
+    """Reads rows; cheap to make, one per process. Files stay mapped, the least recently used are let go."""
 
     def __init__(self, folder: str | Path, *, open_files: int = 64):
         self.folder = Path(folder)
@@ -204,30 +200,15 @@ class ConditionCache:
         self._verified: set[str] = set()
         self._manifest = Manifest(files={}, places={})
 
-    def condition(self, prompts: Sequence[Prompt]) -> Condition:
-        """The encoded prompts, stacked: every tensor (B, …) in the dtype it was encoded in.
+    def row(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a row by name, in the dtypes that they were computed in; copies, for the caller to keep.
 
-        Raises: CacheError for a prompt that was not preprocessed or whose file is damaged.
+        Raises: CacheError for a row that was not encoded or whose file is damaged.
         """
-        return self.stacked([(prompt.text_key, prompt.source_key) for prompt in prompts])
-
-    def stacked(self, keys: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-        """The tensors of several rows each, stacked: B lists of keys give tensors (B, …). Raises as `condition` does."""
-        if not keys:
-            raise ValueError("a batch needs at least one row")
-        rows = [{name: view for key in several for name, view in self._views(key).items()} for several in keys]
-        return {name: self._stack(name, [row[name] for row in rows]) for name in rows[0]}
-
-    def _stack(self, name: str, views: Sequence["_View"]) -> Tensor:
-        kinds = {(view.dtype, view.shape) for view in views}
-        if len(kinds) > 1:
-            raise ValueError(f"{name} cannot be stacked: {sorted(kinds)}; batch prompts of one geometry")
-        [(dtype, shape)] = kinds
-        stacked = torch.empty((len(views), *shape), dtype=DTYPES[dtype])
-        target = stacked.view(len(views), -1).view(torch.uint8).numpy()
-        for row, view in zip(target, views, strict=True):
-            row[:] = view.data
-        return stacked
+        return {
+            name: torch.from_numpy(view.data.copy()).view(DTYPES[view.dtype]).view(view.shape)
+            for name, view in self._views(key).items()
+        }
 
     def _views(self, key: str) -> dict[str, "_View"]:
         place = self._place(key)

@@ -1,14 +1,17 @@
 """Checked preference pairs: what is wrong with each row, and the index that training draws from.
 
+Pairs lie in tables with Pick-a-Pic's columns (Parquet, Arrow), or in a JSONL of winner, loser, prompt[, source]. A source is a
+path or a list of paths. Where no loser is needed (SFT), a line may have a winner alone or, with the same meaning, a target.
+
 Every picture is really decoded before any model loads. The index keeps no pixels: captions, which picture won, where the
 pictures lie, and the hash of their bytes, in one Arrow file that any number of processes map into memory.
-Left out: reading files (`pair_files`), the order of training (`pair_stream`), AI feedback (`actors.feedback`).
+Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pictures by URL, further columns (ignored).
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,39 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from rlhf.data.pair_files import Block, RawPair, read_block
-from rlhf.data.prompts import check_bytes, check_picture
-from rlhf.data.records import Problem, is_text
-from rlhf.errors import Refused
-from rlhf.types import Item
+from rlhf.data import records
+from rlhf.data.checks import check
+from rlhf.data.formats import Block
+from rlhf.data.records import BadInput, Field, Problem, Record
+from rlhf.data.stream import Visit
+from rlhf.types import Cell, Example, Geometry, Prompt, Source
 
-FORMAT = 1
+FORMAT = 3
+ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
+_LABEL = "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"
+_TEXT = "give the text that the pictures were made for"
+_BYTES = "give the bytes of a PNG, JPEG or WEBP file"
+TABLE = (
+    Field(name="caption", remedy=_TEXT),
+    Field(name="label_0", kind="number", remedy=_LABEL),
+    Field(name="jpg_0", kind="picture", remedy=_BYTES),
+    Field(name="jpg_1", kind="picture", remedy=_BYTES),
+    Field(name="has_label", kind="any", required=False),
+)
+"""Pick-a-Pic v2. label_0 is 1 where the first picture is preferred, 0 the second, 0.5 neither; has_label False: nobody chose."""
+LINE = (
+    Field(name="prompt", example='"a red apple"', remedy=_TEXT),
+    Field(name="winner", kind="picture path", example='"pictures/1.png"'),
+    Field(name="loser", kind="picture path", example='"pictures/2.png"'),
+)
+TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
+SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
+IMAGE_ID = Field(name="image_id", required=False, example='"10001"')
+TABLE_SOURCE = Field(
+    name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
+)
 SCHEMA = pa.schema(
     [
         ("block", pa.int32()),
@@ -36,16 +63,29 @@ SCHEMA = pa.schema(
         ("content_1", pa.string()),
         ("path_0", pa.string()),
         ("path_1", pa.string()),
-        ("source", pa.string()),
-        ("source_content", pa.string()),
+        ("source_paths", pa.list_(pa.string())),
+        ("source_contents", pa.list_(pa.string())),
         ("image_id", pa.string()),
     ]
 )
 
 
+def blocks_of(file: Path) -> list[Block]:
+    """The blocks of one file of pairs. Raises: BadInput for a file that is unreadable or lacks a column."""
+    fields = () if file.suffix == ".jsonl" else TABLE
+    give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}"
+    return records.blocks_of(file, fields, give=f"{give}, or the pairs/ folder of an online run")
+
+
+def read_block(block: Block) -> list[Record | Problem]:
+    """The rows of a block of pairs, pictures of tables included. Raises: BadInput where the block cannot be read."""
+    others = (*(replace(field, required=False) for field in (TARGET, SOURCE)), IMAGE_ID)
+    return records.read_block(block, (*LINE, *others) if block.format == ".jsonl" else TABLE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """One usable row."""
+    """One usable row: a pair, or a picture to learn from that is compared with no other."""
 
     block: int
     """Index of its block."""
@@ -55,17 +95,44 @@ class Preference:
     """Of the row (line) in its file, from 1."""
     caption: str
     winner: int
-    """0 or 1: which of the two pictures is preferred."""
+    """0 or 1: which of the two pictures is preferred; 0 where there is one."""
     content_0: str
     """xxh3-128 of the first picture's file."""
-    content_1: str
+    content_1: str | None = None
+    """None: there is no second picture."""
     path_0: str | None = None
     """Where a picture is a file of its own: its absolute path."""
     path_1: str | None = None
-    source: str | None = None
-    """Absolute path of the source picture, for edit families."""
-    source_content: str | None = None
+    source_paths: Sequence[str] = ()
+    """Absolute, of what edit families see; empty for others."""
+    source_contents: Sequence[str] = ()
     image_id: str | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the first picture and, where there is one, the second is: winner and loser, or target."""
+        if self.content_1 is None:
+            return ("target",)
+        return ("winner", "loser") if self.winner == 0 else ("loser", "winner")
+
+    @property
+    def key(self) -> str:
+        """The name of its prompt."""
+        return self.image_id or str(self.number)
+
+    def sources(self) -> tuple[Source, ...]:
+        """What its pictures were made from."""
+        places = zip(self.source_paths, self.source_contents, strict=True)
+        return tuple(Source(path=path, content=content) for path, content in places)
+
+    def pictures(self, block: Block) -> dict[str, Source]:
+        """Its pictures by role, of a row of `block`."""
+        given = ((self.path_0, self.content_0), (self.path_1, self.content_1))
+        found = {}
+        for side, (role, (path, content)) in enumerate(zip(self.roles, given, strict=False)):
+            cell = None if path else Cell(part=block.part, row=self.row, column=f"jpg_{side}", number=self.number)
+            found[role] = Source(path=path or block.file, cell=cell, content=str(content))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,136 +148,72 @@ class Checked:
 
 
 def check_block(
-    number: int, block: Block, *, needs_source: bool, items: Mapping[str, Item] | None, needs_loser: bool = True
+    number: int, block: Block, *, needs_source: bool, items: Collection[str] | None, needs_loser: bool = True
 ) -> Checked:
-    """Read a block and decode every picture. `number` is the block's index; `items`, where given, must know every row.
-
-    Where no loser is needed, a line without one has its winner twice.
-    """
+    """Read a block and decode every picture. `number` is the block's index; `items`, where given, must hold every image_id."""
     pairs, problems, ties, unlabelled = [], [], 0, 0
     try:
         rows = read_block(block)
-    except (pa.ArrowException, OSError) as error:
-        what = f"rows {block.first} to {block.first + block.count - 1} cannot be read: {error}"
-        return Checked(
-            pairs=(), problems=(Problem(file=block.file, line=block.first, field=None, what=what, remedy="replace it"),)
-        )
-    for row, raw in enumerate(rows):
-        if raw.fields.get("has_label") is False:
+    except BadInput as error:
+        return Checked(pairs=(), problems=error.problems)
+    for row, record in enumerate(rows):
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        if record.fields.get("has_label") is False:
             unlabelled += 1
             continue
-        if raw.fields.get("label_0") == TIE:
+        if record.fields.get("label_0") in (TIE, str(TIE)):
             ties += 1
             continue
-        found = _check_row(block, raw, needs_source, items, needs_loser)
-        if isinstance(found, list):
-            problems += found
+        fields = _line_fields(record, needs_loser) if block.format == ".jsonl" else TABLE
+        if needs_source:
+            fields = (*fields, SOURCE if block.format == ".jsonl" else TABLE_SOURCE)
+        values, faults = check(record, (*fields, _image_id(items)))
+        label = values.get("label_0", 1.0)
+        if label not in (0, 1):
+            faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
+        if faults:
+            problems += faults
         else:
-            pairs.append(Preference(block=number, row=row, number=raw.number, **found))
+            pairs.append(_preference(number, row, record, values))
     return Checked(pairs=tuple(pairs), problems=tuple(problems), ties=ties, unlabelled=unlabelled)
 
 
-def _check_row(
-    block: Block, raw: RawPair, needs_source: bool, items: Mapping[str, Item] | None, needs_loser: bool
-) -> dict[str, Any] | list[Problem]:
-    def problem(field: str | None, what: str, remedy: str) -> Problem:
-        return Problem(file=block.file, line=raw.number, field=field, what=what, remedy=remedy)
-
-    if "broken" in raw.fields:
-        return [problem(None, raw.fields["broken"], 'write {"winner": …, "loser": …, "prompt": …}')]
-    jsonl = block.file.endswith(".jsonl")
-    problems: list[Problem] = []
-    caption, label, image_id = (raw.fields.get(field) for field in ("caption", "label_0", "image_id"))
-    name = "prompt" if jsonl else "caption"
-    if caption is None:
-        problems.append(problem(name, "is missing", "give the text that the pictures were made for"))
-    elif not isinstance(caption, str):
-        problems.append(problem(name, f"is {caption!r}, not text", "give the text that the pictures were made for"))
-    elif not is_text(caption):
-        problems.append(problem(name, "holds half of a surrogate pair, which is no character", "write the character"))
-    elif not caption.strip():
-        problems.append(problem(name, "is empty", "give the text that the pictures were made for"))
-    if label is None or label != label:
-        problems.append(problem("label_0", "is missing", "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"))
-    elif label not in (0, 1):
-        problems.append(problem("label_0", f"is {label!r}", "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"))
-    if jsonl:
-        fields = (
-            "winner",
-            *(["loser"] if needs_loser or "loser" in raw.paths else []),
-            *(["source"] if needs_source else []),
-        )
-        pictures = _check_files(block, raw, problems, fields)
-    else:
-        pictures = _check_bytes(raw, problem, problems)
-    if needs_source and not jsonl:
-        remedy = "an edit family learns from a JSONL of winner, loser, prompt, source"
-        problems.append(problem("source", "is missing", remedy))
-    if image_id is not None and not (isinstance(image_id, str) and is_text(image_id)):
-        problems.append(problem("image_id", f"is {image_id!r}, not text", f'write it in quotes, like "{image_id}"'))
-    elif items is not None and image_id not in items:
-        what = (
-            f"{raw.fields['image_id']!r} has no row in data.item_metadata" if "image_id" in raw.fields else "is missing"
-        )
-        problems.append(problem("image_id", what, "give every pair the image_id of an item"))
-    if problems:
-        return problems
-    assert label is not None
-    return {"caption": caption, "winner": 0 if label == 1 else 1, "image_id": image_id, **pictures}
+def _line_fields(record: Record, needs_loser: bool) -> tuple[Field, ...]:
+    prompt, winner, loser = LINE
+    if needs_loser:
+        return LINE
+    if "target" in record.fields:
+        return (prompt, TARGET)
+    return (prompt, winner, replace(loser, required=False))
 
 
-def _check_bytes(raw: RawPair, problem: Any, problems: list[Problem]) -> dict[str, str]:
-    found = {}
-    for side, data in enumerate(raw.pictures):
-        if data is None:
-            problems.append(problem(f"jpg_{side}", "is missing", "give the bytes of a PNG, JPEG or WEBP file"))
-            continue
-        checked = check_bytes(data)
-        if isinstance(checked[0], str):
-            problems.append(problem(f"jpg_{side}", *checked))
-        found[f"content_{side}"] = xxhash.xxh3_128_hexdigest(data)
-    return found
+def _image_id(items: Collection[str] | None) -> Field:
+    if items is None:
+        return IMAGE_ID
+    remedy = "give every pair the image_id of an item"
+    return replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
 
 
-def _check_files(block: Block, raw: RawPair, problems: list[Problem], fields: Sequence[str]) -> dict[str, str]:
-    file = Path(block.file)
-    found: dict[str, str] = {}
-    for field in fields:
-        name = raw.paths.get(field)
-        if not isinstance(name, str) or not name:
-            what = "is missing" if name is None else f"is {name!r}, no path"
-            remedy = f'add "{field}": "pictures/1.png", relative to the file'
-            problems.append(Problem(file=block.file, line=raw.number, field=field, what=what, remedy=remedy))
-            continue
-        checked = check_picture(file, file.parent.resolve(), raw.number, field, name)
-        if isinstance(checked, Problem):
-            problems.append(checked)
-        elif field == "source":
-            found |= {"source": checked[0], "source_content": checked[1]}
-        else:
-            side = 0 if field == "winner" else 1
-            found |= {f"path_{side}": checked[0], f"content_{side}": checked[1]}
-            if "loser" not in fields:
-                found |= {"path_1": checked[0], "content_1": checked[1]}
-    return found
-
-
-def pictures_of(pair: Preference, block: Block, read: Callable[[Block], Sequence[RawPair]]) -> list[bytes]:
-    """The files of a pair's two pictures and, where it has one, of its source; `read` gives the rows of its block.
-
-    Raises Refused where one changed since it was checked.
-    """
-    if pair.path_0 and pair.path_1:
-        files = [Path(path).read_bytes() for path in (pair.path_0, pair.path_1)]
-    else:
-        files = [data or b"" for data in read(block)[pair.row].pictures]
-    contents = [pair.content_0, pair.content_1]
-    if pair.source and pair.source_content:
-        files.append(Path(pair.source).read_bytes())
-        contents.append(pair.source_content)
-    if [xxhash.xxh3_128_hexdigest(data) for data in files] != contents:
-        raise Refused(f"{block.file} row {pair.number} changed since it was checked; start the job again")
-    return files
+def _preference(number: int, row: int, record: Record, values: Mapping[str, Any]) -> Preference:
+    first, second = (values.get(name) for name in (("jpg_0", "jpg_1") if "jpg_0" in values else ("winner", "loser")))
+    first = first or values["target"]
+    sources = values.get("source", ())
+    return Preference(
+        block=number,
+        row=row,
+        number=record.number,
+        caption=values["caption"] if "caption" in values else values["prompt"],
+        winner=0 if values.get("label_0", 1) == 1 else 1,
+        content_0=first.content,
+        content_1=second.content if second else None,
+        path_0=first.path,
+        path_1=second.path if second else None,
+        source_paths=[source.path for source in sources],
+        source_contents=[source.content for source in sources],
+        image_id=values.get("image_id"),
+    )
 
 
 # --- the index ---------------------------------------------------------------------------------------------------------
@@ -231,9 +234,23 @@ class PairIndex:
     def __getitem__(self, row: int) -> Preference:
         return Preference(**{name: self.table[name][row].as_py() for name in self.table.column_names})
 
-    def captions(self) -> list[str]:
-        """Every caption once."""
-        return self.table["caption"].unique().to_pylist()
+    def preferences(self, rows: int) -> Iterator[Preference]:
+        """The first `rows` pairs, read some thousands at a time."""
+        for start in range(0, rows, ROWS_AT_ONCE):
+            for values in self.table.slice(start, min(ROWS_AT_ONCE, rows - start)).to_pylist():
+                yield Preference(**values)
+
+    def example(self, pair: Preference, visit: Visit, geometry: Geometry, roles: Sequence[str]) -> Example:
+        """A pair as an example with these roles, cropped and mirrored as the visit says. What is preferred is a target too."""
+
+        def shown(source: Source) -> Source:
+            return replace(source, mirrored=visit.mirrored, crop=visit.crop)
+
+        pictures = {role: shown(picture) for role, picture in pair.pictures(self.blocks[pair.block]).items()}
+        pictures.setdefault("target", pictures.get("winner", next(iter(pictures.values()))))
+        sources = tuple(map(shown, pair.sources()))
+        prompt = Prompt(key=pair.key, instruction=pair.caption, sources=sources, geometry=geometry)
+        return Example(prompt=prompt, targets={role: pictures[role] for role in roles})
 
     def block_sizes(self) -> np.ndarray:
         """Usable pairs per block, int64 (blocks,)."""
@@ -250,7 +267,7 @@ class PairIndex:
     def digest(self) -> str:
         """Of what training sees: pictures, captions and winners, in order, and the blocks that the order is made of."""
         digest = xxhash.xxh3_128(repr(self.block_sizes().tolist()).encode())
-        for name in ("content_0", "content_1", "source_content", "caption", "winner"):
+        for name in ("content_0", "content_1", "source_contents", "caption", "winner"):
             for chunk in self.table[name].chunks:
                 digest.update("\x1f".join(map(str, chunk.to_pylist())).encode())
         return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from rlhf.errors import Refused
+from rlhf.models.family import Family
 
 _CHUNK = 16 * 2**20
 
@@ -37,6 +38,18 @@ def fingerprint(model: str | Path, folders: Sequence[str], *settings: str) -> st
             content = _content(str(file.resolve()), status.st_size, status.st_mtime_ns)
             digest.update(f"{folder}/{file.relative_to(root).as_posix()} {content}\n".encode())
     return digest.hexdigest()
+
+
+def fingerprints(family: Family) -> dict[str, str]:
+    """Of every kind of encoding of a family: its encoders' content, dtype and settings. Reads their files once.
+
+    Raises: IncompleteModel.
+    """
+    name = type(family).__qualname__
+    return {
+        kind: fingerprint(family.path, what.folders, name, str(what.dtype), *what.settings)
+        for kind, what in family.kinds.items()
+    }
 
 
 @cache

@@ -16,15 +16,17 @@ import base64
 import binascii
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
+import xxhash
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rlhf.errors import Refused
+from rlhf.types import CENTRE, Fit
 
-Fit = Literal["crop", "pad", "stretch"]
 Box = tuple[float, float, float, float]
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
@@ -104,6 +106,32 @@ def decode_image(data: bytes) -> np.ndarray:
         raise UnreadableImage(f"the image decoder warned, which is treated as corruption: {error}") from error
     except Exception as error:  # whatever a decoder stumbles over, down to struct.error, is the file's fault
         raise UnreadableImage(f"the image is corrupt or truncated: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFile:
+    """A picture file of the input that was read and decoded once."""
+
+    path: str | None
+    """Absolute; None where the bytes lie in a table."""
+    content: str
+    """xxh3-128 of its bytes."""
+    height: int
+    """Pixels of the decoded picture."""
+    width: int
+
+
+def picture_file(data: bytes, path: str | None = None) -> PictureFile | tuple[str, str]:
+    """What is known of a picture file once it is decoded; or what is wrong with it, and the remedy."""
+    try:
+        height, width = decode_image(data).shape[:2]
+    except ImageTooLarge as error:
+        return f"is too large: {error}", "scale it down"
+    except UnsupportedImage as error:
+        return f"is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP"
+    except ImageError as error:
+        return f"is unreadable: {error}", "replace the file"
+    return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(data), height=height, width=width)
 
 
 def decode_base64_image(text: str) -> np.ndarray:
@@ -186,9 +214,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 def load_image(path: str | Path, height: int, width: int, fit: Fit) -> np.ndarray:
     """uint8 (H, W, 3) of a picture file. Raises: OSError, ImageError."""
     return fit_image(decode_image(Path(path).read_bytes()), height, width, fit)
-
-
-CENTRE = (0.5, 0.5)
 
 
 def fit_image(image: np.ndarray, height: int, width: int, fit: Fit, crop: tuple[float, float] = CENTRE) -> np.ndarray:

@@ -7,35 +7,28 @@ The stream is a pure function of (seed, cursor): a permutation per epoch made fr
 nothing but the cursor and no library's random generator can change the order.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-import xxhash
-
-from rlhf.data.media import ImageError, ImageTooLarge, UnsupportedImage, decode_image
-from rlhf.data.records import BadInput, Line, Problem, parse_items, parse_prompts
-from rlhf.types import Item, Prompt, seed_from
+from rlhf.data.checks import OnBadRow, check_file, no_rows, refuse
+from rlhf.data.items import parse_items
+from rlhf.data.media import PictureFile
+from rlhf.data.records import Field, Problem
+from rlhf.types import Fit, Geometry, Item, Prompt, Source, seed_from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A prompt of the input files whose picture was read and decoded."""
+    """A prompt of the input files whose pictures were read and decoded."""
 
     image_id: str
     instruction: str
-    image: str
-    """Absolute path."""
-    item: Item | None
-    content: str
-    """xxh3-128 of the picture file's bytes."""
-    height: int
-    """Pixels of the decoded picture."""
-    width: int
+    images: tuple[PictureFile, ...]
+    """At least one."""
+    item: Item
+    """Empty where the data set has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,54 +47,75 @@ class Rows:
         return "\n".join([head, *(f"  {problem}" for problem in self.left_out)])
 
 
+def prompt_fields(
+    prompt_column: str, items: Collection[str] | None, items_path: str | Path | None
+) -> tuple[Field, ...]:
+    """What a row needs. Where `items` (image_ids of the file `items_path`) is given, every row must be among them."""
+    remedy = (
+        f'add "{prompt_column}": "Make it brighter." or set data.prompt_column, now {prompt_column!r}, to the field that '
+        "holds the instruction"
+    )
+    return (
+        Field(name="image_id", unique=True, known=items, known_in=str(items_path), example='"10001"'),
+        Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
+        Field(name="image", kind="picture paths", example='"images/10001.jpg"'),
+    )
+
+
 def read_rows(
     path: str | Path,
     *,
     item_metadata: str | Path | None = None,
     prompt_column: str = "prompt",
-    on_bad_row: Literal["stop", "skip"] = "stop",
+    on_bad_row: OnBadRow = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> Rows:
-    """Read a JSONL (and the item CSV, in which every image_id must then have a row) and decode every picture.
+    """Read a JSONL or table of prompts (and the item CSV, in which every image_id must then have a row); decode all pictures.
 
-    Pictures must lie, links followed, inside the folder of the JSONL. `progress(done, total)` counts decoded pictures.
-    Raises: BadInput with every problem.
+    Pictures must lie, links followed, inside the folder of the file. `progress(done, total)` counts rows. A file whose name
+    ends in nothing known is read as JSONL. Raises: BadInput with every problem.
     """
     path = Path(path)
-    lines, problems = parse_prompts(path, prompt_column)
     items: dict[str, Item] | None = None
+    item_problems: list[Problem] = []
     if item_metadata is not None:
         items, item_problems = parse_items(Path(item_metadata))
-        problems += item_problems
-        if items or not item_problems:
-            problems += [_without_item(path, line, Path(item_metadata)) for line in lines if line.image_id not in items]
-    root = path.parent.resolve()
-    rows: list[Row] = []
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        pictures = pool.map(lambda line: check_picture(path, root, line.number, "image", line.image), lines)
-        for done, (line, found) in enumerate(zip(lines, pictures, strict=True), start=1):
-            if isinstance(found, Problem):
-                problems.append(found)
-            elif items is None or line.image_id in items:
-                image, content, height, width = found
-                rows.append(
-                    Row(
-                        image_id=line.image_id,
-                        instruction=line.instruction,
-                        image=image,
-                        item=items[line.image_id] if items is not None else None,
-                        content=content,
-                        height=height,
-                        width=width,
-                    )
-                )
-            if progress is not None:
-                progress(done, len(lines))
-    problems.sort(key=lambda problem: (problem.file != str(path), problem.file, problem.line or 0))
-    fatal = any(problem.line is None for problem in problems)
-    if problems and (fatal or on_bad_row == "stop" or not rows):
-        raise BadInput(problems)
+    # Where the items cannot be read at all, that alone is told, and not of every row that it has none.
+    known = None if item_problems and not items else items
+    fields = prompt_fields(prompt_column, known, item_metadata)
+    records, problems = check_file(path, fields, key="data.path", otherwise=".jsonl", progress=progress)
+    if not records and not problems:
+        problems = [no_rows(path, ".jsonl")]
+    rows = []
+    for record in records:
+        image_id = record.fields["image_id"]
+        if items is not None and image_id not in items:
+            continue
+        rows.append(
+            Row(
+                image_id=image_id,
+                instruction=record.fields[prompt_column],
+                images=record.fields["image"],
+                item=items[image_id] if items is not None else {},
+            )
+        )
+    problems = [*problems, *item_problems]
+    refuse(problems, rows, on_bad_row)
     return Rows(rows=tuple(rows), left_out=tuple(problems))
+
+
+def prompts_of(rows: Sequence[Row], fit: Fit, geometry: Callable[[int, int], Geometry]) -> list[Prompt]:
+    """The prompts of rows, in order. `geometry` says what is generated where the first source has (H, W) pixels."""
+    return [
+        Prompt(
+            key=row.image_id,
+            instruction=row.instruction,
+            sources=tuple(Source(path=str(image.path), content=image.content, fit=fit) for image in row.images),
+            item=row.item,
+            geometry=geometry(row.images[0].height, row.images[0].width),
+        )
+        for row in rows
+    ]
 
 
 class PromptStream:
@@ -123,52 +137,3 @@ class PromptStream:
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda i: (seed_from(seed, "prompt order", epoch, i), i)))
-
-
-def check_picture(path: Path, root: Path, number: int, field: str, name: str) -> tuple[str, str, int, int] | Problem:
-    """(absolute path, content hash, H, W) of the picture that `field` of line `number` of the file `path` names.
-
-    It must lie, links followed, inside `root` and is really decoded.
-    """
-
-    def problem(what: str, remedy: str) -> Problem:
-        return Problem(file=str(path), line=number, field=field, what=f"{name!r} {what}", remedy=remedy)
-
-    if "://" in name:
-        return problem("is a URL", "pictures are never fetched: save it beside the JSONL and give its relative path")
-    try:
-        image = (root / name).resolve()
-        inside = image.is_relative_to(root)
-        data = image.read_bytes() if inside and image.is_file() else None
-    except (OSError, ValueError, RuntimeError) as error:
-        return problem(f"cannot be read: {error}", "give a readable file")
-    if not inside:
-        remedy = "move the picture into that folder, without links out of it"
-        return problem(f"lies outside the data root {root}", remedy)
-    if data is None:
-        return problem("does not exist", f"put the picture at {image} or mend the path")
-    checked = check_bytes(data)
-    return problem(*checked) if isinstance(checked[0], str) else (str(image), xxhash.xxh3_128_hexdigest(data), *checked)
-
-
-def check_bytes(data: bytes) -> tuple[int, int] | tuple[str, str]:
-    """(H, W) of a picture file, which is really decoded; or what is wrong with it and the remedy."""
-    try:
-        height, width = decode_image(data).shape[:2]
-    except ImageTooLarge as error:
-        return f"is too large: {error}", "scale it down"
-    except UnsupportedImage as error:
-        return f"is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP"
-    except ImageError as error:
-        return f"is unreadable: {error}", "replace the file"
-    return height, width
-
-
-def _without_item(path: Path, line: Line, items: Path) -> Problem:
-    return Problem(
-        file=str(path),
-        line=line.number,
-        field="image_id",
-        what=f"{line.image_id!r} has no row in {items}",
-        remedy="add its item metadata there or remove this row",
-    )

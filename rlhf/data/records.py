@@ -1,23 +1,18 @@
-"""What the input files must look like, and every way in which a row can be wrong.
+"""The one reader of input rows: any file of `rlhf.data.formats` becomes blocks, and a block becomes records or problems.
 
-`train_metadata.jsonl`: one object a line with `image_id`, an instruction (its column is configurable) and `image`, a
-path relative to the file. `ctr_metadata.csv`: image_id,food_name,food_type,city_name,shop_name; UTF-8, BOM or not.
-
-A problem is a value that says where (file, line, field), what is wrong and how to mend it; parsing collects them all
-and never raises at the first. Left out: reading the pictures (`rlhf.data.prompts`), further columns, which are ignored.
+A problem is a value that says where (file, line, field), what is wrong and how to mend it. What a kind of file needs is
+described once, as a tuple of `Field`s; `rlhf.data.checks` holds records against it.
 """
 
-import csv
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import pyarrow as pa
+
+from rlhf.data.formats import FORMATS, Block, Fault, UnreadableFile
 from rlhf.errors import Refused
-from rlhf.types import Item
-
-ITEM_FIELDS = ("food_name", "food_type", "city_name", "shop_name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,141 +48,127 @@ class BadInput(Refused):
 _SKIP_HINT = '\nTo go on without the bad rows set data.on_bad_row = "skip"; they are then listed and recorded.'
 
 
+def whole(file: Path | str, what: str, remedy: str) -> Problem:
+    """A problem of a file as a whole."""
+    return Problem(file=str(file), line=None, field=None, what=what, remedy=remedy)
+
+
+# --- what a file needs -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """A well-formed line of the JSONL, before its picture was looked at."""
+class Field:
+    """What one field of a kind of file must hold."""
 
+    name: str
+    kind: Literal["text", "number", "picture", "picture path", "picture paths", "any"] = "text"
+    """A number may be written as text and is finite. A picture is its path or, in a table, the bytes of its file; a picture path
+    is never bytes; picture paths are a list of them, or one. `any` is not checked."""
+    required: bool = True
+    """One that is not may be left out, null or empty: all the same."""
+    may_be_empty: bool = False
+    """A text of blanks alone is a value too."""
+    stripped: bool = False
+    """Blanks around a text are no part of it."""
+    unique: bool = False
+    """No two rows of a file may have the same."""
+    known: Collection[str] | None = None
+    """The only values there are: ids of another file, `known_in`."""
+    known_in: str = ""
+    example: str = '"…"'
+    """As JSON writes it."""
+    remedy: str = ""
+    """What to do where it is missing, empty or not known, if that is not to write something like the example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A row as it is in its file or, once it was checked, with the values that its fields stand for."""
+
+    file: str
     number: int
-    image_id: str
-    instruction: str
-    image: str
-    """As written in the file."""
+    """Of the row (line) in its file, from 1."""
+    fields: Mapping[str, Any]
+
+    def problem(self, field: str | None, what: str, remedy: str) -> Problem:
+        return Problem(file=self.file, line=self.number, field=field, what=what, remedy=remedy)
 
 
-def parse_prompts(path: Path, prompt_column: str) -> tuple[list[Line], list[Problem]]:
-    """The well-formed lines of a JSONL and the problems of the others. Of lines with one image_id the first counts."""
-    data, problem = _read(path, "data.path")
-    if data is None:
-        return [], [problem] if problem else []
-    lines: list[Line] = []
-    problems: list[Problem] = []
-    first: dict[str, int] = {}
-    for number, raw in enumerate(data.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        found = _parse_line(raw, str(path), number, prompt_column)
-        if isinstance(found, list):
-            problems += found
-        elif found.image_id in first:
-            what = f"{found.image_id!r} is already on line {first[found.image_id]}"
-            problems.append(_problem(path, number, "image_id", what, "give every row its own image_id"))
-        else:
-            first[found.image_id] = number
-            lines.append(found)
-    if not lines and not problems:
-        problems.append(_problem(path, None, None, "has no rows", "add one JSON object per line"))
-    return lines, problems
+# --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def parse_items(path: Path) -> tuple[dict[str, Item], list[Problem]]:
-    """Items by image_id, and the problems of the other rows. Of rows with one image_id the first counts."""
-    data, problem = _read(path, "data.item_metadata")
-    if data is None:
-        return {}, [problem] if problem else []
+def blocks_of(
+    file: Path, fields: Sequence[Field] = (), *, key: str = "", otherwise: str = "", give: str = ""
+) -> list[Block]:
+    """The blocks of a file, in order.
+
+    `key`: the configuration key that names the file, for remedies. `otherwise`: the format of a file whose name has an ending
+    that is not in FORMATS; by default it is refused. `give`: what to give in place of a table without the right columns.
+    Raises: BadInput for a file that cannot be read as a whole or lacks the column of a required field.
+    """
+    name = format_of(file, otherwise)
+    kind = FORMATS[name]
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return {}, [_problem(path, None, None, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8")]
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    items: dict[str, Item] = {}
-    problems: list[Problem] = []
-    first: dict[str, int] = {}
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        absent = [name for name in ("image_id", *ITEM_FIELDS) if name not in header]
-        if absent:
-            remedy = f"the first line must name image_id,{','.join(ITEM_FIELDS)}"
-            return {}, [_problem(path, None, None, f"has no column {', '.join(absent)}", remedy)]
-        for row in reader:
-            number = reader.line_num
-            if not row:
-                continue
-            if len(row) != len(header):
-                what = f"has {len(row)} fields, the header {len(header)}"
-                problems.append(_problem(path, number, None, what, "add the missing; quote fields that hold commas"))
-                continue
-            values = dict(zip(header, row, strict=True))
-            image_id = values["image_id"]
-            if not image_id:
-                problems.append(_problem(path, number, "image_id", "is empty", "give the image_id of a JSONL row"))
-            elif image_id in first:
-                what = f"{image_id!r} is already on line {first[image_id]}"
-                problems.append(_problem(path, number, "image_id", what, "keep one row per image_id"))
-            else:
-                first[image_id] = number
-                items[image_id] = Item(**{name: values[name] for name in ITEM_FIELDS})
-    except csv.Error as error:
-        problems.append(_problem(path, None, None, f"line {reader.line_num} is no CSV: {error}", "mend its quotes"))
-    return items, problems
-
-
-def _read(path: Path, key: str) -> tuple[bytes | None, Problem | None]:
-    try:
-        data = path.read_bytes()
+        columns = kind.columns(file)
+        absent = [field.name for field in fields if field.required and field.name not in (columns or ())]
+        if columns is not None and absent:
+            raise UnreadableFile(f"has no column {', '.join(absent)}", _columns_remedy(name, columns, fields, give))
+        return kind.blocks(file)
+    except UnreadableFile as error:
+        problem = whole(file, error.fault.what, error.fault.remedy)
     except FileNotFoundError:
-        return None, _problem(path, None, None, "no such file", f"set {key} to an existing file")
-    except OSError as error:
-        return None, _problem(path, None, None, f"cannot be read: {error.strerror}", f"set {key} to a readable file")
-    return data.removeprefix(b"\xef\xbb\xbf"), None
+        problem = whole(file, "no such file", f"set {key} to an existing file" if key else "give a file that exists")
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            remedy = f"set {key} to a readable file" if key else "give a readable file"
+            problem = whole(file, f"cannot be read: {error.strerror}", remedy)
+        else:
+            problem = whole(file, f"is no {kind.noun}: {_line(error)}", "replace it")
+    raise BadInput([problem])
 
 
-def _parse_line(raw: bytes, file: str, number: int, prompt_column: str) -> Line | list[Problem]:
-    def problem(field: str | None, what: str, remedy: str) -> Problem:
-        return Problem(file=file, line=number, field=field, what=what, remedy=remedy)
+def format_of(file: Path, otherwise: str = "") -> str:
+    """A key of FORMATS. Raises: BadInput for a file with another ending, if there is no `otherwise`."""
+    if file.suffix in FORMATS:
+        return file.suffix
+    if not otherwise:
+        raise BadInput([whole(file, f"is a {file.suffix or 'nameless'} file", f"give one of {', '.join(FORMATS)}")])
+    return otherwise
 
+
+def _columns_remedy(name: str, columns: Sequence[str], fields: Sequence[Field], give: str) -> str:
+    wanted = [field.name for field in fields if field.required]
+    if name == ".csv":
+        return f"the first line must name {','.join(wanted)}"
+    if name == ".txt":
+        return "a .txt file holds a text a line; end the name with what the file is, .csv or .jsonl"
+    return f"it has {', '.join(columns)}; give {give or 'the columns ' + ', '.join(wanted)}"
+
+
+def read_block(block: Block, fields: Sequence[Field] = ()) -> list[Record | Problem]:
+    """The rows of a block, in order, or what is wrong with them; blank lines are none.
+
+    `fields`: those to read; all, if none is given. Null in a table is a field that the row lacks.
+    Raises: BadInput for a block that cannot be read as a whole.
+    """
+    example = ", ".join(f'"{field.name}": {field.example}' for field in fields if field.required)
+    names = {field.name for field in fields}
     try:
-        row = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        return [problem(None, f"is not UTF-8 ({error.reason})", "save the file as UTF-8")]
-    except (ValueError, RecursionError) as error:
-        return [problem(None, f"is not JSON: {error}", "write one JSON object per line")]
-    if not isinstance(row, dict):
-        return [problem(None, f"is {_json_type(row)}, not an object", 'write {"image_id": …, …}')]
-    problems = []
-    examples = {"image_id": '"10001"', prompt_column: '"Make it brighter."', "image": '"images/10001.jpg"'}
-    for field, example in examples.items():
-        if field not in row:
-            remedy = f'add "{field}": {example}'
-            if field == prompt_column:
-                remedy += f" or set data.prompt_column, now {prompt_column!r}, to the field that holds the instruction"
-            problems.append(problem(field, "is missing", remedy))
-        elif not isinstance(row[field], str):
-            what = f"is {_json_type(row[field])}, not a string"
-            problems.append(problem(field, what, f"write it in quotes, like {example}"))
-        elif not row[field] and field != prompt_column:
-            problems.append(problem(field, "is empty", f"write for example {example}"))
-        elif not is_text(row[field]):
-            what = "holds half of a surrogate pair, which is no character"
-            problems.append(problem(field, what, "write the character itself"))
-    if problems:
-        return problems
-    return Line(number=number, image_id=row["image_id"], instruction=row[prompt_column], image=row["image"])
+        rows = list(FORMATS[block.format].rows(block, names, f"{{{example}}}" if example else ""))
+    except UnreadableFile as error:
+        raise BadInput([whole(block.file, error.fault.what, error.fault.remedy)]) from error
+    except (pa.ArrowException, OSError) as error:
+        what = f"rows {block.first} to {block.first + block.count - 1} cannot be read: {_line(error)}"
+        problem = Problem(file=block.file, line=block.first, field=None, what=what, remedy="replace it")
+        raise BadInput([problem]) from error
+    return [
+        Problem(file=block.file, line=number, field=None, what=row.what, remedy=row.remedy)
+        if isinstance(row, Fault)
+        else Record(file=block.file, number=number, fields=row)
+        for number, row in rows
+    ]
 
 
-def is_text(text: str) -> bool:
-    """Whether every character can be written: JSON can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _json_type(value: object) -> str:
-    kinds = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number"}
-    return kinds.get(type(value), json.dumps(value))
-
-
-def _problem(path: Path, line: int | None, field: str | None, what: str, remedy: str) -> Problem:
-    return Problem(file=str(path), line=line, field=field, what=what, remedy=remedy)
+def _line(error: Exception) -> str:
+    """What pyarrow says, on one line: a problem has one."""
+    return " ".join(str(error).split())

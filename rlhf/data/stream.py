@@ -10,8 +10,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from rlhf.offline_config import HeldOutConfig, PairDataConfig
-from rlhf.tables import TrainerConfig
+from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
 from rlhf.types import seed_from
 
 

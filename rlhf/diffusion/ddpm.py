@@ -53,7 +53,7 @@ class DiffusersSolver:
     """Any scheduler of diffusers for networks that were trained on the timesteps 0 … N − 1.
 
     Stochastic schedulers draw each row's noise from a generator that the row's own starting noise seeds: the same start
-    gives the same picture, whatever its neighbours in the batch and on whatever device.
+    draws the same, whatever its neighbours in the batch and on whatever device.
     """
 
     def __init__(self, config: Mapping[str, Any], file: str, train_timesteps: int, steps: int, device: torch.device):

@@ -1,43 +1,57 @@
-"""Objectives: from predictions of a policy (and a reference) to a loss.
+"""Objectives: from predictions of a policy (and of frozen sides) to a loss.
 
-An objective knows no model and no data source. It is handed two functions `predict(x_t, t, condition) -> prediction` and
-the family's process. Left out: weighting of the loss over t (public flow-matching DPO uses a constant β; so do we).
+An objective knows no model and no data source. It names the roles whose latents it reads and the frozen sides that it
+compares the policy with, and is handed a function `predict(x_t, t, condition) -> prediction` per side, the family's process
+and a batch. Left out: weighting of the loss over t (public flow-matching DPO uses a constant β; so do we).
 
-Shapes: B pairs, D = C·h·w latent dimensions.
+Shapes: B examples, C latent channels, … height and width, with frames before them where there are any, D = C·… dimensions.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.diffusion.process import Process
-from rlhf.types import Condition, PairBatch
+from rlhf.types import POLICY, REFERENCE, Batch, Condition
 
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(x_t (B, C, h, w), t (B,), condition) -> prediction (B, C, h, w), fp32."""
+"""(x_t (B, C, …), t (B,), condition) -> prediction (B, C, …), fp32. A frozen side's carries no gradient."""
 
 
 class Objective(Protocol):
-    """`needs_reference` says whether the trainer keeps a reference; `__call__` gives the loss and scalars to log."""
+    """`__call__` gives the loss and scalars to log, both means over B by the batch's weights."""
 
     @property
-    def needs_reference(self) -> bool: ...
+    def roles(self) -> tuple[str, ...]:
+        """Of the latents in a batch."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Frozen sides that the trainer must keep beside the policy."""
 
     def __call__(
-        self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
+        self, predict: Mapping[str, Predict], process: Process, batch: Batch
     ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
 
 
-def squared_error(
-    predict: Predict, process: Process, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition
-) -> Tensor:
-    """e = mean over C, h, w of (prediction − target)², shape (B,). The noising is done in fp32."""
+def errors(predict: Predict, process: Process, batch: Batch, roles: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """e of every role, each (B,): mean over C, … of (prediction − target)², times the role's mask if it has one.
+
+    All roles go through the network as one batch of len(roles)·B, with the same (t, noise). The noising is done in fp32.
+    """
+    x0 = torch.cat([batch.x0[role] for role in roles])
+    noise, t = torch.cat([batch.noise] * len(roles)), torch.cat([batch.t] * len(roles))
+    condition = {name: torch.cat([tensor] * len(roles)) for name, tensor in batch.condition.items()}
     prediction = predict(process.noisy(x0, noise, t), t, condition)
-    return (prediction - process.target(x0, noise, t)).square().flatten(1).mean(1)
+    squares = (prediction - process.target(x0, noise, t)).square().chunk(len(roles))
+    return tuple(
+        (square * batch.loss_mask[role] if role in batch.loss_mask else square).flatten(1).mean(1)
+        for role, square in zip(roles, squares, strict=True)
+    )
 
 
 def preference_logit(
@@ -51,44 +65,51 @@ def preference_logit(
 class DPO:
     """Diffusion-DPO: loss = mean(−log σ(z)), one (t, noise) per pair for winner, loser, policy AND reference.
 
-    Winner and loser run as one batch of 2B through each model. With mean reduction β's strength per dimension is β/D.
+    A pair counts for the smaller of its two weights. With mean reduction β's strength per dimension is β/D.
     DPO's known failure is that both errors rise, so each is logged apart, minus its reference.
     """
 
     beta: float
-    needs_reference: bool = True
+    roles: ClassVar[tuple[str, ...]] = ("winner", "loser")
+    sides: ClassVar[tuple[str, ...]] = (REFERENCE,)
 
     def __call__(
-        self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
+        self, predict: Mapping[str, Predict], process: Process, batch: Batch
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x0 = torch.cat([batch.winner, batch.loser])
-        noise, t = torch.cat([batch.noise] * 2), torch.cat([batch.t] * 2)
-        condition = {name: torch.cat([tensor] * 2) for name, tensor in batch.condition.items()}
-        with (
-            torch.no_grad()
-        ):  # first, so that a LoRA policy's adapter is the active one when backward recomputes blocks
-            reference_w, reference_l = squared_error(reference, process, x0, noise, t, condition).chunk(2)
-        policy_w, policy_l = squared_error(policy, process, x0, noise, t, condition).chunk(2)
+        # The reference first: it keeps no activations, so the policy's are never in memory beside it.
+        with torch.no_grad():
+            reference_w, reference_l = errors(predict[REFERENCE], process, batch, self.roles)
+        policy_w, policy_l = errors(predict[POLICY], process, batch, self.roles)
+        weight = torch.minimum(*(batch.weight[role] for role in self.roles))
         z = preference_logit(policy_w, policy_l, reference_w, reference_l, self.beta)
-        loss = -F.logsigmoid(z).mean()
-        return loss, {
-            "implicit_acc": (z > 0).float().mean(),
-            "logit": z.mean(),
-            "winner_error": policy_w.mean(),
-            "loser_error": policy_l.mean(),
-            "winner_error_minus_reference": (policy_w - reference_w).mean(),
-            "loser_error_minus_reference": (policy_l - reference_l).mean(),
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * weight).mean()
+
+        return -mean(F.logsigmoid(z)), {
+            "implicit_acc": mean((z > 0).float()),
+            "logit": mean(z),
+            "winner_error": mean(policy_w),
+            "loser_error": mean(policy_l),
+            "winner_error_minus_reference": mean(policy_w - reference_w),
+            "loser_error_minus_reference": mean(policy_l - reference_l),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFT:
-    """Supervised fine-tuning on the winners: loss = mean e(policy). Keeps no reference."""
+    """Supervised fine-tuning on targets: loss = mean e(policy). Keeps no frozen side."""
 
-    needs_reference: bool = False
+    roles: ClassVar[tuple[str, ...]] = ("target",)
+    sides: ClassVar[tuple[str, ...]] = ()
 
     def __call__(
-        self, policy: Predict, reference: Predict, process: Process, batch: PairBatch
+        self, predict: Mapping[str, Predict], process: Process, batch: Batch
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss = squared_error(policy, process, batch.winner, batch.noise, batch.t, batch.condition).mean()
-        return loss, {"winner_error": loss.detach()}
+        (error,) = errors(predict[POLICY], process, batch, self.roles)
+        loss = (error * batch.weight["target"]).mean()
+        return loss, {"target_error": loss.detach()}
+
+
+OBJECTIVES: Mapping[str, type[DPO] | type[SFT]] = {"dpo": DPO, "sft": SFT}
+"""By the name that recipes give them."""

@@ -47,7 +47,8 @@ class Duel:
     """Place of the prompt in the evaluation, from 0."""
     variant: int
     """0, 1, … within the prompt."""
-    image_id: str
+    key: str
+    """The prompt's name in the data set."""
     instruction: str
     height: int
     """Pixels of all its pictures."""

@@ -10,7 +10,7 @@ of it: an evaluation that stopped over a judge goes on with another one. Left ou
 
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import xxhash
 
 from rlhf.errors import Refused
-from rlhf.evaluation.config import EvaluateConfig
 from rlhf.rewards.protocols import fingerprint
 from rlhf.runs.folder import write_durably
+from rlhf.tables import EvaluatedModelTable, SamplingTable, WeightsTable
 from rlhf.types import Prompt
 
 
@@ -34,37 +34,38 @@ def check_out(out: Path) -> None:
         raise Refused(f"out = {str(out)!r} is not empty and holds no evaluation; choose another folder")
 
 
-def painting(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def painting(
+    model: EvaluatedModelTable, tuned: WeightsTable, sampling: SamplingTable, prompts: Sequence[Prompt], seed: int
+) -> dict[str, Any]:
     """What decides the pixels of every picture, by dotted key."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
-        row = [prompt.image_id, prompt.instruction, prompt.source_key, prompt.height, prompt.width]
+        sources = [(source.content, source.fit) for source in prompt.sources]
+        row = [prompt.key, prompt.instruction, sources, prompt.geometry.height, prompt.geometry.width]
         digest.update(json.dumps(row).encode())
-    tables = {"model": config.model, "tuned": config.tuned, "sampling": config.sampling}
+    tables = {"model": model, "tuned": tuned, "sampling": sampling}
     keys = {f"{name}.{key}": value for name, table in tables.items() for key, value in table.model_dump().items()}
     return keys | {
-        "seed": config.seed,
-        "data.fit": config.data.fit,
-        "the weights at model.path": fingerprint(Path(config.model.path)),
-        "the weights at model.denoiser": fingerprint(Path(config.model.denoiser)) if config.model.denoiser else None,
-        "the tuned weights": fingerprint(Path(str(config.tuned.denoiser or config.tuned.lora))),
+        "seed": seed,
+        "the weights at model.path": fingerprint(Path(model.path)),
+        "the weights at model.denoiser": fingerprint(Path(model.denoiser)) if model.denoiser else None,
+        "the tuned weights": fingerprint(Path(str(tuned.denoiser or tuned.lora))),
         "the prompts": digest.hexdigest(),
     }
 
 
 @contextmanager
-def claim(config: EvaluateConfig, prompts: Sequence[Prompt], recipe: str) -> Iterator[Path]:
-    """Make `out`, or go on in it, with `recipe` as its config.toml; others are kept out meanwhile.
+def claim(out: Path, ours: Mapping[str, Any], recipe: str) -> Iterator[Path]:
+    """Make `out`, or go on in it, with `recipe` as its config.toml; others are kept out meanwhile. `ours`: see `painting`.
 
     Raises Refused where it is finished, in use, or begun with something else (naming what).
     """
-    out, ours = Path(config.out), painting(config, prompts)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Refused(f"out = {config.out!r} is in use by another evaluation that runs now") from error
+            raise Refused(f"out = {str(out)!r} is in use by another evaluation that runs now") from error
         check_out(out)
         begun = out / "painting.json"
         if begun.exists():
@@ -72,7 +73,7 @@ def claim(config: EvaluateConfig, prompts: Sequence[Prompt], recipe: str) -> Ite
             other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
             if other:
                 raise Refused(
-                    f"out = {config.out!r} was begun with other values of {', '.join(other)}; choose another folder, or "
+                    f"out = {str(out)!r} was begun with other values of {', '.join(other)}; choose another folder, or "
                     "remove that one"
                 )
         write_durably(begun, json.dumps(ours, indent=1))

@@ -152,7 +152,7 @@ difference below 0 means that tuned keeps more than base.</small></p>
 {% for title, found in groups.items() if found %}
 <p>{{ name }}, {{ title }}:
 {% for duel, difference in found %}
-<a href="#p{{ duel.prompt }}-{{ duel.variant }}">{{ duel.image_id }} ({{ difference | signed }})</a>
+<a href="#p{{ duel.prompt }}-{{ duel.variant }}">{{ duel.key }} ({{ difference | signed }})</a>
 {% endfor %}</p>
 {% endfor %}
 {% endfor %}
@@ -175,7 +175,7 @@ difference below 0 means that tuned keeps more than base.</small></p>
 <h2>Pictures</h2>
 {% for duel in evaluation.duels %}
 <section id="p{{ duel.prompt }}-{{ duel.variant }}">
-<p>{{ duel.instruction or "(empty instruction)" }} <small>{{ duel.image_id }}, picture {{ duel.variant + 1 }}</small></p>
+<p>{{ duel.instruction or "(empty instruction)" }} <small>{{ duel.key }}, picture {{ duel.variant + 1 }}</small></p>
 <div class="row">
 {% if duel.source %}
 <figure><a href="{{ duel.source }}"><img src="{{ duel.source }}" alt="source" loading="lazy"

@@ -1,20 +1,36 @@
-"""`FAMILIES` names every model family once: `FAMILIES[name](path=folder, guidance_scale=3.5, dtype=torch.bfloat16)`."""
+"""`FAMILIES` names every model family once; `load_family` makes that of a recipe."""
 
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf.models.family import Family, compute_dtype
+import torch
+
+from rlhf.errors import Refused
+from rlhf.models.family import Family
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.stable_diffusion import StableDiffusion
-from rlhf.tables import CheckpointConfig
+from rlhf.tables import ModelTable
 
 FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stable_diffusion": StableDiffusion}
 
 
-def load_family(model: CheckpointConfig, mixed_precision: str, guidance_scale: float | None = None) -> Family:
-    """The family of a recipe. `guidance_scale` None: the family's own default."""
-    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+def load_family(model: ModelTable) -> Family:
+    """The family of a recipe's [model]. Raises Refused for a name that is neither in FAMILIES nor can be imported."""
+    guidance = {} if model.guidance_scale is None else {"guidance_scale": model.guidance_scale}
     denoiser = Path(model.denoiser) if model.denoiser else None
-    return FAMILIES[model.family](
-        path=Path(model.path), denoiser=denoiser, dtype=compute_dtype(mixed_precision), **guidance
+    return _class_of(model.family)(
+        path=Path(model.path), denoiser=denoiser, dtype=getattr(torch, model.dtype), **guidance
     )
+
+
+def _class_of(name: str) -> Callable[..., Family]:
+    if name in FAMILIES:
+        return FAMILIES[name]
+    try:
+        return pkgutil.resolve_name(name)
+    except Exception as error:  # importing runs the module, which may raise anything
+        raise Refused(
+            f"model.family = {name!r} is neither one of {', '.join(FAMILIES)} nor module:NAME of a family that can be "
+            f"imported here: {type(error).__name__}: {error}"
+        ) from error

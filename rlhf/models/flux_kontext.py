@@ -1,18 +1,18 @@
 """FLUX.1 Kontext: an instruction-edit rectified flow with the source image on the token sequence.
 
 Any folder in the diffusers layout works, the real 12B checkpoint and a tiny random one alike. Conventions follow diffusers'
-`FluxKontextPipeline` (see its documentation) and are tested against it to 1e-5. Left out: IP adapters, true CFG.
+`FluxKontextPipeline` (see its documentation) and are tested against it up to rounding. Left out: IP adapters, true CFG.
 
 Text ids are zeros of a shape that the embeddings give, so they are made in `predict` and not stored.
 
 Shapes: B batch, C latent channels (16), h w latents (H/8, W/8), L text tokens (512), S image tokens (h·w/4).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -21,9 +21,21 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from rlhf.diffusion.process import RectifiedFlow
-from rlhf.models.folder import check_trained, latent_shape, load_frozen, load_trained, read_json, to_images, to_pixels
+from rlhf.errors import Refused
+from rlhf.models.family import Kind, Rows, stacked
+from rlhf.models.folder import (
+    check_trained,
+    cut_share,
+    latent_shape,
+    load_frozen,
+    load_trained,
+    read_json,
+    to_images,
+    to_pixels,
+    token_ids,
+)
 from rlhf.models.sizes import kontext_size
-from rlhf.types import Condition
+from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -47,7 +59,7 @@ def position_ids(h: int, w: int, image: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FluxKontext:
-    """The family of a folder. Guidance is embedded by the network, so training uses the rollouts' own scale."""
+    """The family of a folder. The network embeds the guidance scale: training and sampling tell it the same one."""
 
     path: Path
     denoiser: Path | None = None
@@ -62,9 +74,7 @@ class FluxKontext:
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
     denoiser_folder: ClassVar[str] = "transformer"
-    text_folders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    source_folders: ClassVar[tuple[str, ...]] = ("vae",)
-    target_folders: ClassVar[tuple[str, ...]] = ("vae",)
+    sees_source: ClassVar[bool] = True
     lora_prefix: ClassVar[str] = "transformer"
 
     @property
@@ -104,6 +114,9 @@ class FluxKontext:
             denoiser, dtype
         )  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
 
+    def finish(self, denoiser: torch.nn.Module, device: str) -> None:
+        """Nothing: the network has neither buffers nor tables."""
+
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> FluxTransformer2DModel:
@@ -119,20 +132,71 @@ class FluxKontext:
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         return kontext_size(height, width)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return latent_shape(self._vae, height, width, patch=2)
+    def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
+        return latent_shape(self._vae, geometry, patch=2)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // 4
 
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return {
+            "text": Kind(folders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), dtype=self.dtype),
+            "picture": Kind(folders=("vae",), dtype=self.dtype),
+        }
+
+    def encodings(self, prompt: Prompt) -> tuple[Encoding, ...]:
+        """The instruction, and each source at the target's own size."""
+        pictures = (self.target(source, prompt.geometry) for source in prompt.sources)
+        return (Encoding(kind="text", text=prompt.instruction), *pictures)
+
+    def target(self, source: Source, geometry: Geometry) -> Encoding:
+        return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def unguided(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, instruction="")
+
+    def bucket(self, prompt: Prompt) -> Hashable:
+        if len(prompt.sources) != 1:
+            raise Refused(f"prompt {prompt.key!r} has {len(prompt.sources)} sources; FLUX.1 Kontext edits exactly one")
+        return prompt.geometry
+
+    def condition(self, rows: Rows, bucket: Hashable) -> Condition:
+        """`prompt_embeds` (B, L, 4096), `pooled_prompt_embeds` (B, 768), `source_latents` (B, C, h, w)."""
+        texts, pictures = zip(*rows, strict=True)
+        return stacked(texts) | {"source_latents": stacked(pictures)["latents"]}
+
+    def needs_unguided(self, guidance_scale: float | None) -> bool:
+        return False
+
     def predict(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Velocity (B, C, h, w) fp32. Casts its inputs itself: FSDP's own casting would also round the fp32 RoPE."""
+        return self._velocity(denoiser, x_t, t, condition, self.guidance_scale)
+
+    def guided(
+        self,
+        denoiser: torch.nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        unguided: Condition | None,
+        *,
+        guidance_scale: float | None,
+        step: int,
+        state: dict[str, Any],
+    ) -> Tensor:
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self._velocity(denoiser, x_t, t, condition, scale)
+
+    def _velocity(
+        self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: float
+    ) -> Tensor:
+        """(B, C, h, w) fp32. Casts its inputs itself: FSDP's own casting would also round the fp32 RoPE."""
         h, w = x_t.shape[-2:]
         device, source = x_t.device, condition["source_latents"]
         source_h, source_w = source.shape[-2:]
         target_tokens, source_tokens = pack(x_t.to(self.dtype)), pack(source.to(device, self.dtype))
         embeds = condition["prompt_embeds"].to(device, self.dtype)
-        guidance = torch.full_like(t, self.guidance_scale) if denoiser.config.guidance_embeds else None
+        guidance = torch.full_like(t, guidance_scale) if denoiser.config.guidance_embeds else None
         prediction = denoiser(
             hidden_states=torch.cat([target_tokens, source_tokens], dim=1),
             timestep=t,
@@ -145,8 +209,6 @@ class FluxKontext:
         )[0]
         return unpack(prediction[:, : target_tokens.shape[1]], h, w).float()
 
-    guided = predict
-
 
 class KontextCodec:
     """T5, CLIP and the VAE of a Kontext folder, frozen."""
@@ -157,7 +219,7 @@ class KontextCodec:
 
     @cached_property
     def _text(self):
-        """Tokenizers and encoders, loaded at first use: samplers decode pictures and never need them."""
+        """Tokenizers and encoders, loaded at first use: a sampler with cached conditions only decodes."""
         return (
             AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer"),
             load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype),
@@ -170,45 +232,43 @@ class KontextCodec:
         return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2")
 
     @torch.no_grad()
-    def encode_text(self, instructions: Sequence[str]) -> Condition:
-        """`prompt_embeds` (B, L, 4096) of T5 and `pooled_prompt_embeds` (B, 768) of CLIP."""
+    def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
+        """Rows of kind "text": `prompt_embeds` (L, 4096) of T5, `pooled_prompt_embeds` (768,) of CLIP; "picture": `latents`."""
+        return self._encode[encodings[0].kind](encodings, media)
+
+    @property
+    def _encode(self):
+        return {"text": self._encode_texts, "picture": self._encode_pictures}
+
+    def _encode_texts(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         clip_tokenizer, clip, t5_tokenizer, t5 = self._text
-
-        def ids(tokenizer) -> Tensor:
-            batch = tokenizer(
-                list(instructions),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
+        texts = [encoding.text or "" for encoding in encodings]
+        embeds = t5(token_ids(t5_tokenizer, texts, self.device)).last_hidden_state.to(self.dtype)
+        pooled = clip(token_ids(clip_tokenizer, texts, self.device)).pooler_output.to(self.dtype)
+        return [
+            Encoded(
+                tensors={"prompt_embeds": embeds[i], "pooled_prompt_embeds": pooled[i]},
+                unknown=self._unknown(text),
+                cut=cut_share(t5_tokenizer, text),
             )
-            return batch.input_ids.to(self.device)
+            for i, text in enumerate(texts)
+        ]
 
-        return {
-            "prompt_embeds": t5(ids(t5_tokenizer)).last_hidden_state.to(self.dtype),
-            "pooled_prompt_embeds": clip(ids(clip_tokenizer)).pooler_output.to(self.dtype),
-        }
-
-    def encode_source(self, images: Tensor) -> Condition:
-        """`source_latents` (B, C, h, w)."""
-        return {"source_latents": self.encode_target(images)}
-
-    @torch.no_grad()
-    def encode_target(self, images: Tensor) -> Tensor:
+    def _encode_pictures(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         """The posterior's mode, not a sample, shifted and scaled by the VAE's own constants."""
-        mode = self.vae.encode(to_pixels(images, self.vae)).latent_dist.mode()
-        return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        pictures = torch.cat([picture for (picture,) in media])
+        mode = self.vae.encode(to_pixels(pictures, self.vae)).latent_dist.mode()
+        latents = (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return [Encoded(tensors={"latents": row}) for row in latents]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
 
-    def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
+    def _unknown(self, text: str) -> float:
         """T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it."""
         unknown, space = self._t5_tokenizer.unk_token_id, self._t5_tokenizer.convert_tokens_to_ids("▁")
-        shares = []
-        for instruction in instructions:
-            ids = [i for i in self._t5_tokenizer(instruction, add_special_tokens=False).input_ids if i != space]
-            shares.append(sum(i == unknown for i in ids) / max(len(ids), 1))
-        return shares
+        found = self._t5_tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = [i for i in found if i != space]
+        return sum(i == unknown for i in ids) / max(len(ids), 1)

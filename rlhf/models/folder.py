@@ -4,15 +4,22 @@ Shapes: B batch, C latent channels, H W pixels, h w latents.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import Refused
+from rlhf.types import Geometry
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+LORA_FILE = LORA_WEIGHT_NAME_SAFE
+MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
+"""Whole submodules that were trained, by their plain names, and the patterns that chose them."""
 
 
 def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
@@ -45,13 +52,28 @@ def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dty
 
 
 def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device: str, dtype: torch.dtype) -> Any:
-    """A denoiser for sampling, frozen, with a LoRA (its file or the folder of it) if one is given."""
+    """A denoiser for sampling, frozen, with a LoRA (its file or the folder of it) if one is given.
+
+    A folder may hold modules that were trained with the LoRA: they come with it.
+    """
     model = cls.from_pretrained(folder, dtype=dtype)
     if lora is not None:
-        file = lora / LORA_WEIGHT_NAME_SAFE if lora.is_dir() else lora
+        file = lora / LORA_FILE if lora.is_dir() else lora
+        if (lora / MODULES_FILE).is_file():
+            load_modules(model, lora)
         # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
         model.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
     return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def load_modules(denoiser: torch.nn.Module, folder: Path) -> None:
+    """Put the modules of an export into a plain denoiser. Raises Refused for a tensor that it has not, or in another shape."""
+    parameters = dict(denoiser.named_parameters())
+    for name, value in load_file(folder / MODULES_FILE).items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise Refused(f"{folder / MODULES_FILE}: {name} of shape {tuple(value.shape)} is none of this model's")
+        parameters[name].copy_(value)
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:
@@ -59,9 +81,11 @@ def vae_factor(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def latent_shape(vae: Mapping[str, Any], height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of a picture of (H, W) pixels, from the VAE's config. Raises Refused for sides that are no whole patches."""
-    side = vae_factor(vae) * patch
+def latent_shape(vae: Mapping[str, Any], geometry: Geometry, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of a picture, from the VAE's config. Raises Refused for sides that are no whole patches, and for a video."""
+    height, width, side = geometry.height, geometry.width, vae_factor(vae) * patch
+    if geometry.frames != 1:
+        raise Refused(f"{geometry.frames} frames: this model makes pictures")
     if height % side or width % side:
         raise Refused(f"{height}×{width} pixels (model.height, model.width): this model needs multiples of {side}")
     return vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae)
@@ -73,5 +97,20 @@ def to_pixels(images: Tensor, vae: torch.nn.Module) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """The inverse of `to_pixels`, rounded and on the CPU."""
-    return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded."""
+    pictures = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return pictures.unsqueeze(1)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], device: str) -> Tensor:
+    """(B, L) ids of texts, padded and cut to the tokenizer's own length L."""
+    batch = tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return batch.input_ids.to(device)
+
+
+def cut_share(tokenizer: Any, text: str) -> float:
+    """Share of a text's tokens, special ones included, that `token_ids` cuts off."""
+    count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+    return max(0, count - tokenizer.model_max_length) / max(count, 1)

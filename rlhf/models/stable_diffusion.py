@@ -4,15 +4,14 @@ Any folder in the diffusers layout works; its unet/config.json says which kind i
 pooled text and picture sizes). Conventions follow diffusers' `StableDiffusionPipeline` and `StableDiffusionXLPipeline`
 (see their documentation) and are tested against them.
 
-Time ids are the size of the picture itself, uncropped, so they are made in `predict` and not stored. The text of the
-unguided branch is encoded with every prompt, so that samplers need no text encoder.
+Time ids are the size of the picture itself, uncropped, so they are made in `predict` and not stored.
 Left out: guidance_rescale, XL's refiner, inpainting and distilled UNets, VAEs with latents_mean, negative prompts.
 
 Shapes: B batch, C latent channels (4), h w latents (H/8, W/8), L text tokens (77), D text width (768; 2.x 1024; XL 768 + 1280).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,17 +25,20 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from rlhf.diffusion.ddpm import DDPM
 from rlhf.errors import Refused
+from rlhf.models.family import Kind, Rows, stacked
 from rlhf.models.folder import (
     check_trained,
+    cut_share,
     latent_shape,
     load_frozen,
     load_trained,
     read_json,
     to_images,
     to_pixels,
+    token_ids,
     vae_factor,
 )
-from rlhf.types import Condition
+from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 UNET_LIMITS = {
     "addition_embed_type": (None, "text_time"),
@@ -66,8 +68,7 @@ class StableDiffusion:
     blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (ResnetBlock2D, BasicTransformerBlock)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     denoiser_folder: ClassVar[str] = "unet"
-    source_folders: ClassVar[tuple[str, ...]] = ()
-    target_folders: ClassVar[tuple[str, ...]] = ("vae",)
+    sees_source: ClassVar[bool] = False
     lora_prefix: ClassVar[str] = "unet"
 
     @property
@@ -102,8 +103,17 @@ class StableDiffusion:
         return self._unet.get("addition_embed_type") == "text_time"
 
     @property
-    def text_folders(self) -> tuple[str, ...]:
-        return ("tokenizer", "text_encoder", *(("tokenizer_2", "text_encoder_2") if self.xl else ()))
+    def kinds(self) -> Mapping[str, Kind]:
+        second = ("tokenizer_2", "text_encoder_2") if self.xl else ()
+        return {
+            "text": Kind(folders=("tokenizer", "text_encoder", *second), dtype=self.dtype),
+            "picture": Kind(folders=("vae",), dtype=self._vae_dtype),
+        }
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        """force_upcast: XL's VAE overflows fp16 and bands in bf16. It is small beside the UNet, so fp32 costs little."""
+        return torch.float32 if self._vae.get("force_upcast") else self.dtype
 
     @cached_property
     def process(self) -> DDPM:
@@ -123,6 +133,9 @@ class StableDiffusion:
             denoiser = UNet2DConditionModel.from_config(self._unet)
         return torch.nn.Module.to(denoiser, dtype)
 
+    def finish(self, denoiser: torch.nn.Module, device: str) -> None:
+        """Nothing: the network has neither buffers nor tables."""
+
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
         self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
@@ -130,10 +143,7 @@ class StableDiffusion:
         )
 
     def load_codec(self, device: str) -> "StableDiffusionCodec":
-        # force_upcast: XL's VAE overflows fp16 and bands in bf16. It is small beside the UNet, so its word is law.
-        vae = load_frozen(
-            AutoencoderKL, self.path, "vae", device, torch.float32 if self._vae.get("force_upcast") else self.dtype
-        )
+        vae = load_frozen(AutoencoderKL, self.path, "vae", device, self._vae_dtype)
         return StableDiffusionCodec(self.path, device, self.dtype, vae, self.xl)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
@@ -144,8 +154,8 @@ class StableDiffusion:
         sizes = [(a * side // 16, b * side // 16) for pair in XL_SIDES for a, b in (pair, pair[::-1])]
         return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return latent_shape(self._vae, height, width)
+    def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
+        return latent_shape(self._vae, geometry)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1]
@@ -170,16 +180,50 @@ class StableDiffusion:
         )[0]
         return prediction.float()
 
-    def guided(self, denoiser: torch.nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def encodings(self, prompt: Prompt) -> tuple[Encoding, ...]:
+        """The text alone: the model never sees a source."""
+        return (Encoding(kind="text", text=prompt.instruction),)
+
+    def target(self, source: Source, geometry: Geometry) -> Encoding:
+        return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def unguided(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, instruction="")
+
+    def bucket(self, prompt: Prompt) -> Hashable:
+        return prompt.geometry
+
+    def condition(self, rows: Rows, bucket: Hashable) -> Condition:
+        """`prompt_embeds` (B, L, D) and XL's `pooled_prompt_embeds` (B, 1280)."""
+        return stacked([text for (text,) in rows])
+
+    def _scale(self, guidance_scale: float | None) -> float:
+        given = self.guidance_scale if guidance_scale is None else guidance_scale
+        return given if given is not None else 5.0 if self.xl else 7.5
+
+    def needs_unguided(self, guidance_scale: float | None) -> bool:
+        return self._scale(guidance_scale) > 1
+
+    def guided(
+        self,
+        denoiser: torch.nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        unguided: Condition | None,
+        *,
+        guidance_scale: float | None,
+        step: int,
+        state: dict[str, Any],
+    ) -> Tensor:
         """u + s·(c − u) with u for empty text and c for the prompt (Ho and Salimans, arXiv 2207.12598; s = 1 + their w)."""
-        scale = self.guidance_scale if self.guidance_scale is not None else 5.0 if self.xl else 7.5
+        scale = self._scale(guidance_scale)
         if scale <= 1:
             return self.predict(denoiser, x_t, t, condition)
-        names = [name for name in condition if not name.startswith("negative_")]
-        empty = {name: condition[f"negative_{name}"] for name in names}
+        assert unguided is not None, "guidance needs the condition of the empty text"
         if self._zeros_for_empty:
-            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
-        both = {name: torch.cat([empty[name], condition[name]]) for name in names}
+            unguided = {name: torch.zeros_like(tensor) for name, tensor in unguided.items()}
+        both = {name: torch.cat([unguided[name], tensor]) for name, tensor in condition.items()}
         u, c = self.predict(denoiser, torch.cat([x_t] * 2), torch.cat([t] * 2), both).chunk(2)
         return u + scale * (c - u)
 
@@ -196,7 +240,7 @@ class StableDiffusionCodec:
 
     @cached_property
     def _text(self) -> list[tuple[Any, Any]]:
-        """Tokenizers with their encoders, loaded at first use: samplers decode pictures and never need them."""
+        """Tokenizers with their encoders, loaded at first use: a sampler with cached conditions only decodes."""
         first = load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype)
         if not self.xl:
             return [(self._tokenizer, first)]
@@ -206,52 +250,49 @@ class StableDiffusionCodec:
             (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second),
         ]
 
-    def _encode(self, texts: Sequence[str]) -> Condition:
-        outputs = []
-        for tokenizer, encoder in self._text:
-            batch = tokenizer(
-                list(texts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
+    @torch.no_grad()
+    def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
+        """Rows of kind "text": `prompt_embeds` (L, D), XL's `pooled_prompt_embeds` (1280,); "picture": `latents` (C, h, w)."""
+        return self._encode[encodings[0].kind](encodings, media)
+
+    @property
+    def _encode(self):
+        return {"text": self._encode_texts, "picture": self._encode_pictures}
+
+    def _encode_texts(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
+        texts = [encoding.text or "" for encoding in encodings]
+        outputs = [
+            encoder(token_ids(tokenizer, texts, self.device), output_hidden_states=self.xl)
+            for tokenizer, encoder in self._text
+        ]
+        if self.xl:
+            tensors = {
+                "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+                "pooled_prompt_embeds": outputs[1].text_embeds,
+            }
+        else:
+            tensors = {"prompt_embeds": outputs[0].last_hidden_state}
+        return [
+            Encoded(
+                tensors={name: tensor[i] for name, tensor in tensors.items()},
+                unknown=self._unknown(text),
+                cut=cut_share(self._tokenizer, text),
             )
-            outputs.append(encoder(batch.input_ids.to(self.device), output_hidden_states=self.xl))
-        if not self.xl:
-            return {"prompt_embeds": outputs[0].last_hidden_state}
-        return {
-            "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
-            "pooled_prompt_embeds": outputs[1].text_embeds,
-        }
+            for i, text in enumerate(texts)
+        ]
 
-    @cached_property
-    def _empty(self) -> Condition:
-        return {f"negative_{name}": tensor for name, tensor in self._encode([""]).items()}
-
-    @torch.no_grad()
-    def encode_text(self, instructions: Sequence[str]) -> Condition:
-        """`prompt_embeds` (B, L, D), XL's `pooled_prompt_embeds` (B, 1280), and `negative_…` of both for the empty text."""
-        empty = {name: tensor.expand(len(instructions), *tensor.shape[1:]) for name, tensor in self._empty.items()}
-        return self._encode(instructions) | empty
-
-    def encode_source(self, images: Tensor) -> Condition:
-        """Nothing: a text-to-picture model never sees its prompt's source picture."""
-        return {}
-
-    @torch.no_grad()
-    def encode_target(self, images: Tensor) -> Tensor:
+    def _encode_pictures(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         """The posterior's mode, not a sample, times the VAE's scaling_factor."""
-        return self.vae.encode(to_pixels(images, self.vae)).latent_dist.mode() * self.vae.config.scaling_factor
+        pictures = torch.cat([picture for (picture,) in media])
+        latents = self.vae.encode(to_pixels(pictures, self.vae)).latent_dist.mode() * self.vae.config.scaling_factor
+        return [Encoded(tensors={"latents": row}) for row in latents]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
 
-    def unknown_tokens(self, instructions: Sequence[str]) -> list[float]:
+    def _unknown(self, text: str) -> float:
         """0 for real checkpoints: CLIP's vocabulary has every byte. That does not mean that it understands Chinese."""
-        shares = []
-        for instruction in instructions:
-            ids = self._tokenizer(instruction, add_special_tokens=False).input_ids
-            shares.append(sum(i == self._tokenizer.unk_token_id for i in ids) / max(len(ids), 1))
-        return shares
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return sum(i == self._tokenizer.unk_token_id for i in ids) / max(len(ids), 1)

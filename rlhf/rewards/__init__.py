@@ -12,12 +12,12 @@ REWARDS = {
     "clip": "rlhf.rewards.clip:CLIPReward",
     "aesthetic": "rlhf.rewards.aesthetic:AestheticReward",
     "python": "rlhf.rewards.python:PythonReward",
-    "http": "rlhf.rewards.http:HTTPReward",
+    "http": "rlhf.rewards.remote:HTTPReward",
 }
 """Key in [judges] → its class, imported where it runs: their libraries take seconds to load."""
 _NAMED_BY_USERS: dict[type[JudgeConfig], str] = {PythonJudgeConfig: "python", HTTPJudgeConfig: "http"}
 
 
 def load_reward(name: str, judge: JudgeConfig, device: str) -> Reward:
-    """The loaded model of the judge `name`. Raises: what its `from_config` does, FileNotFoundError mostly."""
+    """The loaded model of the judge `name`. Raises: what its `from_config` does, Refused mostly."""
     return pkgutil.resolve_name(REWARDS[_NAMED_BY_USERS.get(type(judge), name)]).from_config(name, judge, device)

@@ -19,7 +19,7 @@ from rlhf.errors import Refused
 from rlhf.rewards.clip import CLIPFeatures
 from rlhf.rewards.config import AestheticJudgeConfig
 from rlhf.rewards.features import existing
-from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint
 from rlhf.types import Item
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth or a .safetensors of it"
@@ -46,7 +46,7 @@ class AestheticHead(nn.Module):
 
 
 class AestheticReward:
-    """The `Reward` "aesthetic": a rating, around 4–7 for real weights. Prompts and items are not read."""
+    """The `Reward` "aesthetic": a rating, around 4–7 for real weights. Prompts, sources and items are not read."""
 
     name = "aesthetic"
 
@@ -65,12 +65,14 @@ class AestheticReward:
         return cls(CLIPFeatures.from_config(name, judge, device), judge.head)
 
     @torch.inference_mode()
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
         """The predicted rating of each picture. See `Reward.score`."""
-        check_batch(images, prompts, items)
-        if not images:
+        check_batch(media, prompts, sources, items)
+        if not media:
             return []
-        return checked_scores(self.name, self.features.images(images, self.head).tolist(), len(images))
+        return checked_scores(self.name, self.features.images(media, self.head).tolist(), len(media))
 
 
 def load_head(file: Path, width: int) -> AestheticHead:

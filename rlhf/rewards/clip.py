@@ -27,7 +27,7 @@ from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
 from rlhf.types import Item
 
 FOLDER = "a CLIPModel folder of transformers: config.json, model.safetensors and its processor's files"
@@ -82,10 +82,10 @@ class CLIPFeatures:
         )
 
     @torch.inference_mode()
-    def images(self, images: Sequence[np.ndarray], head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, D) fp32 unit features of uint8 (H, W, 3) pictures on the CPU; with `head`, what it makes of them.
+    def images(self, media: Sequence[np.ndarray], head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, D) fp32 unit features of pictures (1, H, W, 3) on the CPU; with `head`, what it makes of them. B ≥ 1.
 
-        B ≥ 1. Raises: Refused for anything else than such pictures.
+        Raises: ValueError for anything else than such pictures.
         """
 
         def forward(pixels: Tensor) -> Tensor:
@@ -94,14 +94,14 @@ class CLIPFeatures:
             return features if head is None else head(features)
 
         # As Pillow images, whose channels cannot be mistaken: an array of 3 rows looks like one of 3 channels.
-        pictures = [Image.fromarray(_middle(image)) for image in images]
+        pictures = [Image.fromarray(_middle(picture_of(medium))) for medium in media]
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
         return forward_rows(forward, pixels, self.batch_rows)
 
     @torch.inference_mode()
-    def cosines(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
+    def cosines(self, media: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
         """(B,) fp32: of each picture with its prompt."""
-        return (self.images(images) * self.texts(prompts)).sum(dim=-1)
+        return (self.images(media) * self.texts(prompts)).sum(dim=-1)
 
     def _encode_text(self, prompt: str) -> Tensor:
         limit = self.model.config.text_config.max_position_embeddings  # 77 in every published CLIP
@@ -124,12 +124,14 @@ class CLIPReward:
         """`judges.clip` on `device`."""
         return cls(CLIPFeatures.from_config(name, judge, device))
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """Cosine of each picture with its prompt; `items` are not read. See `Reward.score`."""
-        check_batch(images, prompts, items)
-        if not images:
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """Cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
+        check_batch(media, prompts, sources, items)
+        if not media:
             return []
-        return checked_scores(self.name, self.features.cosines(images, prompts).tolist(), len(images))
+        return checked_scores(self.name, self.features.cosines(media, prompts).tolist(), len(media))
 
 
 class PickScoreReward:
@@ -147,13 +149,15 @@ class PickScoreReward:
         """`judges.pickscore` on `device`."""
         return cls(CLIPFeatures.from_config(name, judge, device))
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """Scaled cosine of each picture with its prompt; `items` are not read. See `Reward.score`."""
-        check_batch(images, prompts, items)
-        if not images:
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """Scaled cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
+        check_batch(media, prompts, sources, items)
+        if not media:
             return []
-        scores = self.features.scale * self.features.cosines(images, prompts)
-        return checked_scores(self.name, scores.tolist(), len(images))
+        scores = self.features.scale * self.features.cosines(media, prompts)
+        return checked_scores(self.name, scores.tolist(), len(media))
 
 
 def _middle(image: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable
+from string import Formatter
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,23 +19,20 @@ SHORTHANDS: dict[str, dict[str, float]] = {
     "ctr": {"ctr": 1.0},
     "hps_ctr": {"hps": 1.0, "ctr": 1.0},
 }
-"""The old script's `--reward_type` values as weights."""
-
-
-class HPSRewardConfig(Section):
-    empty_prompt: str = "{food_name}"
-    """Text that rewards read in place of an empty instruction; {food_name} and the other item fields are filled in."""
+"""`--reward_type` of FEAST's train_dpo_flux_kontext.py as weights."""
 
 
 class RewardConfig(Section):
     weights: dict[str, Weight] | None = None
-    """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}. Unset: what `type` says."""
+    """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}. Unset: those of `type`."""
     type: Literal["hps", "hpsv2", "ctr", "hps_ctr"] | None = None
     """Shorthand for `weights`; with neither: hps_ctr."""
     scaling: Literal["running", "fixed"] = "running"
     """`running`: each reward over its pooled within-group deviation.
-    `fixed`: the old script's clip((hps−0.15)/0.2, 0, 1) with ctr, averaged by weight; or one reward as it is."""
-    hps: HPSRewardConfig = HPSRewardConfig()
+    `fixed`: clip((hps−0.15)/0.2, 0, 1) with ctr, averaged by weight, as in FEAST's train_dpo_flux_kontext.py; or one
+    reward as it is."""
+    empty_prompt: str = "{food_name}"
+    """Text that rewards read in place of an empty instruction; {food_name}, or any other column of the item, is filled in."""
 
     @property
     def mix(self) -> dict[str, float]:
@@ -53,16 +51,38 @@ class RewardConfig(Section):
             raise ValueError("weights = {} names no reward; give at least one, e.g. {hps = 1}")
         if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
             raise ValueError(
-                f'scaling = "fixed" is the old script\'s formula for hps with ctr, but weights = {self.mix}; use "running"'
+                f'scaling = "fixed" is a formula for hps with ctr (FEAST\'s train_dpo_flux_kontext.py), but weights = '
+                f'{self.mix}; use "running"'
             )
+        template_parts(self.empty_prompt)
         return self
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """(text, the item column after it or None) of a reward.empty_prompt, in order; `{{` and `}}` are braces.
+
+    Raises: ValueError where a brace is not closed, or holds anything but the name of a column.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"empty_prompt = {template!r}: {error}; write {{{{ and }}}} for braces") from error
+    for _, column, spec, conversion in parts:
+        if column == "" or spec or conversion:
+            raise ValueError(f"empty_prompt = {template!r}: write the name of a column in braces, like {{food_name}}")
+    return [(text, column) for text, column, _, _ in parts]
 
 
 class JudgeConfig(Section):
     """One judge: a Serve deployment of ours."""
 
     reads_prompt: ClassVar[bool] = True
-    needs_item: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = False
+    """Whether it is sent what the media were made from."""
+    frames: ClassVar[int] = 1
+    """Frames of a medium that it reads, at most."""
+    item_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of the item without which it cannot answer."""
     source: ClassVar[str]
     """The key that says what judges."""
 
@@ -120,7 +140,8 @@ class ModelJudgeConfig(JudgeConfig):
     """Bearer token that the service at `url` asks for. Never written to a file."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     pad_batches: bool = False
-    """Pad every forward to max_batch_size rows: a score is then the same bits whatever it was batched with."""
+    """Pad every forward to max_batch_size rows: no bit of a score then depends on its neighbours, only on its place.
+    With max_batch_size = 1 there is one place, so that equal questions get equal bits."""
 
     @property
     def external(self) -> str | None:
@@ -137,7 +158,7 @@ class HPSJudgeConfig(ModelJudgeConfig):
 
 class CTRJudgeConfig(ModelJudgeConfig):
     reads_prompt: ClassVar[bool] = False
-    needs_item: ClassVar[bool] = True
+    item_columns: ClassVar[tuple[str, ...]] = ("food_name", "food_type", "city_name", "shop_name")
 
 
 class CLIPJudgeConfig(ModelJudgeConfig):
@@ -164,7 +185,10 @@ class AestheticJudgeConfig(ModelJudgeConfig):
 
 
 class PythonJudgeConfig(JudgeConfig):
-    """A function of yours: `(images, prompts, items) -> scores`, called with batches in a Serve replica."""
+    """A function of yours: `(images, prompts, sources, items) -> scores`, called with batches in a Serve replica.
+
+    One of three arguments, `(images, prompts, items)`, is not sent sources.
+    """
 
     source: ClassVar[str] = "function"
     function: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
@@ -182,6 +206,8 @@ class HTTPJudgeConfig(JudgeConfig):
     """The full address that batches are posted to."""
     token: str | None = Field(None, exclude=True)
     """Bearer token that the service asks for. Never written to a file."""
+    send_source: bool = False
+    """Send the source photo too, as "source_base64" (a list where there are several)."""
     timeout_s: float = Field(60.0, gt=0)
     """One batch."""
 
@@ -196,11 +222,12 @@ class FilterJudgeConfig(ModelJudgeConfig):
     model_name: str = "Qwen/Qwen3-VL-32B-Instruct"
     min_pass_probability: float = Field(0.5, ge=0, le=1)
     system_prompt: str | None = None
-    """What the auditor is told; default: text and logos, structure, artefacts and (with the source) the subject kept."""
+    """The model's instructions. Default: check text and logos, structure, artefacts and, with the source, whether the subject
+    was kept."""
     reason_prompt: str | None = None
     """What asks for the reason after FAIL; default: one short sentence."""
     send_source: bool = False
-    """Show the auditor the source photo beside the edit, so that "the subject was kept" can be asked."""
+    """Give the model the source photo beside the edit, which the check of the subject needs."""
     tensor_parallel_size: int = Field(1, ge=1)
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     max_model_len: int = Field(4096, ge=256)
@@ -236,9 +263,9 @@ class JudgesConfig(Section):
     clip: CLIPJudgeConfig = CLIPJudgeConfig()
     aesthetic: AestheticJudgeConfig = AestheticJudgeConfig()
     python: dict[JudgeName, PythonJudgeConfig] = Field(default_factory=dict)
-    """Functions of yours as judges, by a name that reward.weights then knows: [judges.python.NAME]."""
+    """Functions of yours as judges, by the name that reward.weights uses: [judges.python.NAME]."""
     http: dict[JudgeName, HTTPJudgeConfig] = Field(default_factory=dict)
-    """Services elsewhere as judges, by a name that reward.weights then knows: [judges.http.NAME]."""
+    """Services elsewhere as judges, by the name that reward.weights uses: [judges.http.NAME]."""
     filter: FilterJudgeConfig = FilterJudgeConfig()
     max_failure_rate: float = Field(0.5, ge=0, le=1)
     """Share of failed calls of one judge, over its last 50, above which the run stops."""

@@ -1,7 +1,7 @@
 """What the rewards on CLIP-like encoders share: forwards of one fixed shape, a cache of prompts, a look at their paths.
 
-Both keep one promise: a score never depends on which others it was computed with. Features come back to the CPU, where
-the last sums run row by row; a GPU may order a reduction by the shape of the whole batch.
+Both keep one promise: a score never depends on what it was computed with. Its place and the size of a forward may change
+its last bits, by the order of sums; features come back to the CPU, where the last sums run row by row.
 
 Left out: the models and their transforms, which differ (`rlhf.rewards.hpsv2`, `rlhf.rewards.clip`).
 """
@@ -22,8 +22,8 @@ _CACHED_PROMPTS = 4096
 def forward_rows(forward: Callable[[Tensor], Tensor], pixels: Tensor, rows: int | None) -> Tensor:
     """`forward` of pixels (B, 3, S, S), B ≥ 1, in fp32 on the CPU: (B, …).
 
-    rows: every forward gets exactly so many pictures, black ones after the last, so that a picture's result is the same
-    bits whatever it was batched with. None: one forward of all.
+    rows: every forward gets exactly so many pictures, black ones after the last, so that no bit of a picture's result
+    depends on its neighbours, only on its place among them. None: one forward of all.
     """
     outputs = []
     for chunk in pixels.split(rows or len(pixels)):
@@ -58,7 +58,7 @@ class TextFeatures:
 
 
 def existing(key: str, path: Path | str | None, needed: str) -> Path:
-    """`path` of the recipe's `key`. Raises: Refused where it is unset, FileNotFoundError where nothing is there."""
+    """`path` of the recipe's `key`. Raises: Refused where it is unset or nothing is there."""
     if path is None:
         raise Refused(f"{key} is not set; give {needed}")
     if not Path(path).exists():

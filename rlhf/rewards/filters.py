@@ -1,21 +1,30 @@
 """The quality filter's words: what a vision-language model is asked of an edit, and how its answer becomes a verdict.
 
-The old script's three checks (garbled text or logos, broken structure of the subject, artefacts) and, with the source photo,
-whether the subject was kept. The answer is constrained to one of two words, and the verdict is the probability of PASS
-at the first token against a threshold; a reason is asked for only after FAIL. Text inside a picture can talk to the
-model, so the prompt says to ignore it and the constraint leaves it nothing else to say.
+Three checks, those of FEAST's qwen_filter_server.py (garbled text or logos, broken structure of the subject, artefacts), and
+with the source photo a fourth, whether the subject was kept. The answer is constrained to one of two words, and the verdict
+is the probability of PASS at the first token against a threshold; a reason is asked for only after FAIL. Text inside a
+picture can hold instructions for the model, so the prompt says to ignore it, and the constraint allows no other answer.
 
-Left out: the engines (`serve_apps.vllm_engine` runs vLLM, `rlhf.rewards.api_filter` calls a server).
+`APIFilter` asks an OpenAI-compatible server these questions. Its request holds the answer to the two words where the server can
+(`structured_outputs`, as vLLM's server takes it) and asks for the first token's log-probabilities. A server that refuses
+these extras is asked again without them, once and for all; its answer must then still be exactly one of the two words.
+
+Left out: the built-in engine (`serve_apps.vllm_engine`), and retries, which belong to whoever calls.
 """
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 
-from rlhf.rewards.protocols import JudgeError
+from rlhf.data.media import encode_base64
+from rlhf.rewards.config import FilterJudgeConfig
+from rlhf.rewards.protocols import JudgeError, Sources
+from rlhf.rewards.remote import connection
 from rlhf.types import Verdict
 
 PASS, FAIL = "PASS", "FAIL"
@@ -39,19 +48,23 @@ MAX_PIXELS = 1_048_576
 """Pictures are shrunk to this before the model sees them (1312×784 is not): a visual token is 32×32 pixels, and a
 40-megapixel source would not fit any context length."""
 
+MAX_SOURCES = 4
+"""Sources that the filter is shown at most. Each picture is about a thousand tokens of `judges.filter.max_model_len`."""
+
 REASON_REQUEST = "Name the defect in one short sentence, without quoting text from the picture."
 
 
-def build_messages(system_prompt: str | None, *, has_source: bool, prompt: str) -> list[dict[str, Any]]:
-    """The conversation, with `{"type": "image"}` where a picture goes: the source first (if any), then the edit.
+def build_messages(system_prompt: str | None, *, sources: int, prompt: str) -> list[dict[str, Any]]:
+    """The conversation, with `{"type": "image"}` where a picture goes: first the sources, so many, then the edit.
 
     This is the form that `apply_chat_template` of Qwen-VL processors takes. `prompt` is the edit instruction;
-    `system_prompt` None: the built-in one, which asks about the subject where the source is shown.
+    `system_prompt` None: the built-in one, which asks about the subject where a source is shown.
     """
-    system_prompt = system_prompt or (SYSTEM_PROMPT_WITH_SOURCE if has_source else SYSTEM_PROMPT)
+    system_prompt = system_prompt or (SYSTEM_PROMPT_WITH_SOURCE if sources else SYSTEM_PROMPT)
     content: list[dict[str, Any]] = []
-    if has_source:
-        content += [{"type": "text", "text": "The picture before the edit:"}, {"type": "image"}]
+    if sources:
+        before = "The picture before the edit:" if sources == 1 else "The pictures that the edit was made from:"
+        content += [{"type": "text", "text": before}, *[{"type": "image"}] * sources]
     content += [{"type": "text", "text": "The edited picture:"}, {"type": "image"}]
     if prompt:
         quoted = repr(prompt.replace("<|", "< |"))  # an instruction cannot spell the template's control tokens
@@ -112,3 +125,95 @@ def shrink(picture: np.ndarray) -> np.ndarray:
     scale = math.sqrt(MAX_PIXELS / (height * width))
     size = max(1, int(width * scale)), max(1, int(height * scale))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+# --- an OpenAI-compatible server ---------------------------------------------------------------------------------------
+
+_EXTRAS: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "structured_outputs": {"choice": list(VERDICTS)}}
+
+
+class APIFilter:
+    """A `Filter` that asks `judge.api_base` (for example http://host:8170/v1) for the model `judge.model_name`."""
+
+    name = "filter"
+    device = "remote"
+
+    def __init__(self, judge: FilterJudgeConfig, *, api_key: str | None = None) -> None:
+        assert judge.api_base is not None
+        self.config = judge
+        self.version = f"{judge.model_name}@{judge.api_base}"
+        base = judge.api_base.rstrip("/") + "/"
+        self._client = httpx.AsyncClient(base_url=base, **connection(base, api_key, judge.api_timeout_s))
+        self._extras = _EXTRAS
+
+    async def judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
+        """See `Filter.judge`. Raises: JudgeError also where the server refuses, fails or does not answer in time."""
+        pictures = [encode_base64(shrink(picture)) for picture in (*sources, image)]
+        messages = build_messages(self.config.system_prompt, sources=len(sources), prompt=prompt)
+        choice = await self._ask(messages, pictures, max_tokens=8, extras=self._extras)
+        probability = pass_probability(first) if (first := _first_token(choice)) else None
+        verdict = decide(_text(choice), probability, self.config.min_pass_probability)
+        if verdict.valid or not self.config.max_reason_tokens:
+            return verdict
+        messages = reason_messages(messages, self.config.reason_prompt)
+        reason = await self._ask(messages, pictures, max_tokens=self.config.max_reason_tokens)
+        return replace(verdict, reason=_text(reason).strip())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _ask(
+        self,
+        messages: list[dict[str, Any]],
+        pictures: list[str],
+        *,
+        max_tokens: int,
+        extras: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        body = {
+            "model": self.config.model_name,
+            "messages": _with_pictures(messages, pictures),
+            "temperature": 0.0,
+            "max_tokens": max_tokens,
+        } | (extras or {})
+        try:
+            response = await self._client.post("chat/completions", json=body)
+            if extras and response.status_code in (400, 422):
+                choice = await self._ask(messages, pictures, max_tokens=max_tokens)
+                self._extras = {}  # only once the plain request was taken: the fault may have been another
+                return choice
+            response.raise_for_status()
+            choice = response.json()["choices"][0]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise JudgeError(f"the filter's server {self.config.api_base}: {type(error).__name__}: {error}") from error
+        return choice
+
+
+def _with_pictures(messages: list[dict[str, Any]], pictures: list[str]) -> list[dict[str, Any]]:
+    """The conversation in OpenAI's form: each `{"type": "image"}` becomes a data URL, in order."""
+    remaining = iter(pictures)
+    filled = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{next(remaining)}"}}
+                if part["type"] == "image"
+                else part
+                for part in content
+            ]
+        filled.append({**message, "content": content})
+    return filled
+
+
+def _text(choice: dict[str, Any]) -> str:
+    text = (choice.get("message") or {}).get("content")
+    if not isinstance(text, str):
+        raise JudgeError(f"the filter's server answered without text: {str(choice)[:200]}")
+    return text
+
+
+def _first_token(choice: dict[str, Any]) -> list[tuple[str, float]]:
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return [(entry["token"], float(entry["logprob"])) for entry in content[0]["top_logprobs"]] if content else []

@@ -34,7 +34,7 @@ from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
 from rlhf.types import Item
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -81,14 +81,16 @@ class HPSv2Reward:
         )
 
     @torch.inference_mode()
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """Cosine of each picture with its prompt; `items` are not read. See `Reward.score`."""
-        check_batch(images, prompts, items)
-        if not images:
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """Cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
+        check_batch(media, prompts, sources, items)
+        if not media:
             return []
-        pixels = torch.stack([transform(image, self.image_size) for image in images])
+        pixels = torch.stack([transform(picture_of(medium), self.image_size) for medium in media])
         cosines = (forward_rows(self._encode_images, pixels, self.batch_rows) * self.texts(prompts)).sum(dim=-1)
-        return checked_scores(self.name, cosines.tolist(), len(images))
+        return checked_scores(self.name, cosines.tolist(), len(media))
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.model.encode_image(pixels.to(self.device, self.dtype)).float(), dim=-1)

@@ -1,7 +1,9 @@
 """What a reward and a filter are: the two protocols that the judges speak, and the checks every score goes through.
 
-A reward turns pictures into scalars (higher is better); a filter turns a picture into a verdict and is never a reward.
-A judge that fails raises: there is no default score, no NaN, no "pass because the judge was silent".
+A reward turns media into scalars (higher is better); a filter turns a picture into a verdict and is never a reward.
+A judge that fails raises: there is no default score, no NaN, and no verdict without an answer.
+
+Shapes: F frames (a picture has one), H W pixels.
 """
 
 import math
@@ -15,6 +17,9 @@ import xxhash
 from rlhf.errors import Refused
 from rlhf.types import Item, Verdict
 
+Sources = tuple[np.ndarray, ...]
+"""What one medium was made from: uint8 (F, H, W, 3) each, as the model saw them; empty where the judge reads none."""
+
 
 class JudgeError(RuntimeError):
     """A judge gave no usable answer (not finite, wrong count, not a verdict). Its candidate is never scored."""
@@ -26,7 +31,11 @@ class JudgeUnreachable(JudgeError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores pictures in one batch. Implementations: `rlhf.rewards.REWARDS`, made by their `from_config`."""
+    """Scores media in one batch. Implementations: `rlhf.rewards.REWARDS`, made by their `from_config`.
+
+    Its config class declares how many frames it reads and whether it reads sources (`JudgeConfig.frames`, `reads_sources`).
+    Where that depends on the recipe (a function of the user's, a service), the reward has an attribute `reads_sources`.
+    """
 
     name: str
     """As reward.weights has it: "hps", "ctr", …"""
@@ -34,10 +43,13 @@ class Reward(Protocol):
     """Model name and a fingerprint of its weights, as /health reports them."""
     device: str
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """One finite scalar per picture, higher is better.
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """One finite scalar per medium, higher is better.
 
-        images: uint8 (H, W, 3) RGB, sizes may differ; prompts and items: one per picture.
+        media: uint8 (F, H, W, 3) RGB with at most the config's `frames`, sizes may differ; prompts, sources and items: one
+        per medium, an item is empty where nothing is known.
         Raises: Refused for inputs a caller can mend, JudgeError where the model gives no usable number.
         """
         ...
@@ -51,9 +63,11 @@ class Filter(Protocol):
     version: str
     device: str
 
-    async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
-        """The verdict on one edit. image, source: uint8 (H, W, 3) RGB; prompt: the edit instruction, may be empty.
+    async def judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
+        """The verdict on one edit.
 
+        image: uint8 (H, W, 3) RGB; sources: pictures of that kind, what was edited, empty where the filter is not to see
+        them; prompt: the edit instruction, may be empty.
         Raises: Refused for bad inputs, JudgeError where the model's answer is not a verdict.
         """
         ...
@@ -63,20 +77,70 @@ class Filter(Protocol):
         ...
 
 
+# --- media -------------------------------------------------------------------------------------------------------------
+
+
+def as_media(array: np.ndarray) -> np.ndarray:
+    """(F, H, W, 3) of a picture (H, W, 3) or of media, as a view. Raises: ValueError for anything that is no uint8 RGB."""
+    if not isinstance(array, np.ndarray):  # ValueError on purpose: it is a caller's mistake like the next one
+        raise ValueError(f"media must be a numpy array uint8 (F, H, W, 3), not {type(array).__name__}")
+    media = array[None] if array.ndim == 3 else array
+    if media.dtype != np.uint8 or media.ndim != 4 or media.shape[3] != 3 or 0 in media.shape:
+        raise ValueError(
+            f"media must be uint8 (F, H, W, 3), a picture uint8 (H, W, 3), not {array.dtype} {array.shape}"
+        )
+    return media
+
+
+def frames_of(medium: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` frames (F, H, W, 3) of a medium, evenly spread over it; one frame is the one in its middle."""
+    length = len(medium)
+    return medium if length <= count else medium[[(2 * i + 1) * length // (2 * count) for i in range(count)]]
+
+
+def picture_of(medium: np.ndarray) -> np.ndarray:
+    """(H, W, 3), the one frame of a medium. Raises: ValueError where it has more."""
+    if len(medium) != 1:
+        raise ValueError(
+            f"a reward of pictures was given a medium of {len(medium)} frames; choose one with `frames_of`"
+        )
+    return medium[0]
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
 def checked_scores(name: str, scores: Sequence[float], count: int) -> list[float]:
     """`scores` as floats, or JudgeError if there are not `count` of them or one is not finite."""
     if len(scores) != count:
-        raise JudgeError(f"reward {name!r} gave {len(scores)} scores for {count} images")
+        raise JudgeError(f"reward {name!r} gave {len(scores)} scores for {count} media")
     for index, score in enumerate(scores):
         if not math.isfinite(score):
-            raise JudgeError(f"reward {name!r} gave {score} for image {index} of {count}")
+            raise JudgeError(f"reward {name!r} gave {score} for medium {index} of {count}")
     return [float(score) for score in scores]
 
 
-def check_batch(images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> None:
-    """ValueError unless there is one prompt and one item (or None) per picture."""
-    if not len(images) == len(prompts) == len(items):
-        raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(items)} items: counts must agree")
+def check_batch(
+    media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+) -> None:
+    """ValueError unless all are media, with one prompt, one tuple of sources and one item for each."""
+    counts = len(media), len(prompts), len(sources), len(items)
+    if len(set(counts)) > 1:
+        raise ValueError("{} media, {} prompts, {} sources and {} items: counts must agree".format(*counts))
+    for medium in (*media, *(source for some in sources for source in some)):
+        if not isinstance(medium, np.ndarray) or medium.ndim != 4:
+            shape = getattr(medium, "shape", "")
+            raise ValueError(f"each medium must be uint8 (F, H, W, 3), not {type(medium).__name__} {shape}")
+        as_media(medium)
+
+
+def check_columns(judge: str, columns: Sequence[str], item: Item) -> None:
+    """Refused, naming what is missing, unless the item has all `columns` that the judge reads."""
+    if missing := [column for column in columns if column not in item]:
+        there = ", ".join(item) or "none"
+        raise Refused(
+            f"the judge {judge!r} reads the item columns {', '.join(columns)}; missing: {', '.join(missing)} (there: {there})"
+        )
 
 
 def fingerprint(path: Path) -> str:

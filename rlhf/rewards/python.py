@@ -1,11 +1,14 @@
-"""Your own reward: a Python function `(images, prompts, items) -> scores`, named in the recipe by its import path.
+"""Your own reward: a Python function `(images, prompts, sources, items) -> scores`, named in the recipe by its import path.
 
     [judges.python.sharpness]
     function = "my_rewards.sharpness:score"
 
-It gets whole batches as lists (uint8 (H, W, 3) arrays that may be read-only, texts, and an `Item` or None each) and
+It gets whole batches as lists: pictures (uint8 (H, W, 3) arrays that may be read-only), texts, for each picture a tuple of
+what it was made from (pictures of the same kind, as the model saw them), and for each the item's columns as a dict, which
+is empty where nothing is known. A function of three arguments, `(images, prompts, items)`, is not sent sources. It
 returns one number per picture, higher is better: a list, a tuple, a NumPy array or a tensor of them. At the start and
-when idle it is also asked about small grey pictures, with the text "probe".
+when idle it is also asked about small grey pictures with a grey source, the text "probe", and "probe" in the CTR model's
+columns.
 
 Left out: configuration (a function reads its own), a device (it places its own model and states what it needs in
 `num_gpus`), and async functions, which a batch at a time gains nothing from.
@@ -20,10 +23,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.protocols import JudgeError, check_batch, checked_scores, fingerprint
+from rlhf.rewards.protocols import JudgeError, Sources, check_batch, checked_scores, fingerprint, picture_of
 from rlhf.types import Item
 
 
@@ -39,6 +41,7 @@ class PythonReward:
         self.device = device
         self.key = f"judges.python.{name}.function = {function!r}"
         self._function = resolve(self.key, function)
+        self.reads_sources = takes_sources(self._function)
         self.version = version(self._function, function)
 
     @classmethod
@@ -48,18 +51,20 @@ class PythonReward:
             raise Refused(f'judges.python.{name}.function is not set; give "package.module:function"')
         return cls(name, judge.function, device=device)
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
         """The function's scores. Raises: JudgeError with what it raised, or with what is wrong with its answer."""
-        check_batch(images, prompts, items)
-        for image in images:
-            check_array(image)
-        if not images:
+        check_batch(media, prompts, sources, items)
+        if not media:
             return []
+        images = [picture_of(medium) for medium in media]
+        befores = [[tuple(picture_of(source) for source in some) for some in sources]] if self.reads_sources else []
         try:
-            answer = self._function(list(images), list(prompts), list(items))
+            answer = self._function(images, list(prompts), *befores, list(items))
         except (Exception, SystemExit) as error:  # it is not our code: it may raise anything
             raise JudgeError(f"{self.key} raised {type(error).__name__}: {error}") from error
-        return checked_scores(self.name, self._numbers(answer), len(images))
+        return checked_scores(self.name, self._numbers(answer), len(media))
 
     def _numbers(self, answer: Any) -> list[float]:
         values = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -82,16 +87,45 @@ def resolve(key: str, function: str) -> Callable[..., Any]:
             "or keep its module in the job's working directory"
         ) from error
     if not callable(found):
-        raise Refused(f"{key} is {type(found).__name__}, not a function (images, prompts, items) -> scores")
+        raise Refused(f"{key} is {type(found).__name__}, not a function (images, prompts, sources, items) -> scores")
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in (found, found.__call__)):
         raise Refused(f"{key} is async; write a plain function, which gets a whole batch at a time")
+    if not (_fits(found, 3) or _fits(found, 4)):
+        raise Refused(
+            f"{key} cannot be called with (images, prompts, sources, items): it is {inspect.signature(found)}"
+        )
     return found
 
 
-def version(found: Callable[..., Any], function: str) -> str:
-    """The import path and a fingerprint of the file that the function is written in; of its module's, where it has no
+def takes_sources(found: Callable[..., Any]) -> bool:
+    """Whether a function is of four arguments, (images, prompts, sources, items), and not of three, by its signature.
 
-    source (a callable object)."""
+    One that can be called with either is of four if it takes any number, or names an argument `sources`.
+    """
+    if not _fits(found, 4):
+        return False
+    parameters = inspect.signature(found).parameters
+    return (
+        not _fits(found, 3) or "sources" in parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    )
+
+
+def _fits(found: Callable[..., Any], count: int) -> bool:
+    """Whether `count` arguments by position are what it takes; one written in C that has no signature takes three."""
+    try:
+        inspect.signature(found).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        return count == 3
+    return True
+
+
+def version(found: Callable[..., Any], function: str) -> str:
+    """The import path and a fingerprint of the file that the function is written in.
+
+    Of a callable object, which has no source, it is its module's file.
+    """
     try:
         file = inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:

@@ -1,25 +1,98 @@
-"""Judges behind an external HTTP service (`judges.NAME.url`), with the methods of the in-cluster handles.
+"""Judges that are HTTP services elsewhere: one judge at its `url`, and any service that answers batches.
 
-They speak the HTTP contract of `serve_apps`, so they also reach another cluster's apps: `url` is the app's address, for example
-http://host:8000/hpsv2. An answer that is not the promised JSON, or a number that is not finite, is a JudgeError.
+`RemoteJudge` (`judges.NAME.url`) has the methods of the in-cluster handles and speaks the HTTP contract of `serve_apps`, so it
+also reaches another cluster's apps: `url` is the app's address, for example http://host:8000/hpsv2.
 
-Left out: retries, which belong to whoever calls, and batches, which the service makes of concurrent requests (one that
-wants batches is a judge of `judges.http`).
+`HTTPReward` ([judges.http.NAME]) is a reward that posts {"items": [{"image_base64", "prompt", "item", "source_base64"}]} and
+reads {"scores": [one number each]}; /score_batch of every reward app here is such a service. Pictures go as PNG in base64.
+It sends small grey pictures with the text "probe" at the start and when idle.
+
+An answer that is not the promised JSON, or a number that is not finite, is a JudgeError. Left out: retries, which belong to
+whoever calls, and media of more than one frame.
 """
 
 import asyncio
-from dataclasses import asdict
-from typing import Any
+import ipaddress
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
 
 import httpx
 import numpy as np
+import xxhash
 
 from rlhf.data.media import encode_base64, encode_png
-from rlhf.errors import Refused
-from rlhf.rewards.answers import number, read_json
-from rlhf.rewards.config import CTRJudgeConfig, ModelJudgeConfig
-from rlhf.rewards.protocols import JudgeError
+from rlhf.rewards.config import CTRJudgeConfig, HTTPJudgeConfig, ModelJudgeConfig
+from rlhf.rewards.protocols import (
+    JudgeError,
+    JudgeUnreachable,
+    Sources,
+    as_media,
+    check_batch,
+    check_columns,
+    checked_scores,
+    frames_of,
+    picture_of,
+)
 from rlhf.types import Item, Verdict
+
+# --- connections -------------------------------------------------------------------------------------------------------
+
+
+def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
+    """Keyword arguments of every httpx client that asks the service at `url`: bearer token, timeout, proxies.
+
+    A client obeys the proxies of the environment (HTTP_PROXY, …) unless the service is on this machine.
+    """
+    return {
+        "headers": {"Authorization": f"Bearer {token}"} if token else {},
+        "timeout": timeout_s,
+        "trust_env": not is_loopback(url),
+    }
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` names this machine by localhost or a loopback address."""
+    host = httpx.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def read_json(url: str, response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a 200 answer. Raises: JudgeError for anything else, with the status and what was said."""
+    if response.status_code != 200:
+        raise JudgeError(f"{url}: status {response.status_code}: {response.text[:200]}")
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise JudgeError(f"{url}: not JSON: {response.text[:200]!r}") from error
+    if not isinstance(answer, dict):
+        raise JudgeError(f"{url}: not a JSON object: {response.text[:200]!r}")
+    return answer
+
+
+def number(url: str, key: str, value: Any) -> float:
+    """`value` as a float. Raises: JudgeError where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise JudgeError(f"{url}: `{key}` is {value!r}, not a finite number")
+    return float(value)
+
+
+def question(image: np.ndarray, prompt: str, sources: Sequence[np.ndarray], item: Item) -> dict[str, Any]:
+    """The JSON of one picture, as /score takes it. image, sources: uint8 (H, W, 3)."""
+    body: dict[str, Any] = {"image_base64": encode_base64(image), "prompt": prompt}
+    if sources:
+        encoded = [encode_base64(source) for source in sources]
+        body["source_base64"] = encoded[0] if len(encoded) == 1 else encoded
+    if item:
+        body["item"] = dict(item)
+    return body
+
+
+# --- one judge ---------------------------------------------------------------------------------------------------------
 
 
 class RemoteJudge:
@@ -29,28 +102,28 @@ class RemoteJudge:
         assert judge.url is not None
         self._config = judge
         self.url = judge.url.rstrip("/")
-        headers = {"Authorization": f"Bearer {judge.token}"} if judge.token else {}
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s)
+        self._client = httpx.AsyncClient(**connection(self.url, judge.token, timeout_s))
 
-    async def score(self, image: np.ndarray, prompt: str, item: Item | None = None) -> float:
-        """The reward of one uint8 (H, W, 3) picture. Raises: JudgeError; Refused where a needed item is missing."""
+    async def score(self, media: np.ndarray, prompt: str, sources: Sources = (), item: Item | None = None) -> float:
+        """The reward of one picture or medium. Raises: JudgeError; Refused where a needed column of the item is missing."""
+        item = item or {}
+        image, pictures = self._picture(media), [self._picture(source) for source in sources]
         if isinstance(self._config, CTRJudgeConfig):
-            if item is None:
-                raise Refused(f"{self.url}: this reward needs the item of the picture")
+            columns = self._config.item_columns
+            check_columns(self.url, columns, item)
             file = await asyncio.to_thread(encode_png, image)
-            answer = await self._post("predict", data=asdict(item), files={"image": ("image.png", file, "image/png")})
+            form = {column: item[column] for column in columns}
+            answer = await self._post("predict", data=form, files={"image": ("image.png", file, "image/png")})
             if answer.get("success") is not True or not isinstance(answer.get("data"), dict):
                 raise JudgeError(f"{self.url}: no success: {str(answer)[:200]}")
             return number(self.url, "ctr", answer["data"].get("ctr"))
-        body = {"image_base64": await _base64(image), "prompt": prompt} | ({"item": asdict(item)} if item else {})
+        body = await asyncio.to_thread(question, image, prompt, pictures, item)
         return number(self.url, "score", (await self._post("score", json=body)).get("score"))
 
-    async def judge(self, image: np.ndarray, source: np.ndarray | None, prompt: str) -> Verdict:
+    async def judge(self, media: np.ndarray, sources: Sources, prompt: str) -> Verdict:
         """The verdict on one edit. Raises: JudgeError."""
-        body = {"image_base64": await _base64(image), "prompt": prompt}
-        if source is not None:
-            body["source_base64"] = await _base64(source)
-        answer = await self._post("validate", json=body)
+        image, pictures = self._picture(media), [self._picture(source) for source in sources]
+        answer = await self._post("validate", json=await asyncio.to_thread(question, image, prompt, pictures, {}))
         if not isinstance(answer.get("valid"), bool):
             raise JudgeError(f"{self.url}: `valid` is neither true nor false: {str(answer)[:200]}")
         probability = answer.get("pass_probability")
@@ -65,6 +138,9 @@ class RemoteJudge:
         """Close the connections."""
         await self._client.aclose()
 
+    def _picture(self, media: np.ndarray) -> np.ndarray:
+        return picture_of(frames_of(as_media(media), self._config.frames))
+
     async def _post(self, route: str, **request: Any) -> dict[str, Any]:
         url = f"{self.url}/{route}"
         try:
@@ -74,5 +150,45 @@ class RemoteJudge:
         return read_json(url, response)
 
 
-async def _base64(image: np.ndarray) -> str:
-    return await asyncio.to_thread(encode_base64, image)
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+
+class HTTPReward:
+    """The `Reward` of [judges.http.NAME]."""
+
+    device = "remote"
+
+    def __init__(
+        self, name: str, url: str, *, token: str | None = None, timeout_s: float = 60.0, send_source: bool = False
+    ) -> None:
+        self.name = name
+        self.url = url
+        self.version = f"{url}@{xxhash.xxh3_64_hexdigest(url.encode())}"
+        self.reads_sources = send_source
+        self._client = httpx.Client(**connection(url, token, timeout_s))
+        self._encoders = ThreadPoolExecutor(4)
+
+    @classmethod
+    def from_config(cls, name: str, judge: HTTPJudgeConfig, device: str) -> Self:
+        """`judges.http.NAME`; the device is the service's own affair."""
+        return cls(name, str(judge.url), token=judge.token, timeout_s=judge.timeout_s, send_source=judge.send_source)
+
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """The service's scores. Raises: JudgeError where it gives none, too few, or one that is no finite number."""
+        check_batch(media, prompts, sources, items)
+        if not media:
+            return []
+        images = [picture_of(medium) for medium in media]
+        befores = [[picture_of(source) for source in some] if self.reads_sources else [] for some in sources]
+        rows = list(self._encoders.map(question, images, prompts, befores, items))
+        try:
+            response = self._client.post(self.url, json={"items": rows})
+        except httpx.HTTPError as error:
+            raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+        answer = read_json(self.url, response)
+        scores = answer.get("scores")
+        if not isinstance(scores, list):
+            raise JudgeError(f"{self.url}: `scores` is no list: {str(answer)[:200]}")
+        return checked_scores(self.name, [number(self.url, "scores", score) for score in scores], len(media))

@@ -3,7 +3,8 @@
 A pair is the best against the worst of the VALID candidates of one prompt. With several rewards the order needs one
 number per candidate, and a plain 1:1 sum would let the reward with the larger units decide everything. `RewardScale`
 makes the units comparable: `running` divides each reward by its pooled WITHIN-GROUP standard deviation (the spread
-that decides a pair; the spread across prompts cancels inside one), `fixed` is the old script's hand-set mixture.
+that decides a pair; the spread across prompts cancels inside one), `fixed` is the hand-set mixture of FEAST's
+train_dpo_flux_kontext.py.
 
 Pure values: no tensors, no clock, no randomness. Left out: learned weights between rewards, pairs of middle ranks.
 """
@@ -44,7 +45,7 @@ class RewardScale:
 
     running: Σ over rewards of w·(r − group mean) / σ, where σ is the pooled within-group standard deviation of that
         reward over `window`: σ² = Σ_groups Σ_candidates (r − group mean)² / Σ_groups (K − 1). With σ = 0 it adds 0.
-    fixed: clip((hps − 0.15) / 0.2, 0, 1) and ctr, averaged by weight (the old script, there 1:1); a single reward
+    fixed: clip((hps − 0.15) / 0.2, 0, 1) and ctr, averaged by weight (FEAST's script, there 1:1); a single reward
         is taken as it is.
     """
 

@@ -1,6 +1,6 @@
 """When a judge fails too often to go on with: online, in an evaluation, and where it relabels pairs.
 
-Pure. Left out: retries, which come before a call counts as failed (`actors.asking`).
+Pure. Left out: retries, which come before a call counts as failed (`actors.judges`).
 """
 
 from collections.abc import Sequence

@@ -2,15 +2,14 @@
 
 `advance(state, event) -> (state, commands)` decides; actors carry out the commands and report back. Nothing here
 runs, waits, reads a clock or draws a number, so every fault can be replayed in a unit test. The nouns are in
-`rollout_state.py`.
+`state.py`.
 
 Every command carries a fresh ticket. A ticket is spent by its first answer, so an answer that comes twice, late, or
-from rlhf.errors import Refused
 from before a resume changes nothing. A group keeps valid + pending = num_valid_samples while it has attempts left;
 the attempts that it uses, and therefore its candidates, do not depend on the order in which answers arrive.
 
 Left out on purpose: batching, retries, timeouts and queues of the commands (the shell's), rejected candidates (only
-counted: their pictures are free to go), and candidates in snapshots (see `rollout_state.snapshot`).
+counted: their pictures are free to go), and candidates in snapshots (see `state.snapshot`).
 """
 
 import math

@@ -194,7 +194,8 @@ def snapshot(state: RolloutState) -> dict[str, Any]:
     Groups in flight or buffered are named by cursor only, and sampled again from attempt 0 after a resume: their
     candidates live in the memory of a cluster that may be gone, and their policy version with it. No prompt is lost
     and none trains twice. Taken at `lookahead = 0` after a step nothing is open, so a resumed run repeats an
-    uninterrupted one exactly.
+    uninterrupted one: exactly where each candidate gets its place in a sampler's batch and its scores again, which
+    `rollout.batch_size = 1` and judges that are functions of the picture ensure; else up to rounding.
     """
     return {
         "next_cursor": state.next_cursor,

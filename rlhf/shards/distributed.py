@@ -43,6 +43,25 @@ def shard(
     return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
+def materialise(module: nn.Module, device: str) -> None:
+    """Give a sharded module memory for its parameters, yet to be filled. Its buffers stay on the meta device."""
+    module.to_empty(device=device)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+def left_on_meta(module: nn.Module) -> list[str]:
+    """Dotted names of parameters, buffers and plain attributes that have no memory."""
+    found = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    return found + [
+        f"{name}.{attribute}".removeprefix(".")
+        for name, owner in module.named_modules()
+        for attribute, value in vars(owner).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+
+
 def first_row(parameter: DTensor) -> int:
     """Global index of the first row that this rank holds (rows may be uneven, and none on some ranks)."""
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -4,15 +4,16 @@ Masters are fp32 and computed in the family's dtype (bf16, or fp16 under a loss 
 step rounds away. No rank ever holds more than its shard plus one block: weights are read by rows, refreshed shard to shard,
 and written by rows. Left out: CPU offload, tensor parallelism.
 
-Shapes: B pairs, C latent channels, h w latents.
+Shapes: B examples, C latent channels, … height and width, with frames before them where there are any.
 """
 
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -21,20 +22,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rlhf.diffusion.objectives import Objective
+from rlhf.diffusion.objectives import Objective, Predict
 from rlhf.errors import Refused
-from rlhf.models import lora
 from rlhf.models.family import Family
-from rlhf.models.reference import FrozenCopy, SecondAdapter
+from rlhf.models.trainable import Export, Trainable
 from rlhf.shards import distributed
 from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
 from rlhf.tables import TrainerConfig
 from rlhf.training import optimizers
 from rlhf.training.loss_scale import LossScale
-from rlhf.types import Condition, PairBatch
+from rlhf.types import POLICY, Batch, Condition
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"
+EMA = "ema"
+Entry = tuple[str, DTensor, Tensor]
+"""A published name, its DTensor, this rank's rows."""
 
 
 class NonFiniteLoss(Refused):
@@ -42,18 +43,28 @@ class NonFiniteLoss(Refused):
 
 
 class Trainer:
-    """`step / evaluate / refresh_reference / shards / save / restore / export` over one rank's shard of a denoiser."""
+    """`step / evaluate / refresh / shards / save / restore / export` over one rank's shard of a denoiser."""
 
-    def __init__(self, *, family: Family, config: TrainerConfig, objective: Objective, mesh: DeviceMesh, seed: int):
-        self.family, self.config, self.objective, self.mesh, self.seed = family, config, objective, mesh, seed
+    def __init__(
+        self,
+        *,
+        family: Family,
+        config: TrainerConfig,
+        trainable: Trainable,
+        objective: Objective,
+        mesh: DeviceMesh,
+        seed: int,
+    ):
+        self.family, self.config, self.trainable, self.objective = family, config, trainable, objective
+        self.mesh, self.seed = mesh, seed
         self.rank, self.device = mesh.get_rank(), mesh.device_type
         self.policy = self._load_policy()
-        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        self.reference = None
-        if objective.needs_reference:
-            self.reference = (
-                SecondAdapter(self.policy, family) if config.lora else FrozenCopy(self.policy, family, mesh)
-            )
+        self.trained = self._trained(self.policy, POLICY)
+        self._networks = {POLICY: self.policy}
+        self.sides: dict[str, dict[str, DTensor]] = {}
+        """The parameters of every frozen side, by the names that `trained` has."""
+        for side in objective.sides:
+            self.keep(side)
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay is not None:
             self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
@@ -76,39 +87,67 @@ class Trainer:
     # --- loading -------------------------------------------------------------------------------------------------------
 
     def _load_policy(self) -> nn.Module:
-        """Meta device → shard → empty shards → fill each with its own rows of the checkpoint."""
-        family, config = self.family, self.config
-        denoiser = family.empty_denoiser(family.dtype if config.lora else torch.float32)
-        if config.lora:
-            lora.add_adapters(denoiser, config.lora, family.lora_targets, (lora.POLICY, lora.REFERENCE), torch.float32)
-        if list(denoiser.buffers()):
-            raise NotImplementedError("a denoiser with buffers: fill them here, since to_empty() leaves them undefined")
-        if config.gradient_checkpointing:
+        """Meta device → what is trained → shard → empty shards → fill each with its own rows of the checkpoint."""
+        family = self.family
+        denoiser = family.empty_denoiser(family.dtype)
+        self.trainable.add(denoiser, self.objective.sides, torch.float32)
+        if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        distributed.shard(denoiser, family.blocks, self.mesh, family.dtype).to_empty(device=self.device)
-        checkpoint = SafetensorsFolder(family.denoiser_path)
+        self._materialise(denoiser, family.dtype)
+        checkpoint, stored = SafetensorsFolder(family.denoiser_path), self.trainable.stored(denoiser)
         with torch.no_grad():
             for name, parameter in denoiser.named_parameters():
-                rows = parameter.to_local()
-                start = distributed.first_row(parameter)
-                if lora.is_adapter(name):
-                    rows.copy_(lora.initial(name, parameter.shape, self.seed)[start : start + len(rows)])
+                rows, first = parameter.to_local(), distributed.first_row(parameter)
+                last = first + len(rows)
+                whole = self.trainable.start(name, parameter.shape, self.seed)
+                if whole is not None:
+                    rows.copy_(whole[first:last])
                 elif len(rows):
-                    rows.copy_(checkpoint.rows(lora.base_name(name), start, start + len(rows), parameter.shape))
+                    rows.copy_(checkpoint.rows(stored[name], first, last, parameter.shape))
         return denoiser
+
+    def keep(self, side: str) -> None:
+        """Keep a frozen side, equal to the policy. A collective; called for every side that the objective names."""
+        if not self.trainable.twins:
+            self._networks[side] = self._frozen_copy()
+        self.sides[side] = self._trained(self._networks.setdefault(side, self.policy), side)
+        self.refresh(side)
+
+    def _frozen_copy(self) -> nn.Module:
+        """A second network in the compute dtype, which is what FSDP would cast the masters to anyway; yet to be filled."""
+        family = self.family
+        network = family.empty_denoiser(family.dtype)
+        self.trainable.add(network, (), family.dtype)
+        self._materialise(network.eval().requires_grad_(False), None)
+        return network
+
+    def _materialise(self, network: nn.Module, compute_dtype: torch.dtype | None) -> None:
+        """Shard a network on the meta device, give it memory, and let the family fill in all but its parameters."""
+        distributed.shard(network, self.family.blocks, self.mesh, compute_dtype)
+        distributed.materialise(network, self.device)
+        self.family.finish(network, self.device)
+        empty = distributed.left_on_meta(network)
+        assert not empty, f"{type(self.family).__name__}.finish leaves these without values: {', '.join(empty)}"
+
+    def _trained(self, network: nn.Module, side: str) -> dict[str, DTensor]:
+        return cast(dict[str, DTensor], self.trainable.trained(network, side))
 
     # --- training ------------------------------------------------------------------------------------------------------
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The policy's prediction (B, C, h, w), fp32. A collective: every rank must call it."""
-        return self.family.predict(self.policy, x_t, t, condition)
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, side: str = POLICY) -> Tensor:
+        """A side's prediction (B, C, …), fp32; a frozen one's has no gradient. A collective: every rank must call it."""
+        if side == POLICY:
+            return self.family.predict(self.policy, x_t, t, condition)
+        network = self._networks[side]
+        with torch.no_grad(), self.trainable.using(network, side):
+            return self.family.predict(network, x_t, t, condition)
 
-    def predict_reference(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The reference's prediction (B, C, h, w), fp32. A collective."""
-        assert self.reference is not None, "this objective keeps no reference"
-        return self.reference.predict(x_t, t, condition)
+    @property
+    def predictions(self) -> dict[str, Predict]:
+        """What an objective is handed: `predict` of every side."""
+        return {side: partial(self.predict, side=side) for side in self._networks}
 
-    def step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer update from this rank's micro-batches (the same number on every rank); scalars over all ranks.
 
         Scalars that are not finite are left out of the answer.
@@ -148,7 +187,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+    def evaluate(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """The objective's loss and scalars, as `step` gives them, without a gradient and without changing any state.
 
         The same number of micro-batches on every rank. A collective.
@@ -156,13 +195,13 @@ class Trainer:
         return _finite(distributed.mean_over_ranks(self._mean(micro_batches), self.device))
 
     def _mean(
-        self, micro_batches: Sequence[PairBatch], backward: Callable[[Tensor], None] = lambda loss: None
+        self, micro_batches: Sequence[Batch], backward: Callable[[Tensor], None] = lambda loss: None
     ) -> dict[str, Tensor]:
         """Loss and scalars averaged over this rank's micro-batches; `backward` is given each one's share of the loss."""
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
             batch = batch.to(self.device)
-            loss, scalars = self.objective(self.predict, self.predict_reference, self.family.process, batch)
+            loss, scalars = self.objective(self.predictions, self.family.process, batch)
             backward(loss / len(micro_batches))
             for name, value in {"loss": loss, **scalars}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
@@ -177,38 +216,52 @@ class Trainer:
             assert self.config.ema_decay is not None
             average.lerp_(self.trained[name].to_local(), 1 - self.config.ema_decay)
 
-    def refresh_reference(self) -> None:
-        """Copy the policy into the reference, shard to shard."""
-        assert self.reference is not None, "this objective keeps no reference"
-        self.reference.refresh()
+    @torch.no_grad()
+    def refresh(self, side: str, decay: float = 0.0) -> None:
+        """side ← decay · side + (1 − decay) · policy, shard to shard: no byte moves between ranks. 0 copies the policy.
+
+        Right after a copy the side's predictions equal the policy's bit for bit. The mean is taken in fp32, but a side that
+        is a network of its own keeps it in the compute dtype: bf16 loses changes below 1/256 of a weight.
+        """
+        assert 0 <= decay <= 1, f"decay = {decay} is no share"
+        for name, mine in self.sides[side].items():
+            rows, policy = mine.to_local(), self.trained[name].to_local()
+            rows.copy_(torch.lerp(policy, rows.float(), decay) if decay else policy)
 
     # --- publishing and files ------------------------------------------------------------------------------------------
 
-    def shards(self, which: str = "policy", dtype: torch.dtype | None = None) -> Iterator[Shard]:
-        """This rank's rows of the trained weights (`policy` or `ema`), one tensor at a time; `dtype` None: the compute dtype."""
-        for name, parameter in self.trained.items():
-            local = self.ema[name] if which == "ema" else parameter.to_local().detach()
-            yield self._shard(name, parameter, local.to(dtype or self.family.dtype))
+    def shards(
+        self, which: str = POLICY, dtype: torch.dtype | None = None, names: Container[str] | None = None
+    ) -> Iterator[Shard]:
+        """This rank's rows of the trained weights of the policy, the `ema` or a frozen side, one tensor at a time.
+
+        `dtype` None: the compute dtype. `names` None: all of them.
+        """
+        for name, tensor, rows in self._entries(which):
+            if names is None or name in names:
+                yield self._shard(name, tensor, rows.to(dtype or self.family.dtype))
+
+    def _entries(self, which: str) -> Iterator[Entry]:
+        if which == EMA:
+            return ((name, self.trained[name], rows) for name, rows in self.ema.items())
+        tensors = self.trained if which == POLICY else self.sides[which]
+        return ((name, tensor, tensor.to_local().detach()) for name, tensor in tensors.items())
 
     def _shard(self, name: str, parameter: DTensor, rows: Tensor) -> Shard:
         return Shard(name=name, shape=tuple(parameter.shape), start=distributed.first_row(parameter), rows=rows)
 
-    def export(self, folder: Path, which: str = "policy", dtype: torch.dtype = torch.float32) -> None:
-        """Write loadable weights into `folder`: a diffusers denoiser, or a LoRA file in a LoRA run. A collective."""
+    def export(self, folder: Path, which: str = POLICY, dtype: torch.dtype = torch.float32) -> None:
+        """Write loadable weights into `folder`: a diffusers denoiser, a LoRA file, trained modules. A collective."""
         self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
-        family, config = self.family, self.config
-        if config.lora:
-            metadata = lora.file_metadata(config.lora, family.lora_targets, family.lora_prefix)
-            self._write(
-                folder / LORA_FILE,
-                lambda: (s.renamed(lora.file_key(s.name, family.lora_prefix)) for s in self.shards(which, dtype)),
-                metadata,
-            )
-            return
-        if self.rank == 0:  # the original config, not save_pretrained's: FSDP's class name would end up in it
-            shutil.copyfile(family.denoiser_path / "config.json", folder / "config.json")
-        self._write(folder / WEIGHTS_FILE, lambda: self.shards(which, dtype))
+        for part in self.trainable.exports(self.policy, self.family):
+            if self.rank == 0:
+                for name, text in part.beside.items():
+                    (folder / name).write_text(text)
+            self._write(folder / part.file, partial(self._exported, part, which, dtype), part.metadata)
+
+    def _exported(self, part: Export, which: str, dtype: torch.dtype) -> Iterator[Shard]:
+        return (shard.renamed(part.names[shard.name]) for shard in self.shards(which, dtype, part.names))
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss rather than commit weights that no resume could mend."""
@@ -216,16 +269,15 @@ class Trainer:
             if not parameter.to_local().isfinite().all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.steps}: nothing is saved")
 
-    def _write(self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: dict[str, str] | None = None) -> None:
+    def _write(
+        self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: Mapping[str, str] | None = None
+    ) -> None:
         write_sharded(file, shards, rank=self.rank, barrier=distributed.barrier, metadata=metadata)
 
-    def _state(self) -> dict[str, list[tuple[str, DTensor, Tensor]]]:
-        """Everything that a resumed run needs, by file: (name, its DTensor, this rank's rows)."""
-        files = {"policy": [(name, p, p.to_local().detach()) for name, p in self.trained.items()]}
-        if self.reference is not None:
-            files["reference"] = [(name, p, p.to_local().detach()) for name, p in self.reference.parameters()]
-        if self.ema:
-            files["ema"] = [(name, self.trained[name], rows) for name, rows in self.ema.items()]
+    def _state(self) -> dict[str, list[Entry]]:
+        """Everything that a resumed run needs, by file."""
+        kinds = (POLICY, *self.sides, *((EMA,) if self.ema else ()))
+        files = {kind: list(self._entries(kind)) for kind in kinds}
         for file, values in optimizers.state_by_rows(self.optimizer, self.trained).items():
             files[file] = [(name, value, value.to_local()) for name, value in values]
         return files

@@ -1,19 +1,21 @@
 """AI feedback against a real HTTP judge: who wins, what a failing judge does, and what an interruption keeps."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from actors.asking import Scorer
-from actors.feedback import Scores, _keep, read_scores, relabel, score_pairs, write_record
-from rlhf.data.examples import check_block, gather
+from actors.feedback import Scores, _keep, _prompts, read_scores, relabel, score_pairs, write_record
+from actors.judging import Judging, judging_actor
+from rlhf.data.examples import blocks_of, check_block, gather
 from rlhf.data.media import decode_image
-from rlhf.data.pair_files import blocks_of
+from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
+from rlhf.rewards.questions import sources_of
 from rlhf.rollouts.reliability import JudgeUnreliable
 from tests.judge_server import warmth
-from tests.rlhf.data.pair_tables import row, write_parquet
+from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
 
 ROWS = [row(seed, label=seed % 2) for seed in range(40)]
 
@@ -26,12 +28,12 @@ def index(tmp_path):
 
 def scored(index, kept, url, max_failure_rate=0.5):
     judges = JudgesConfig.model_validate({"hps": {"url": f"{url}/hpsv2"}, "retries": 0, "timeout_s": 30.0})
-    scorer = ray.remote(Scorer).options(num_cpus=0.05, max_concurrency=100).remote(judges, ["hps"], {})
+    judging = Judging(judges, judging_actor(judges, ["hps"], {}))
     said: list[str] = []
     try:
-        score_pairs(index, "hps", scorer, {}, kept, 120.0, max_failure_rate, said.append)
+        score_pairs(index, "hps", judging, {}, kept, max_failure_rate, said.append)
     finally:
-        ray.kill(scorer)
+        judging.close()
     return said
 
 
@@ -83,3 +85,26 @@ def test_a_judge_that_fails_too_often_stops_and_is_asked_again_later(cluster, ju
     assert not read_scores(kept, index).failed.any() and read_scores(kept, index).unasked().size
     scored(index, kept, judge_server())
     assert np.isfinite(read_scores(kept, index).values).all()
+
+
+def test_a_picture_that_changed_stops_it_and_is_named(cluster, judge_server, tmp_path):
+    file = write_jsonl(tmp_path, 20)
+    blocks = blocks_of(file)
+    index = gather(blocks, [check_block(i, b, needs_source=False, items=None) for i, b in enumerate(blocks)])[0]
+    last = index[19]
+    Path(last.path_1).write_bytes(Path(last.path_0).read_bytes())
+    with pytest.raises(Refused, match=r"19_l\.png changed since it was checked; start the job again"):
+        scored(index, tmp_path / "scores.npz", judge_server())
+
+
+def test_each_picture_is_judged_with_its_pairs_caption_item_and_source_at_its_own_size(tmp_path):
+    blocks = blocks_of(write_jsonl(tmp_path, 2, source=True))
+    items = {"0": {"price": "3"}, "1": {"price": "4"}}
+    index = gather(blocks, [check_block(i, b, needs_source=True, items=items) for i, b in enumerate(blocks)])[0]
+    pairs = [index[0], index[1]]
+    prompts = _prompts(pairs, items, [(8, 8), (8, 16), (4, 8), (8, 8)])
+    assert [(prompt.geometry.height, prompt.geometry.width) for prompt in prompts] == [(8, 8), (8, 16), (4, 8), (8, 8)]
+    assert [prompt.sources for prompt in prompts] == [pair.sources() for pair in pairs for _ in range(2)]
+    assert [prompt.item["price"] for prompt in prompts] == ["3", "3", "4", "4"]
+    assert [prompt.instruction for prompt in prompts] == [pair.caption for pair in pairs for _ in range(2)]
+    assert sources_of(prompts[1])[0].shape == (1, 8, 16, 3)

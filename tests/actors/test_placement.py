@@ -6,7 +6,11 @@ import shutil
 import pytest
 
 from actors import placement
-from rlhf.tables import OnlineDPOConfig
+from rlhf.diffusion.objectives import DPO
+from rlhf.errors import Refused
+from rlhf.models import load_family
+from rlhf.models.trainable import load_trainable
+from rlhf.tables import EditModelTable, SamplersConfig, TrainableTable, TrainerConfig
 
 FULL_12B = {
     "_class_name": "FluxTransformer2DModel",
@@ -31,36 +35,50 @@ def model(kontext, tmp_path):
     return tmp_path / "kontext"
 
 
-def config(model, **trainer) -> OnlineDPOConfig:
-    return OnlineDPOConfig(
-        model={"path": str(model)},
-        data={"path": "unused"},
-        reward={"type": "hps"},
-        judges={"hps": {"url": "http://127.0.0.1:9"}, "filter": {"enabled": False}},
-        trainer={"ranks": 4, "num_cpus": 1.0, **trainer},
-        samplers={"count": 3, "num_cpus": 1.0},
-    )
+class World:
+    """Four ranks and three samplers of the real model."""
 
+    def __init__(self, model, trainable=None, **trainer):
+        family = load_family(EditModelTable(path=str(model)))
+        self.trainer = TrainerConfig(**{"ranks": 4, "num_cpus": 1.0, **trainer})
+        self.counts = load_trainable(TrainableTable(**(trainable or {})), family).counts(family, DPO.sides)
+        sizes = placement.ModelSizes(family)
+        self.rank = placement.trainer_role(sizes, self.trainer, self.counts)
+        self.sampler = placement.sampler_role(sizes, SamplersConfig(count=3, num_cpus=1.0), encodes=False)
+        self.roles = [self.rank, self.sampler, placement.judging_role()]
 
-def by_name(roles):
-    return {role.name: role for role in roles}
+    @property
+    def checkpoint(self):
+        return placement.checkpoint_bytes(self.trainer, self.counts)
+
+    def export(self, dtype="float32"):
+        return placement.export_bytes(self.trainer, self.counts, dtype)
 
 
 def test_the_real_model_in_numbers(model):
     parameters = 11.9e9
-    roles = by_name(placement.roles(config(model, ema_decay=0.99)))
+    full = World(model, ema_decay=0.99)
     block = 340e6  # a double block, gathered in bf16, one in use and one on its way
     shard = (4 + 8 + 4 + 2 + 4) * parameters / 4
-    assert roles["trainer rank"].nbytes == pytest.approx(shard + 2 * 2 * block, rel=0.005)
-    assert roles["sampler"].nbytes == pytest.approx(2 * parameters, rel=0.01)
-    assert placement.checkpoint_bytes(config(model, ema_decay=0.99)) == pytest.approx(18 * parameters, rel=0.02)
-    assert placement.export_bytes(config(model, ema_decay=0.99)) == pytest.approx(8 * parameters, rel=0.02)
-    lora = by_name(placement.roles(config(model, lora={"rank": 16})))["trainer rank"]
-    assert 2 * parameters / 4 < lora.nbytes < 2.6 * parameters / 4
+    assert full.rank.nbytes == pytest.approx(shard + 2 * 2 * block, rel=0.005)
+    assert full.sampler.nbytes == pytest.approx(2 * parameters, rel=0.01)
+    assert full.checkpoint == pytest.approx(18 * parameters, rel=0.02)
+    assert full.export() == pytest.approx(8 * parameters, rel=0.02) == 2 * full.export("bfloat16")
+    lora = World(model, {"kind": "lora", "rank": 16})
+    assert 2 * parameters / 4 < lora.rank.nbytes < 2.6 * parameters / 4
+    both = World(model, {"kind": "lora", "rank": 16, "patterns": ["transformer_blocks.18", "norm_out"]})
+    more = 340e6 + 2 * 3072 * 3072  # a double block and the last norm: master, moments, gradient, reference
+    assert both.rank.nbytes - lora.rank.nbytes == pytest.approx((4 + 8 + 4 + 4 - 2) * more / 4, rel=0.05)
+    assert both.export() - lora.export() == pytest.approx(4 * more, rel=0.05)
+
+
+def test_a_pattern_that_the_model_has_not_is_refused_before_anything_starts(model):
+    with pytest.raises(Refused, match=r"trainable.patterns: 'transformer_block.0' matches no module"):
+        World(model, {"kind": "modules", "patterns": ["transformer_block.0"]})
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_the_table(model):
-    needed = placement.roles(config(model))
+    needed = World(model).roles
     with pytest.raises(placement.NotEnoughResources) as refusal:
         placement.check(needed, {"CPU": 2.0, "GPU": 1.0, "memory": 1e12})
     message = str(refusal.value)
@@ -71,6 +89,6 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_table(model):
 
 
 def test_memory_counts_where_there_is_no_gpu(model):
-    needed = placement.roles(config(model, num_gpus=0.0))
+    needed = World(model, num_gpus=0.0).roles
     with pytest.raises(placement.NotEnoughResources, match="GiB of memory needed"):
         placement.check(needed, {"CPU": 8.0, "GPU": 7.0, "memory": 1e11})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlhf.tables import OnlineDPOConfig
+from jobs.recipes.online_dpo import OnlineDPORecipe
 
 
 def write_photos(folder: Path, train: int = 12, held_out: int = 2) -> None:
@@ -30,13 +30,14 @@ def greenness(images, prompts, items):
     return [float(image[..., 1].mean()) / 255 for image in images]
 
 
-def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]) -> OnlineDPOConfig:
+def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]) -> OnlineDPORecipe:
     """A run in `folder` with the judges at `url`; `tables` are merged into the sections."""
     base: dict[str, dict[str, Any]] = {
         "run": {"name": "light", "dir": str(folder / "runs"), "save_every": 2, "sample_every": 4},
         "model": {"path": str(kontext), "height": 48, "width": 32},
         "data": {"path": str(folder / "train.jsonl"), "cache": str(folder / "cache")},
-        "rollout": {"steps": 2, "batch_size": 4, "max_sample_attempts": 8, "timeout_s": 120.0},
+        "sampling": {"steps": 2, "batch_size": 4},
+        "rollout": {"max_sample_attempts": 8},
         "reward": {"weights": {"hps": 1.0}},
         "dpo": {"beta": 500.0, "reference_refresh_every": 3},
         "trainer": {
@@ -50,14 +51,22 @@ def light_config(folder: Path, kontext: Path, url: str, **tables: dict[str, Any]
             "num_gpus": 0.0,
             "timeout_s": 120.0,
         },
-        "samplers": {"count": 2, "num_cpus": 0.2, "num_gpus": 0.0},
+        "samplers": {"count": 2, "num_cpus": 0.2, "num_gpus": 0.0, "timeout_s": 120.0},
         "judges": {"hps": {"url": f"{url}/hpsv2"}, "filter": {"url": f"{url}/filter"}, "timeout_s": 30.0},
         "preprocess": {"num_cpus": 0.2},
         "cluster": {"num_cpus": 2.0, "object_store_memory": 200_000_000},
     }
     for name, values in tables.items():
         base[name] = base.get(name, {}) | values
-    return OnlineDPOConfig.model_validate(base)
+    return OnlineDPORecipe.model_validate(base)
+
+
+def run_online(recipe: OnlineDPORecipe) -> Path:
+    """The job `jobs.online_dpo`; returns the run's folder."""
+    from jobs import online_dpo  # here, so that a replica that imports a reward from this module stays small
+    from jobs.preprocess import read_data
+
+    return online_dpo.run(recipe, read_data(recipe.data, recipe.eval, recipe.model))
 
 
 def metric_rows(run: Path) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.offline_config import OfflineDPOConfig
+from jobs.recipes.train import TrainRecipe
 
 GROCERY = Path(__file__).resolve().parents[3] / "shared" / "data" / "grocery"
 needs_grocery = pytest.mark.skipif(not GROCERY.exists(), reason="the grocery photos are not beside this checkout")
@@ -50,8 +50,8 @@ def write_grocery(folder: Path, train: int = 200, held_out: int = 32) -> Path:
     return folder
 
 
-def offline_config(folder: Path, model_path: Path, pairs: Path, **tables: Any) -> OfflineDPOConfig:
-    """A run in `folder`; `tables` are merged into the sections."""
+def offline_tables(folder: Path, model_path: Path, pairs: Path, **tables: Any) -> dict[str, Any]:
+    """A recipe for a run in `folder`; `tables` are merged into the sections, and None unsets a key."""
     base: dict[str, Any] = {
         "run": {"name": "offline", "dir": str(folder / "runs"), "save_every": 2},
         "model": {"family": "stable_diffusion", "path": str(model_path), "height": 64, "width": 64},
@@ -73,4 +73,12 @@ def offline_config(folder: Path, model_path: Path, pairs: Path, **tables: Any) -
     }
     for name, values in tables.items():
         base[name] = base.get(name, {}) | values if isinstance(values, dict) else values
-    return OfflineDPOConfig.model_validate(base)
+    return {name: _set(values) if isinstance(values, dict) else values for name, values in base.items()}
+
+
+def _set(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def offline_config(folder: Path, model_path: Path, pairs: Path, **tables: Any) -> TrainRecipe:
+    return TrainRecipe.model_validate(offline_tables(folder, model_path, pairs, **tables))

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import SUBMITTED_JOB, ConfigError, parse, resolved_toml
-from rlhf.tables import LoRAConfig, OnlineDPOConfig
+from jobs import schema_keys
+from jobs.cli import OLD_FLAGS, RENAMED, SUBMITTED_JOB, ConfigError, parse, resolved_toml
+from jobs.recipes.edit import EditRecipe
+from jobs.recipes.evaluate import EvaluateRecipe
+from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes.serve import ServeRecipe
+from jobs.recipes.train import TrainRecipe
+from rlhf.tables import TrainableTable
 
 RECIPE = """
 [model]
@@ -21,6 +27,7 @@ type = "hps"
 hps.path = "hps.pt"
 filter.enabled = false
 """
+LORA = ["--trainable.kind", "lora"]
 
 
 @pytest.fixture
@@ -33,16 +40,16 @@ def recipe(tmp_path, monkeypatch) -> str:
 
 def problems(*argv: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(OnlineDPOConfig, list(argv))
+        parse(OnlineDPORecipe, list(argv))
     head, *lines = str(caught.value).splitlines()
     assert head == f"the configuration has {len(lines)} problem{'s' if len(lines) > 1 else ''}:"
     return [line.strip() for line in lines]
 
 
 def test_a_recipe_alone(recipe):
-    arguments = parse(OnlineDPOConfig, ["--config", recipe])
+    arguments = parse(OnlineDPORecipe, ["--config", recipe])
     assert not arguments.dry_run and arguments.config_path == Path(recipe)
-    assert arguments.config.rollout.steps == 16 and arguments.config.reward.type == "hps"
+    assert arguments.config.sampling.steps == 16 and arguments.config.reward.type == "hps"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +58,7 @@ def test_a_recipe_alone(recipe):
         (["--trainer.learning_rate", "3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
         (["--trainer.learning_rate=3e-6"], lambda c: c.trainer.learning_rate, 3e-6),
         (["--rollout.lookahead", "2"], lambda c: c.rollout.lookahead, 2),
-        (["--rollout.guidance_scale", "-1"], lambda c: c.rollout.guidance_scale, -1.0),
+        (["--model.guidance_scale", "-1"], lambda c: c.model.guidance_scale, -1.0),
         (["--run.save_latents", "false"], lambda c: c.run.save_latents, False),
         (["--run.save_latents", "False"], lambda c: c.run.save_latents, False),
         (["--trainer.gradient_checkpointing"], lambda c: c.trainer.gradient_checkpointing, True),
@@ -60,42 +67,43 @@ def test_a_recipe_alone(recipe):
         (["--run.name", '"quoted = x"'], lambda c: c.run.name, "quoted = x"),
         (["--run.name=a=b"], lambda c: c.run.name, "a=b"),
         (["--trainer.ema_decay", "0.9", "--trainer.ema_decay", "none"], lambda c: c.trainer.ema_decay, None),
-        (["--trainer.lora.rank", "3"], lambda c: c.trainer.lora, LoRAConfig(rank=3)),
-        (["--trainer.lora", "{}"], lambda c: c.trainer.lora, LoRAConfig()),
-        (["--trainer.lora", "{}", "--trainer.lora", "none"], lambda c: c.trainer.lora, None),
-        (["--trainer.lora.targets", '["to_q", "to_k"]'], lambda c: c.trainer.lora.targets, ("to_q", "to_k")),
+        ([*LORA, "--trainable.rank", "3"], lambda c: c.trainable, TrainableTable(kind="lora", rank=3)),
+        ([*LORA, "--trainable.rank", "3", "--trainable.rank", "none"], lambda c: c.trainable.rank, 16),
+        (LORA, lambda c: c.trainable, TrainableTable(kind="lora", rank=16, alpha=16.0)),
+        ([*LORA, "--trainable.targets", '["to_q", "to_k"]'], lambda c: c.trainable.targets, ("to_q", "to_k")),
+        ([*LORA, "--trainable.patterns", '["a.*"]'], lambda c: c.trainable.patterns, ("a.*",)),
     ],
 )
 def test_override_values(recipe, argv, get, value):
-    got = get(parse(OnlineDPOConfig, ["--config", recipe, *argv]).config)
+    got = get(parse(OnlineDPORecipe, ["--config", recipe, *argv]).config)
     assert got == value and type(got) is type(value)
 
 
 def test_a_valueless_boolean_turns_a_false_in_the_recipe_to_true(recipe):
     Path(recipe).write_text(RECIPE + "[run]\nsave_latents = false\n")
-    assert not parse(OnlineDPOConfig, ["--config", recipe]).config.run.save_latents
-    assert parse(OnlineDPOConfig, ["--config", recipe, "--run.save_latents", "--dry-run"]).config.run.save_latents
+    assert not parse(OnlineDPORecipe, ["--config", recipe]).config.run.save_latents
+    assert parse(OnlineDPORecipe, ["--config", recipe, "--run.save_latents", "--dry-run"]).config.run.save_latents
 
 
 def test_overrides_beat_the_recipe_and_leave_the_rest_of_its_table(recipe):
-    config = parse(OnlineDPOConfig, ["--config", recipe, "--model.width", "96", "--dry-run"])
+    config = parse(OnlineDPORecipe, ["--config", recipe, "--model.width", "96", "--dry-run"])
     assert config.dry_run and config.config.model.width == 96
     assert config.config.model.path.endswith("kontext")
 
 
 def test_every_problem_in_one_message_with_file_section_key_value_and_remedy(recipe):
     Path(recipe).write_text(
-        RECIPE.replace("[reward]", "[rollout]\nsteps = 0\nsteps_per = 3\n[rewards]\na = 1\n[reward]")
+        RECIPE.replace("[reward]", "[sampling]\nsteps = 0\nsteps_per = 3\n[rewards]\na = 1\n[reward]")
     )
     found = problems("--config", recipe, "--data.fit", "crp", "--trainer.rnks", "2", "--h", "64", "stray")
     assert found == [
-        "recipe.toml: [rollout] steps_per = 3: unknown key; did you mean rollout.steps?",
+        "recipe.toml: [sampling] steps_per = 3: unknown key; did you mean sampling.steps?",
         "recipe.toml: rewards = {'a': 1}: unknown key; see --help for the valid keys",
         "command line: [trainer] rnks = '2': unknown key; did you mean trainer.ranks?",
         "command line: h = '64': unknown key; did you mean model.height?",
         "command line: stray: is no option; write --section.key VALUE",
         "command line: [data] fit = 'crp': should be 'crop', 'pad' or 'stretch'; did you mean 'crop'?",
-        "recipe.toml: [rollout] steps = 0: should be greater than or equal to 1",
+        "recipe.toml: [sampling] steps = 0: should be greater than or equal to 1",
     ]
 
 
@@ -109,6 +117,50 @@ def test_flags_of_the_old_script_lead_to_their_keys(recipe, flag, key):
     ]
 
 
+def test_a_key_that_was_renamed_is_named_as_it_is_now(recipe):
+    Path(recipe).write_text(f'{RECIPE}[reward.hps]\nempty_prompt = "a dish"\n')
+    found = problems("--config", recipe, "--reward.hps.empty_prompt", "food")
+    assert found == [
+        "recipe.toml: [reward] hps = {'empty_prompt': 'a dish'}: unknown key; reward.hps.empty_prompt is now reward.empty_prompt",
+        "command line: [reward.hps] empty_prompt = 'food': unknown key; it is now reward.empty_prompt",
+    ]
+
+
+def test_a_renamed_key_is_told_by_its_new_name(recipe):
+    Path(recipe).write_text(RECIPE + "[trainer.lora]\nrank = 3\n")
+    assert problems("--config", recipe, "--trainer.lora.alpha", "8") == [
+        "recipe.toml: [trainer] lora = {'rank': 3}: unknown key; it is now trainable; "
+        "trainer.lora.rank is now trainable.rank; trainer.lora.alpha is now trainable.alpha; "
+        "trainer.lora.targets is now trainable.targets",
+        "command line: [trainer.lora] alpha = '8': unknown key; it is now trainable.alpha",
+    ]
+
+
+RECIPES = [
+    schema_keys.keys(schema) for schema in (OnlineDPORecipe, TrainRecipe, EvaluateRecipe, EditRecipe, ServeRecipe)
+]
+
+
+def test_every_key_that_is_named_is_one_of_some_recipe_and_no_renamed_one_is():
+    for new in (*RENAMED.values(), *OLD_FLAGS.values()):
+        assert any(new in fields for fields in RECIPES), new
+    assert not [old for old in RENAMED if any(old in fields for fields in RECIPES)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rollout.steps", "sampling.steps"),
+        ("rollout.guidance_scale", "model.guidance_scale"),
+        ("rollout.timeout_s", "samplers.timeout_s"),
+        ("trainer.mixed_precision", "model.dtype"),
+    ],
+)
+def test_keys_that_moved_to_another_table_are_told(recipe, old, new):
+    [problem] = problems("--config", recipe, f"--{old}", "1")
+    assert problem.endswith(f"unknown key; it is now {new}")
+
+
 def test_required_keys_are_named_even_where_their_table_is_missing(recipe):
     assert problems("--reward.type", "hps") == [
         "command line: [model] path: is required; add it to the recipe or pass --model.path VALUE",
@@ -119,25 +171,29 @@ def test_required_keys_are_named_even_where_their_table_is_missing(recipe):
 def test_rules_between_keys_say_both_values(recipe):
     [problem] = problems("--config", recipe, "--rollout.lookahead", "3", "--rollout.max_age", "1")
     assert problem.startswith("recipe.toml: [rollout]: max_age = 1 is below lookahead + publish_every - 1 = 3 + 1 - 1")
+    [problem] = problems("--config", recipe, "--trainable.rank", "8")
+    assert problem.endswith(
+        '[trainable]: rank = 8 belongs to LoRA, but kind = "full": set kind = "lora" or leave rank out'
+    )
 
 
 def test_a_key_without_a_value(recipe):
-    assert problems("--config", recipe, "--rollout.steps", "--dry-run") == [
-        "command line: --rollout.steps: has no value; write --rollout.steps VALUE (int)"
+    assert problems("--config", recipe, "--sampling.steps", "--dry-run") == [
+        "command line: --sampling.steps: has no value; write --sampling.steps VALUE (int)"
     ]
 
 
 def test_a_recipe_that_is_not_there_or_no_toml(recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"recipes\.toml: no such file; did you mean recipe\.toml\?"):
-        parse(OnlineDPOConfig, ["--config", "recipes.toml"])
+        parse(OnlineDPORecipe, ["--config", "recipes.toml"])
     (tmp_path / "broken.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match=r"broken\.toml: cannot be read as TOML: .*line 1"):
-        parse(OnlineDPOConfig, ["--config", "broken.toml"])
+        parse(OnlineDPORecipe, ["--config", "broken.toml"])
 
 
 def test_relative_paths_become_absolute(recipe, tmp_path):
     config = parse(
-        OnlineDPOConfig, ["--config", recipe, "--eval.path", "../e.jsonl", "--data.item_metadata", "/m.csv"]
+        OnlineDPORecipe, ["--config", recipe, "--eval.path", "../e.jsonl", "--data.item_metadata", "/m.csv"]
     ).config
     assert config.model.path == str(tmp_path / "kontext")
     assert config.data.path == str(tmp_path / "photos/train_metadata.jsonl")
@@ -178,22 +234,23 @@ def test_absolute_paths_pass_in_a_submitted_job(recipe, monkeypatch):
         "--judges.hps.path",
         "/h",
     ]
-    assert parse(OnlineDPOConfig, ["--config", recipe, *argv]).config.run.dir == "/r"
+    assert parse(OnlineDPORecipe, ["--config", recipe, *argv]).config.run.dir == "/r"
 
 
 def test_resolved_toml_reads_back_to_the_same_configuration(recipe, tmp_path):
-    config = parse(OnlineDPOConfig, ["--config", recipe, "--trainer.lora.rank", "3", "--run.name", 'a"b']).config
+    argv = ["--config", recipe, *LORA, "--trainable.rank", "3", "--run.name", 'a"b']
+    config = parse(OnlineDPORecipe, argv).config
     text = resolved_toml(config)
     (tmp_path / "resolved.toml").write_text(text)
-    assert parse(OnlineDPOConfig, ["--config", "resolved.toml"]).config == config
-    assert "max_age" not in text and tomllib.loads(text)["trainer"]["lora"]["rank"] == 3
+    assert parse(OnlineDPORecipe, ["--config", "resolved.toml"]).config == config
+    assert "max_age" not in text and tomllib.loads(text)["trainable"]["rank"] == 3
 
 
 SCRIPT = """
 from jobs.cli import parse, resolved_toml, run_main
-from rlhf.tables import OnlineDPOConfig
+from jobs.recipes.online_dpo import OnlineDPORecipe
 def main():
-    print(resolved_toml(parse(OnlineDPOConfig, description="Trains at 100 %.").config))
+    print(resolved_toml(parse(OnlineDPORecipe, description="Trains at 100 %.").config))
     raise KeyError("a bug")
 run_main(main)
 """
@@ -219,7 +276,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(recipe):
     assert "Trains at 100 %." in text
     assert "--model.path  str  (required)\n      Folder in the diffusers layout." in text
     assert "--data.fit  'crop' | 'pad' | 'stretch'  ('crop')" in text
-    assert "--trainer.lora.targets  list of str | none  (none)" in text
+    assert "--trainable.targets  list of str | none  (none)" in text
 
 
 BASE = ["--model.path", "/m", "--data.path", "/d", "--judges.filter.enabled", "false"]
@@ -227,13 +284,13 @@ BASE = ["--model.path", "/m", "--data.path", "/d", "--judges.filter.enabled", "f
 
 def test_judges_that_the_user_names(tmp_path):
     named = ["--judges.python.warm.function", "my.module:warm", "--judges.http.fresh.url", "https://host/score_batch"]
-    config = parse(OnlineDPOConfig, [*BASE, *named, "--reward.weights", "{warm = 2, fresh = 0.5}"]).config
+    config = parse(OnlineDPORecipe, [*BASE, *named, "--reward.weights", "{warm = 2, fresh = 0.5}"]).config
     assert config.reward.mix == {"warm": 2.0, "fresh": 0.5}
     assert config.judges["warm"].function == "my.module:warm"
     assert config.judges.key("fresh") == "judges.http.fresh"
     assert list(config.judges.to_deploy(config.judge_names)) == ["warm", "fresh"]
     (tmp_path / "again.toml").write_text(resolved_toml(config))
-    assert parse(OnlineDPOConfig, ["--config", str(tmp_path / "again.toml")]).config == config
+    assert parse(OnlineDPORecipe, ["--config", str(tmp_path / "again.toml")]).config == config
 
 
 WRONG_JUDGES = {
@@ -247,7 +304,10 @@ WRONG_JUDGES = {
     "no_weight": (["--reward.weights", "{hps = 0}"], "should be greater than 0"),
     "no_rewards": (["--reward.weights", "{}"], "names no reward"),
     "twice": (["--reward.weights", "{hps = 1}", "--reward.type", "hps"], "unset one of them"),
-    "fixed_mix": (["--reward.weights", "{hps = 1, clip = 1}", "--reward.scaling", "fixed"], "the old script's formula"),
+    "fixed_mix": (
+        ["--reward.weights", "{hps = 1, clip = 1}", "--reward.scaling", "fixed"],
+        "is a formula for hps with ctr",
+    ),
     "replicas": (
         ["--judges.hps.replicas", "3", "--judges.hps.max_replicas", "2"],
         "max_replicas = 2 is below replicas = 3",
@@ -262,5 +322,5 @@ WRONG_JUDGES = {
 @pytest.mark.parametrize(("arguments", "message"), WRONG_JUDGES.values(), ids=WRONG_JUDGES)
 def test_what_is_wrong_with_judges_is_said(arguments, message):
     with pytest.raises(ConfigError) as caught:
-        parse(OnlineDPOConfig, [*BASE, *arguments])
+        parse(OnlineDPORecipe, [*BASE, *arguments])
     assert message in str(caught.value)

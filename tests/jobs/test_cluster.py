@@ -9,7 +9,7 @@ WAITS = """
 import os, signal, time
 import jobs, ray
 from jobs.cluster import cluster
-from jobs.running import guarded
+from jobs.launch import guarded
 from rlhf.section import ClusterConfig
 
 @ray.remote(num_cpus=0.1)

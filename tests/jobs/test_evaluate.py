@@ -17,15 +17,18 @@ from safetensors.torch import save_file
 import jobs
 from rlhf.evaluation.page import number, percent
 from rlhf.models import FAMILIES
-from rlhf.models.sampling import sample
+from rlhf.models.sampling import sample_batch
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.types import noise_from
+from rlhf.tables import SamplingTable
+from rlhf.types import Geometry, noise_from
+from tests.encoded import condition_of
 from tests.processes import assert_gone
 from tests.rlhf.evaluation.test_page import Page
 
 ROOT = Path(jobs.__file__).parents[1]
 PORT = 8147
 SIZE = 32
+GEOMETRY = Geometry(height=SIZE, width=SIZE)
 GREENNESS = {"python": {"greenness": {"function": "tests.jobs.light:greenness", "num_cpus": 0.1}}}
 
 
@@ -53,13 +56,13 @@ def recipe(folder, family, model, tuned, data, **tables):
     """Written to `folder`; returns its path. `tables` replace sections."""
     base = {
         "out": str(folder / "out"),
-        "model": {"family": family, "path": str(model), "height": SIZE, "width": SIZE, "mixed_precision": "no"},
+        "model": {"family": family, "path": str(model), "height": SIZE, "width": SIZE, "dtype": "float32"},
         "tuned": tuned,
         "data": {"path": str(data)},
         "sampling": {"steps": 2, "seeds": 2, "batch_size": 4},
         "reward": {"weights": {"greenness": 1.0}},
         "judges": GREENNESS,
-        "painters": {"num_cpus": 0.5, "num_gpus": 0.0, "timeout_s": 300.0},
+        "samplers": {"num_cpus": 0.5, "num_gpus": 0.0, "timeout_s": 300.0},
         "serve": {"port": PORT},
         "cluster": {"address": "local", "num_cpus": 2.0, "object_store_memory": 200_000_000},
     }
@@ -83,17 +86,18 @@ def results_of(folder):
 
 def greenest(family, denoiser, bias):
     """What to add to the last layer's output for greener pictures: the best of all channels, up and down."""
-    codec, shape = family.load_codec("cpu"), family.latent_shape(SIZE, SIZE)
+    codec, shape = family.load_codec("cpu"), family.latent_shape(GEOMETRY)
     source = torch.full((4, SIZE, SIZE, 3), 128, dtype=torch.uint8)
-    condition = codec.encode_text(["a red apple"] * 4) | codec.encode_source(source)
+    condition, unguided = (condition_of(family, codec, [text] * 4, source) for text in ("a red apple", ""))
     noise = torch.stack([noise_from(i, shape) for i in range(4)])
 
     def green(shift):
         with torch.no_grad():
             bias.add_(shift)
-            pictures = codec.decode(sample(family, denoiser, condition, noise, 2)).float()
+            x0 = sample_batch(family, denoiser, condition, unguided, noise, SamplingTable(steps=2))
+            pictures = codec.decode(x0).float()
             bias.sub_(shift)
-        return pictures[..., 1].mean(dim=(1, 2))
+        return pictures[..., 1].mean(dim=(1, 2, 3))
 
     base = green(torch.zeros_like(bias))
     shifts = [sign * 20 * unit for unit in torch.eye(len(bias)) for sign in (-1, 1)]
@@ -117,8 +121,8 @@ def greener_lora(model, folder):
     shift = greenest(family, transformer, transformer.proj_out.bias)
     transformer.proj_out.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[0]))
     source = torch.full((1, SIZE, SIZE, 3), 128, dtype=torch.uint8)
-    condition = codec.encode_text(["make it warm"]) | codec.encode_source(source)
-    noise = noise_from(0, (1, *family.latent_shape(SIZE, SIZE)))
+    condition = condition_of(family, codec, ["make it warm"], source)
+    noise = noise_from(0, (1, *family.latent_shape(GEOMETRY)))
     with torch.no_grad():
         for t in (1.0, 0.5):
             family.predict(transformer, noise, torch.tensor([t]), condition)
@@ -180,13 +184,16 @@ def test_a_lora_that_edits_greener_wins_and_the_source_is_measured(kontext, tmp_
 
 @pytest.mark.slow
 def test_equal_weights_only_tie_and_a_failing_judge_is_listed(kontext, tmp_path, judge_server):
-    """No Serve at all: the judge is elsewhere. Its failures depend on the pixels, so both pictures of a pair fail."""
+    """No Serve at all: the judge is elsewhere. Its failures depend on the pixels, so both pictures of a pair fail.
+
+    Which those are differs between CPUs, and none or all of 24 pairs fail once in eight million.
+    """
     path = recipe(
         tmp_path,
         "flux_kontext",
         kontext,
         {"denoiser": str(kontext / "transformer")},
-        write_edits(tmp_path),
+        write_edits(tmp_path, 12),
         reward={"weights": {"hps": 1.0}},
         judges={"hps": {"url": f"{judge_server(fail=1.0)}/hpsv2"}, "retries": 0},
     )
@@ -194,16 +201,16 @@ def test_equal_weights_only_tie_and_a_failing_judge_is_listed(kontext, tmp_path,
     assert status == 2 and "judge 'hps' failed 10 of its last 10 calls" in error and "on purpose" in error, out + error
     assert not (tmp_path / "out" / "results.json").exists()
 
-    fewer = ("--judges.hps.url", f"{judge_server(fail=0.3)}/hpsv2", "--judges.max_failure_rate", "0.9")
+    fewer = ("--judges.hps.url", f"{judge_server(fail=0.5)}/hpsv2", "--judges.max_failure_rate", "1.0")
     status, out, error = evaluate(path, *fewer)
     assert status == 0, out + error
-    assert "\n0 pictures to paint, 24 are there" in out
+    assert "\n0 pictures to paint, 48 are there" in out
     results = results_of(tmp_path)
     found = results["judges"]["hps"]
     assert (found["wins"], found["losses"]) == (0, 0) and found["ties"] == found["pairs"]
     assert found["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert found["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert 0 < found["left_out"] == 12 - found["pairs"] and len(results["failed"]) == 2 * found["left_out"]
+    assert 0 < found["left_out"] == 24 - found["pairs"] < 24 and len(results["failed"]) == 2 * found["left_out"]
     unscored = {
         duel[side]["file"] for duel in results["duels"] for side in ("base", "tuned") if not duel[side]["scores"]
     }
@@ -215,12 +222,14 @@ def test_equal_weights_only_tie_and_a_failing_judge_is_listed(kontext, tmp_path,
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running_and_the_next_start_goes_on(diffusion, tmp_path):
+    """The signal comes after the first picture, when 23 are left, of 200 steps each: seconds of work on any machine."""
     tuned = {"denoiser": str(diffusion / "unet")}
-    path = recipe(tmp_path, "stable_diffusion", diffusion, tuned, write_texts(tmp_path))
+    slowly = {"steps": 200, "seeds": 2, "batch_size": 1}
+    path = recipe(tmp_path, "stable_diffusion", diffusion, tuned, write_texts(tmp_path), sampling=slowly)
     process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
-            if line.startswith("painted: 4/24"):
+            if line.startswith("painted: 1/24"):
                 break
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
@@ -229,8 +238,8 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_start_goes_on(diffusion, tmp
         process.kill()
     assert process.returncode == 130 and "goes on" in error and "Traceback" not in error
     assert_gone((child.pid for child in children), within_s=60)
-    kept = len(list((tmp_path / "out" / "pictures").glob("*_base.png")))
-    assert kept >= 4
+    kept = len(list((tmp_path / "out" / "pictures").glob("*.png")))
+    assert 1 <= kept < 24
     status, _, error = evaluate(path, "--sampling.steps", "3")
     assert status == 2 and "begun with other values of sampling.steps" in error
 
@@ -242,9 +251,9 @@ def test_a_dry_run_says_what_it_would_do_and_starts_nothing(diffusion, tmp_path)
     status, out, error = evaluate(path, "--dry-run")
     assert status == 0, error
     assert "[model]" in out and "6 prompts × 2 seeds × (base, tuned)" in out
-    assert "painter (before the judges)" in out and "judge greenness" in out
+    assert "sampler " in out and "judge greenness" in out
     assert not (tmp_path / "out").exists()
-    status, _, error = evaluate(path, "--dry-run", "--painters.num_gpus", "8")
+    status, _, error = evaluate(path, "--dry-run", "--samplers.num_gpus", "8")
     assert status == 2 and "8 GPU needed" in error
     status, _, error = evaluate(path, "--dry-run", "--judges.python.greenness.function", "tests.jobs.light:redness")
     assert status == 2 and "redness" in error and "Traceback" not in error
@@ -268,6 +277,6 @@ def test_edits_with_empty_instructions_need_a_text_for_judges_that_read_one(kont
     tuned = {"denoiser": str(kontext / "transformer")}
     path = recipe(tmp_path, "flux_kontext", kontext, tuned, tmp_path / "rows.jsonl")
     status, _, error = evaluate(path, "--dry-run")
-    assert status == 2 and "'1' leaves the judges nothing to read" in error and "reward.hps.empty_prompt" in error
-    status, _, error = evaluate(path, "--dry-run", "--reward.hps.empty_prompt", "food")
+    assert status == 2 and "'1' leaves the judges nothing to read" in error and "reward.empty_prompt" in error
+    status, _, error = evaluate(path, "--dry-run", "--reward.empty_prompt", "food")
     assert status == 0, error

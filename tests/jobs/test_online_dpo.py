@@ -1,4 +1,8 @@
-"""The whole job on a light world: pairs under rejection, stops with reasons, and exact resume after kill -9."""
+"""The whole job on a light world: pairs under rejection, stops with reasons, and exact resume after kill -9.
+
+The light judges reject and fail by a hash of the pixels, and those differ between CPUs in the last bits. What a test asks of
+their counts fails by chance less than once in 100,000 runs; no judge's failures stop a run whose test is not about that.
+"""
 
 import os
 import random
@@ -12,20 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
-import torch
 from PIL import Image
 from ray import serve
 
-from jobs.online_dpo import run
-from jobs.preprocess import read_data
 from rlhf.data.audit import read_pairs
 from rlhf.data.batches import latents_from_array
-from rlhf.models import FAMILIES
+from rlhf.models import load_family
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.rollouts.rollout import NothingPasses
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
-from tests.jobs.light import light_config, metric_rows, write_photos
+from tests.jobs.light import light_config, metric_rows, run_online, write_photos
 from tests.judge_server import warmth
 from tests.processes import ray_processes
 
@@ -39,15 +40,18 @@ def folder(tmp_path):
 
 
 def test_a_filter_that_rejects_most_still_gives_full_batches_of_sound_pairs(cluster, judge_server, kontext, folder):
+    url = judge_server(reject=0.7, fail=0.3)  # none of the 40 scores and more that 20 pairs take fails: 0.7⁴⁰ = 6e-7
     config = light_config(
         folder,
         kontext,
-        judge_server(reject=0.7, fail=0.1),
-        rollout={"steps": 2, "batch_size": 4, "max_sample_attempts": 12, "timeout_s": 120.0, "lookahead": 1},
-        trainer=light_config(folder, kontext, "").trainer.model_dump() | {"lora": {"rank": 4}, "max_train_steps": 5},
+        url,
+        judges=light_config(folder, kontext, url).judges.model_dump() | {"retries": 0, "max_failure_rate": 1.0},
+        rollout={"max_sample_attempts": 12, "lookahead": 1},
+        trainable={"kind": "lora", "rank": 4},
+        trainer=light_config(folder, kontext, "").trainer.model_dump() | {"max_train_steps": 5},
         eval={"path": str(folder / "eval.jsonl"), "every": 3},
     )
-    path = run(config, read_data(config))
+    path = run_online(config)
     rows = read_pairs(path / "pairs")
     assert [row["step"] for row in rows] == [step for step in range(1, 6) for _ in range(4)]
     assert [row["index"] for row in rows] == [0, 1, 2, 3] * 5
@@ -58,7 +62,8 @@ def test_a_filter_that_rejects_most_still_gives_full_batches_of_sound_pairs(clus
         assert dict(row["winner_rewards"])["hps"] > dict(row["loser_rewards"])["hps"]
         assert row["step"] - 1 - row["winner_version"] <= config.rollout.oldest + 2  # EMA publishes count too
     metrics = [row for row in metric_rows(path) if "train/loss" in row]
-    assert all(0 < row["filter/pass_rate"] < 1 for row in metrics)
+    # Of all verdicts, not step by step: with lookahead a step may see few, or none where its pairs were there already.
+    assert 0 < np.mean([row["filter/pass_rate"] for row in metrics if "filter/pass_rate" in row]) < 1
     assert sum(row["rollout/quarantined_hps"] for row in metrics) > 0
     assert (path / "final" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert sorted(file.name for file in (path / "samples").glob("step_*.png")) == ["step_000004.png"]
@@ -71,38 +76,39 @@ def test_a_filter_that_rejects_all_stops_with_the_counts(cluster, judge_server, 
         folder,
         kontext,
         judge_server(reject=1.0),
-        rollout={"steps": 1, "batch_size": 4, "max_sample_attempts": 3, "max_dropped_in_a_row": 6},
+        sampling={"steps": 1, "batch_size": 4},
+        rollout={"max_sample_attempts": 3, "max_dropped_in_a_row": 6},
     )
     with pytest.raises(NothingPasses, match=r"0 of \d+ candidates passed the filter"):
-        run(config, read_data(config))
+        run_online(config)
 
 
 def test_no_pair_holds_a_candidate_whose_judging_failed(cluster, judge_server, kontext, folder, tmp_path_factory):
-    """A judge that fails a fifth of the pictures: the run goes on, tops up, and those pictures are in no pair."""
+    """A judge that fails a quarter of the pictures: the run goes on, tops up, and those pictures are in no pair."""
     failures = tmp_path_factory.mktemp("failures")
-    url = judge_server(fail=0.2, reject=0.2, failures=failures)
-    judges = light_config(folder, kontext, url).judges.model_dump() | {"retries": 0}
+    url = judge_server(fail=0.25, reject=0.2, failures=failures)  # none of 48 and more fails: 0.75⁴⁸ = 1e-6
+    judges = light_config(folder, kontext, url).judges.model_dump() | {"retries": 0, "max_failure_rate": 1.0}
     config = light_config(folder, kontext, url, judges=judges)
-    path = run(config, read_data(config))
+    path = run_online(config)
     rows, metrics = read_pairs(path / "pairs"), [row for row in metric_rows(path) if "train/loss" in row]
     assert [row["step"] for row in rows] == [step for step in range(1, 7) for _ in range(4)]
     failed = [np.asarray(Image.open(file)) for file in failures.glob("*.png")]
     assert len(failed) >= sum(row["rollout/quarantined_hps"] for row in metrics) > 0
     assert max(row["rollout/attempts_per_group"] for row in metrics) > 2, "nothing was topped up"
-    codec = FAMILIES[config.model.family](path=kontext, dtype=torch.bfloat16).load_codec("cpu")
+    codec = load_family(config.model).load_codec("cpu")
     for row in rows:
         for side in ("winner", "loser"):
             array = np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"])
-            picture = codec.decode(latents_from_array(array)[None]).numpy()[0]
+            picture = codec.decode(latents_from_array(array)[None]).numpy()[0, 0]
             assert warmth(picture) == pytest.approx(dict(row[f"{side}_rewards"])["hps"], abs=2e-3), "another picture"
             assert min(np.abs(picture.astype(int) - other).mean() for other in failed) > 1
 
 
 def test_a_judge_that_fails_too_often_stops_the_run_by_name(cluster, judge_server, kontext, folder):
-    judges = light_config(folder, kontext, judge_server(fail=0.6)).judges.model_dump() | {"retries": 0}
+    judges = light_config(folder, kontext, judge_server(fail=0.9)).judges.model_dump() | {"retries": 0}
     config = light_config(folder, kontext, "", judges=judges)
     with pytest.raises(JudgeUnreliable, match=r"judge 'hps' failed .*status 500.*on purpose"):
-        run(config, read_data(config))
+        run_online(config)
 
 
 def test_any_mix_of_judges_trains(cluster, judge_server, kontext, folder):
@@ -122,7 +128,7 @@ def test_any_mix_of_judges_trains(cluster, judge_server, kontext, folder):
         serve={"port": SERVE_PORT},
         trainer=light_config(folder, kontext, url).trainer.model_dump() | {"max_train_steps": 2},
     )
-    path = run(config, read_data(config))
+    path = run_online(config)
     rows = read_pairs(path / "pairs")
     assert len(rows) == 8
     for row in rows:
@@ -158,6 +164,7 @@ def state(path: Path, step: int) -> dict[str, bytes]:
 
 @pytest.mark.timeout(900)
 def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge_server, kontext, folder):
+    """To the last bit, because every candidate has the same place in its batch: with one place. Batches form by arrival."""
     url, steps = judge_server(reject=0.3), 40
     trainer = light_config(folder, kontext, url).trainer.model_dump(exclude_none=True)
     drivers = {}
@@ -168,6 +175,7 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
             url,
             run={"name": name, "dir": str(folder / "runs"), "save_every": 5, "sample_every": 20, "keep_checkpoints": 1},
             trainer=trainer | {"max_train_steps": steps},
+            sampling={"steps": 2, "batch_size": 1},
         )
         drivers[name] = folder / f"{name}.toml"
         drivers[name].write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
@@ -175,7 +183,7 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
     assert start(drivers["straight"], log).wait(400) == 0, log.read_text()[-3000:]
 
     killed = folder / "runs" / "killed" / "v0"
-    victim_step = random.Random(os.getpid()).randint(8, 34)
+    victim_step = random.Random(os.getpid()).choice(range(6, 32, 5))  # four steps before the next commit
     process = start(drivers["killed"], log)
     audit = killed / "pairs" / f"step_{victim_step:06d}.rank_0.parquet"
     wait_for(audit.exists, 300, process, log)
@@ -196,12 +204,20 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
 
 
 def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_server, kontext, folder):
-    config = light_config(folder, kontext, judge_server(reject=0.3))
+    base = light_config(folder, kontext, url := judge_server(reject=0.3))
+    # Seven steps are left, and three until the next commit, when the rank is killed: the run cannot be over before.
+    config = light_config(
+        folder,
+        kontext,
+        url,
+        run=base.run.model_dump() | {"save_every": 4},
+        trainer=base.trainer.model_dump() | {"max_train_steps": 12},
+    )
     pairs = folder / "runs" / "light" / "v0" / "pairs"
     killed = []
 
     def kill_when_reached() -> None:
-        for step, name in ((3, "Sampler"), (5, "OnlineWorker")):
+        for step, name in ((3, "Sampler"), (5, "TrainerWorker")):
             while not (pairs / f"step_{step:06d}.rank_0.parquet").exists():
                 time.sleep(0.05)
             victim = ray_processes(name)[0]
@@ -210,14 +226,14 @@ def test_a_killed_rank_and_a_killed_sampler_cost_time_but_no_run(cluster, judge_
 
     killer = threading.Thread(target=kill_when_reached, daemon=True)
     killer.start()
-    path = run(config, read_data(config))
+    path = run_online(config)
     assert len(killed) == 2
     rows = read_pairs(path / "pairs")
-    assert [(row["step"], row["index"]) for row in rows] == [(s, i) for s in range(1, 7) for i in range(4)]
+    assert [(row["step"], row["index"]) for row in rows] == [(s, i) for s in range(1, 13) for i in range(4)]
     assert list((path / "discarded").glob("epoch_1/pairs/*")), "the rank died, but nothing was rolled back"
     assert (path / "final" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     losses = [row["train/loss"] for row in metric_rows(path) if "train/loss" in row]
-    assert len(losses) == 6
+    assert len(losses) == 12
 
 
 def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, kontext, folder):
@@ -227,5 +243,5 @@ def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, ko
     config = light_config(folder, kontext, "http://127.0.0.1:9")
     held = RunFolder.claim(config.run.dir, config.run.name, resolved_toml(config))
     with pytest.raises(RunInUse, match="in use by a live driver"):
-        run(config, read_data(config))
+        run_online(config)
     held.release()

@@ -8,16 +8,18 @@ import ray
 from PIL import Image
 
 from jobs import preprocess as job
-from jobs.preprocess import missing, prompts_of, read_data
+from jobs.preprocess import cache_place, missing, read_data, wanted_encodings
+from jobs.recipes.online_dpo import OnlineDPORecipe
 from rlhf.data.cache import Manifest, Place, read_manifest
 from rlhf.data.records import BadInput
-from rlhf.tables import OnlineDPOConfig
+from rlhf.models.tiny import write_stable_diffusion
+from rlhf.types import Encoding
 from tests.rlhf.data import photos
 
 
 @pytest.fixture
-def config(tmp_path, kontext) -> OnlineDPOConfig:
-    return OnlineDPOConfig(
+def config(tmp_path, kontext) -> OnlineDPORecipe:
+    return OnlineDPORecipe(
         model={"path": str(kontext), "height": 48, "width": 32},
         data={"path": str(photos.write(tmp_path / "data")), "cache": str(tmp_path / "cache")},
         reward={"type": "hps"},
@@ -25,22 +27,28 @@ def config(tmp_path, kontext) -> OnlineDPOConfig:
     )
 
 
-def change(config: OnlineDPOConfig, section: str, **values) -> OnlineDPOConfig:
+def change(config: OnlineDPORecipe, section: str, **values) -> OnlineDPORecipe:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def misses(config: OnlineDPOConfig, manifest: Manifest) -> tuple[int, int]:
-    rows = read_data(config).all
-    texts, sources = missing(config, rows, prompts_of(config, rows), manifest)
-    return len(texts), len(sources)
+def wanted(config: OnlineDPORecipe) -> list[Encoding]:
+    prompts = read_data(config.data, config.eval, config.model).all
+    return wanted_encodings(config.model, config.sampling, prompts)
+
+
+def misses(config: OnlineDPORecipe, manifest: Manifest) -> tuple[int, int]:
+    """(texts, pictures) that the cache lacks."""
+    todo = missing(cache_place(config.model, config.data.cache), wanted(config), manifest)
+    texts = sum(not encoding.sources for encoding in todo.values())
+    return texts, len(todo) - texts
 
 
 @pytest.fixture
 def full(config) -> Manifest:
     """A manifest in which everything of `config` is present."""
     place = Place(file="", first=0, names=(), checksum="")
-    prompts = prompts_of(config, read_data(config).all)
-    return Manifest(files={}, places={key: place for p in prompts for key in (p.text_key, p.source_key)})
+    cache = cache_place(config.model, config.data.cache).open()
+    return Manifest(files={}, places={cache.key(encoding): place for encoding in wanted(config)})
 
 
 def test_nothing_changed_is_no_miss_and_an_empty_cache_misses_all(config, full):
@@ -80,7 +88,7 @@ def test_another_size_or_fit_misses_pictures_only(config, full, section, values)
 
 
 def test_another_dtype_misses_all(config, full):
-    assert misses(change(config, "trainer", mixed_precision="no"), full) == (3, 3)
+    assert misses(change(config, "model", dtype="float32"), full) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +116,20 @@ def test_equal_instructions_and_pictures_count_once(config, tmp_path):
     assert misses(config, read_manifest(config.data.cache)) == (1, 1)
 
 
+def test_guidance_with_two_branches_misses_the_unguided_text_too(config, tmp_path):
+    """Once for all prompts, and only where the scale asks for it."""
+    model = write_stable_diffusion(tmp_path / "sd")
+    texts = change(config, "model", family="stable_diffusion", path=str(model), height=64, width=64)
+    nothing = read_manifest(config.data.cache)
+    assert misses(texts, nothing) == (3 + 1, 0)
+    assert misses(change(texts, "model", guidance_scale=1.0), nothing) == (3, 0)
+
+
 def test_auto_size_is_chosen_per_picture(config, tmp_path):
     photos.write(tmp_path / "wide", size=(30, 90))
     both = change(change(config, "model", size="auto"), "eval", path=str(tmp_path / "wide/train_metadata.jsonl"))
-    sizes = [(p.height, p.width) for p in prompts_of(both, read_data(both).all)]
+    prompts = read_data(both.data, both.eval, both.model).all
+    sizes = [(prompt.geometry.height, prompt.geometry.width) for prompt in prompts]
     assert sizes == [(1104, 944)] * 3 + [(672, 1568)] * 3 or sizes == [(1184, 880)] * 3 + [(672, 1568)] * 3
 
 
@@ -119,8 +137,9 @@ def test_training_and_evaluation_problems_come_together(config, tmp_path):
     photos.write(tmp_path / "eval")
     photos.write_rows(tmp_path / "eval", ["{"])
     (tmp_path / "data/images/2.png").unlink()
+    both = change(config, "eval", path=str(tmp_path / "eval/train_metadata.jsonl"))
     with pytest.raises(BadInput) as caught:
-        read_data(change(config, "eval", path=str(tmp_path / "eval/train_metadata.jsonl")))
+        read_data(both.data, both.eval, both.model)
     assert len(caught.value.problems) == 2
 
 
@@ -131,5 +150,5 @@ def test_dry_run_starts_nothing_and_says_what_is_missing(config, monkeypatch, ca
     before = ray.is_initialized()
     job.main()
     out = capsys.readouterr().out
-    assert "3 prompts; to encode: 3 instructions, 3 pictures" in out and '[model]\nfamily = "flux_kontext"' in out
+    assert "3 prompts; to encode: 3 texts, 3 pictures" in out and '[model]\nfamily = "flux_kontext"' in out
     assert ray.is_initialized() == before and not read_manifest(config.data.cache).files

@@ -16,7 +16,6 @@ from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.rewards.ctr.config import TrainCTRConfig
 from rlhf.rewards.ctr.model import CTRReward
-from rlhf.types import Item
 
 ROW = "{}.png,苹果{},水果,上海,小铺,{:.3f},100,{}"
 
@@ -143,8 +142,8 @@ def test_the_command_line(data, tmp_path):
     assert figures <= metrics.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ctr"]
     assert {"calibration.png", "predicted_vs_actual.png"} <= {path.name for path in (tmp_path / "ctr").iterdir()}
-    item = Item(food_name="苹果1", food_type="水果", city_name="上海", shop_name="小铺")
-    score = CTRReward(tmp_path / "ctr").score([np.zeros((9, 9, 3), np.uint8)], [""], [item])[0]
+    item = {"food_name": "苹果1", "food_type": "水果", "city_name": "上海", "shop_name": "小铺"}
+    score = CTRReward(tmp_path / "ctr").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0]
     assert 0.02 < score < 0.4
 
     bad = run(*common, "--data.path", str(data / "bad.csv"), "--output", str(tmp_path / "other"))
@@ -160,8 +159,8 @@ def test_two_ranks_train_one_model(cluster, data, tmp_path, capsys):
     metrics = json.loads((train_ctr(config) / "metrics.json").read_text())
     assert metrics["rows"] == 8 and metrics["epochs"] == 2 and "ctr epoch 2/2" in capsys.readouterr().out
     assert "ranks = 2" in (tmp_path / "two" / "train_ctr.toml").read_text()
-    item = Item(food_name="苹果1", food_type="水果", city_name="上海", shop_name="小铺")
-    assert 0 < CTRReward(tmp_path / "two").score([np.zeros((9, 9, 3), np.uint8)], [""], [item])[0] < 1
+    item = {"food_name": "苹果1", "food_type": "水果", "city_name": "上海", "shop_name": "小铺"}
+    assert 0 < CTRReward(tmp_path / "two").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0] < 1
 
 
 @pytest.mark.slow

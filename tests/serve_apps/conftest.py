@@ -5,17 +5,21 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.recipes.online_dpo import OnlineDPORecipe
 from rlhf.rewards import tiny
 from rlhf.rewards.ctr import model as ctr
 from rlhf.rewards.ctr import small as ctr_small
-from rlhf.tables import OnlineDPOConfig
-from rlhf.types import Item
+from rlhf.rewards.ctr.product import Product
 from serve_apps import deploy
 from tests.conftest import SERVE_PORT as PORT
 from tests.rlhf.rewards.openai_server import completion, openai_server
 
 TOKEN = "a-test-token"
-ITEM = Item(food_name="红烧肉", food_type="中式快餐", city_name="上海", shop_name="老王饭店")
+ITEM = {"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"}
+ROUNDING = 3 * 8 * 8 * torch.finfo(torch.float32).eps
+"""How far a score of these tiny models may move with its place in a batch, which arrival decides, and with a replica's
+threads: eps × the terms of the longest sum × size. HPSv2's goes over a patch's 3·8·8 pixels and gives a cosine; the CTR
+model's has 9·64 terms, under a sigmoid whose slope is at most a quarter."""
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +28,16 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judges")
     tiny.write_hpsv2(folder / "hps.pt")
     tiny.write_qwen3_vl(folder / "qwen")
-    tokenizer = ctr_small.small_tokenizer([ctr.describe(ITEM)])
+    tokenizer = ctr_small.small_tokenizer([ctr.describe(Product.of(ITEM))])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ctr.save(folder / "ctr", ctr.CTRModel(ctr_small.small_config(tokenizer)), tokenizer)
     return folder
 
 
-def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve_section) -> OnlineDPOConfig:
+def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve_section) -> OnlineDPORecipe:
     """A run's config that deploys these judges; `filter=None` switches the filter off."""
-    return OnlineDPOConfig.model_validate(
+    return OnlineDPORecipe.model_validate(
         {
             "model": {"path": "unused"},
             "data": {"path": "unused", "item_metadata": "unused"},
@@ -49,7 +53,7 @@ def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve
     )
 
 
-def up(config: OnlineDPOConfig, name: str) -> deploy.Deployed:
+def up(config: OnlineDPORecipe, name: str) -> deploy.Deployed:
     """The judges of `config`, deployed and awaited."""
     return deploy.deploy(config.judges, config.serve, config.judge_names, name)
 

@@ -22,12 +22,12 @@ class Redness:
     def __init__(self):
         self.batches = []
 
-    def score(self, images, prompts, items):
-        self.batches.append(len(images))
-        means = [image.mean((0, 1)) for image in images]
+    def score(self, media, prompts, sources, items):
+        self.batches.append(len(media))
+        means = [medium.mean((0, 1, 2)) for medium in media]
         if any(mean[1] > 200 for mean in means):
             raise OSError("the device is gone")
-        return checked_scores(self.name, [math.nan if m[2] > 200 else float(m[0]) for m in means], len(images))
+        return checked_scores(self.name, [math.nan if m[2] > 200 else float(m[0]) for m in means], len(media))
 
 
 class RednessApp:
@@ -38,7 +38,7 @@ class RednessApp:
         self.probed = []
 
     async def score(self, image):
-        return await self.batcher.score(image, "", None)
+        return await self.batcher.score(image[None], "", (), {})
 
     async def probe_twice(self):
         """Batches that two probes in a row ran."""
@@ -100,7 +100,7 @@ class Gated:
     def __init__(self):
         self.tickets, self.entered, self.batches = threading.Semaphore(0), threading.Semaphore(0), []
 
-    def score(self, images, prompts, items):
+    def score(self, media, prompts, sources, items):
         self.entered.release()
         assert self.tickets.acquire(timeout=30)
         self.batches.append(list(prompts))
@@ -116,7 +116,7 @@ def gated():
 
 
 def ask(batcher, *prompts):
-    return [asyncio.create_task(batcher.score(flat(0), str(prompt), None)) for prompt in prompts]
+    return [asyncio.create_task(batcher.score(flat(0)[None], str(prompt), (), {})) for prompt in prompts]
 
 
 def test_what_comes_while_the_model_is_busy_fills_the_next_batches(gated):

@@ -5,8 +5,9 @@ import time
 import pytest
 from ray import serve
 
+from rlhf.errors import Refused
 from serve_apps.deploy import DeployError, app_name, start, wait
-from tests.serve_apps.conftest import config, down, up
+from tests.serve_apps.conftest import PORT, config, down, up
 
 
 def test_only_needed_judges_are_deployed_the_filter_first(models):
@@ -24,15 +25,15 @@ def begin(run, name):
 
 
 def test_a_missing_checkpoint_is_found_before_anything_starts(models):
-    with pytest.raises(FileNotFoundError, match=r"judges\.hps\.path"):
+    with pytest.raises(Refused, match=r"judges\.hps\.path"):
         begin(config(models, hps={"path": "/no/such/file.pt"}), "missing")
 
 
 def test_a_taken_route_and_another_port_are_refused(judges, models):
     with pytest.raises(DeployError, match="contract-hpsv2 of another run holds the route /hpsv2"):
         up(config(models, reward="hps"), "second")
-    with pytest.raises(DeployError, match=r"already listens on 127\.0\.0\.1:8123"):
-        up(config(models, reward="hps", port=8124), "second")
+    with pytest.raises(DeployError, match=rf"already listens on 127\.0\.0\.1:{PORT}"):
+        up(config(models, reward="hps", port=PORT + 1), "second")
     assert not any(name.startswith("second") for name in serve.status().applications)
     assert "contract-hpsv2" in serve.status().applications
 

@@ -79,8 +79,8 @@ def test_damaged_pictures_are_scored_or_refused_by_field(client, data, prompt):
     body = {"image_base64": base64.b64encode(data).decode(), "prompt": prompt}
     answers = {
         "image_base64": client.post("/hpsv2/score", json=body),
-        "items.0.image_base64": client.post("/ctr/score_batch", json={"items": [body | {"item": vars(ITEM)}]}),
-        "image": client.post("/ctr/predict", files={"image": data}, data=vars(ITEM)),
+        "items.0.image_base64": client.post("/ctr/score_batch", json={"items": [body | {"item": ITEM}]}),
+        "image": client.post("/ctr/predict", files={"image": data}, data=ITEM),
         "source_base64": client.post(
             "/filter/validate", json={"image_base64": EXAMPLE_IMAGE, "source_base64": body["image_base64"]}
         ),

@@ -1,8 +1,9 @@
-"""The HTTP contract (serve_apps/README.md) against the running apps, with the payloads of the old script's clients."""
+"""The HTTP contract (serve_apps/README.md) against the running apps, with the payloads of FEAST's clients."""
 
 import asyncio
 import base64
 import io
+import re
 import threading
 
 import httpx
@@ -23,7 +24,8 @@ from rlhf.rewards.remote import RemoteJudge
 from serve_apps import rewards
 from serve_apps.http import Secrets, create_api, decode_field
 from serve_apps.rewards import RewardApp
-from tests.serve_apps.conftest import ITEM, TOKEN
+from tests.rlhf.rewards.asking import score
+from tests.serve_apps.conftest import ITEM, ROUNDING, TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,20 @@ def hps(models):
 APPS = ("/filter", "/hpsv2", "/ctr")
 
 
+def predicted(rate):
+    """What /ctr/predict may answer: rounded to 6 places."""
+    return pytest.approx(rate, rel=0, abs=ROUNDING + 0.5e-6)
+
+
 def form(**changes):
-    return {name: value for name, value in (vars(ITEM) | changes).items() if value is not None}
+    return {name: value for name, value in (ITEM | changes).items() if value is not None}
 
 
 def test_score_is_the_models(client, hps, picture):
     response = client.post("/hpsv2/score", json={"image_base64": encode_base64(picture), "prompt": "一个苹果"})
     assert response.status_code == 200
-    assert response.json() == {"score": hps.score([picture], ["一个苹果"], [None])[0]}
+    expected = score(hps, [picture], ["一个苹果"])[0]
+    assert response.json() == {"score": pytest.approx(expected, rel=0, abs=ROUNDING)}
 
 
 def test_score_batch_keeps_order(client, hps):
@@ -50,19 +58,26 @@ def test_score_batch_keeps_order(client, hps):
     prompts = [f"prompt {i}" for i in range(20)]
     items = [{"image_base64": encode_base64(a), "prompt": b} for a, b in zip(pictures, prompts, strict=True)]
     response = client.post("/hpsv2/score_batch", json={"items": items})
-    assert response.json() == {"scores": hps.score(pictures, prompts, [None] * 20)}
+    expected = score(hps, pictures, prompts)
+    assert np.diff(sorted(expected)).min() > 2 * ROUNDING, "another order would not show"
+    assert response.json() == {"scores": pytest.approx(expected, rel=0, abs=ROUNDING)}
 
 
 def test_predict_is_the_models(client, models, picture):
-    rate = CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0]
+    rate = score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
     response = client.post("/ctr/predict", data=form(), files={"image": ("a.png", encode_png(picture), "image/png")})
     assert response.status_code == 200
-    assert response.json() == {"success": True, "data": {"ctr": round(rate, 6), "ctr_percent": f"{rate * 100:.2f}%"}}
+    answer = response.json()
+    assert answer == {"success": True, "data": {"ctr": predicted(rate), "ctr_percent": answer["data"]["ctr_percent"]}}
+    assert re.fullmatch(r"\d+\.\d\d%", answer["data"]["ctr_percent"])
+    percent = float(answer["data"]["ctr_percent"][:-1])
+    assert percent == pytest.approx(100 * rate, rel=0, abs=100 * ROUNDING + 0.5e-2)
 
 
 def test_validate_with_and_without_source(client, picture):
     body = {"image_base64": encode_base64(picture), "prompt": "warmer"}
-    for extra in ({}, {"source_base64": encode_base64(255 - picture)}, {"source_base64": None}):
+    before = encode_base64(255 - picture)
+    for extra in ({}, {"source_base64": before}, {"source_base64": None}, {"source_base64": [before, before]}):
         answer = client.post("/filter/validate", json=body | extra).json()
         assert answer.pop("pass_probability") == pytest.approx(np.exp(-3) / (np.exp(-3) + np.exp(-0.05)))
         assert answer == {"valid": False, "reason": "Too dark.", "raw_response": "FAIL"}
@@ -125,6 +140,7 @@ def test_bad_pictures_name_the_field(client, picture, data, status):
         "items.1.image_base64": client.post("/hpsv2/score_batch", json={"items": [good, bad]}),
         "image": client.post("/ctr/predict", data=form(), files={"image": ("x.png", data)}),
         "source_base64": client.post("/filter/validate", json=good | {"source_base64": text}),
+        "source_base64.1": client.post("/filter/validate", json=good | {"source_base64": [good["image_base64"], text]}),
     }
     for field, response in cases.items():
         assert response.status_code == status and response.json()["detail"].startswith(f"{field}: "), field
@@ -141,6 +157,8 @@ def test_more_than_forty_megapixels(client):
 
 def test_missing_and_wrong_fields(client, picture):
     text, file = encode_base64(picture), {"image": ("x.png", encode_png(picture))}
+    good = {"image_base64": text, "prompt": "x"}
+    bad_items = ({"price": 3}, {"x": "y" * 10_001}, {"x" * 101: "y"}, {str(i): "" for i in range(65)}, ["price"])
     cases = [
         (client.post("/hpsv2/score", json={"prompt": "x"}), "image_base64"),
         (client.post("/hpsv2/score", json={"image_base64": text}), "prompt"),
@@ -150,17 +168,20 @@ def test_missing_and_wrong_fields(client, picture):
         (client.post("/hpsv2/score_batch", json={"items": []}), "items"),
         (client.post("/hpsv2/score_batch", json={"items": [{"image_base64": "", "prompt": ""}] * 65}), "items"),
         (client.post("/ctr/predict", data=form()), "image"),
-        *[(client.post("/ctr/predict", data=form(**{name: None}), files=file), name) for name in vars(ITEM)],
+        *[(client.post("/ctr/predict", data=form(**{name: None}), files=file), name) for name in ITEM],
         (client.post("/filter/validate", json={"prompt": "x"}), "image_base64"),
+        (client.post("/filter/validate", json={"image_base64": text, "source_base64": [text] * 5}), "source_base64"),
+        *[(client.post("/hpsv2/score", json=good | {"item": item}), "item") for item in bad_items],
     ]
     for response, field in cases:
-        assert response.status_code == 422 and field in {p["field"] for p in response.json()["detail"]} | {""}
+        named = {part for p in response.json()["detail"] for part in (p["field"], p["field"].split(".")[0])}
+        assert response.status_code == 422 and field in named | {""}
         assert "score" not in response.json() and len(response.text) < 500  # the request is not echoed back
 
 
 def test_overload_is_503_with_retry_after(judges, models):
     picture = np.random.default_rng(2).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
-    expected = CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0]
+    expected = score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
     file = encode_png(picture)
 
     async def flood():
@@ -176,7 +197,7 @@ def test_overload_is_503_with_retry_after(judges, models):
     assert {response.status_code for response in responses} == {200, 503}
     for response in responses:
         if response.status_code == 200:
-            assert response.json()["data"]["ctr"] == round(expected, 6)
+            assert response.json()["data"]["ctr"] == predicted(expected)
         else:
             assert int(response.headers["retry-after"]) >= 1
 
@@ -194,34 +215,36 @@ def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
             with pytest.raises(JudgeError, match="401"):
                 await remote["stranger"].score(picture, "x")
             with pytest.raises(JudgeError, match="502"):
-                await remote["filter"].judge(picture, None, "break")
-            with pytest.raises(Refused, match="item"):
+                await remote["filter"].judge(picture, (), "break")
+            with pytest.raises(Refused, match="missing: food_name"):
                 await remote["ctr"].score(picture, "")
             return (
                 await remote["hps"].score(picture, "x"),
-                await remote["ctr"].score(picture, "", ITEM),
-                await remote["filter"].judge(picture, 255 - picture, "warmer"),
+                await remote["ctr"].score(picture, "", (), ITEM | {"price": "3"}),
+                await remote["filter"].judge(picture, (255 - picture,), "warmer"),
             )
         finally:
             for client in remote.values():
                 await client.close()
 
-    score, rate, verdict = asyncio.run(ask())
-    assert score == hps.score([picture], ["x"], [None])[0]
-    assert rate == pytest.approx(CTRReward(models / "ctr", batch_rows=4).score([picture], [""], [ITEM])[0], abs=1e-6)
+    found, rate, verdict = asyncio.run(ask())
+    assert found == pytest.approx(score(hps, [picture], ["x"])[0], rel=0, abs=ROUNDING)
+    assert rate == predicted(score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0])
     assert not verdict.valid and verdict.reason == "Too dark." and 0 < verdict.pass_probability < 0.1
 
 
 def test_score_batch_is_a_judge_by_http(judges, models, picture):
     """`judges.http` speaks what /score_batch of every reward here answers."""
-    expected = CTRReward(models / "ctr", batch_rows=4).score([picture, 255 - picture], ["", ""], [ITEM] * 2)
+    asked = [picture, 255 - picture], ["", ""], [ITEM] * 2
+    expected = score(CTRReward(models / "ctr", batch_rows=4), *asked)
     reward = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch", token=TOKEN), "cpu")
-    assert reward.score([picture, 255 - picture], ["", ""], [ITEM] * 2) == expected
-    with pytest.raises(JudgeError, match=r"score_batch: status 422.*needs the item"):
-        reward.score([picture], [""], [None])
+    assert abs(expected[0] - expected[1]) > 2 * ROUNDING, "a mixed-up answer would not show"
+    assert score(reward, *asked) == pytest.approx(expected, rel=0, abs=ROUNDING)
+    with pytest.raises(JudgeError, match=r"score_batch: status 422.*missing: food_name"):
+        score(reward, [picture], [""])
     stranger = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch"), "cpu")
     with pytest.raises(JudgeError, match="status 401"):
-        stranger.score([picture], [""], [ITEM])
+        score(stranger, [picture], [""], [ITEM])
 
 
 def test_a_defect_is_a_500_that_tells_no_secrets():
@@ -232,7 +255,7 @@ def test_a_defect_is_a_500_that_tells_no_secrets():
         raise KeyError("the password is 1234")
 
     response = TestClient(api, raise_server_exceptions=False).get("/broken")
-    assert response.status_code == 500 and response.json() == {"detail": "KeyError; the replica's log says more"}
+    assert response.status_code == 500 and response.json() == {"detail": "KeyError; details are in the replica's log"}
 
 
 def test_a_long_body_is_refused_by_its_header_and_as_it_streams_in():
@@ -280,3 +303,26 @@ def test_a_large_batch_is_decoded_two_forwards_at_a_time(monkeypatch, picture):
     response = TestClient(app.__serve_build_asgi_app__()).post("/score_batch", json={"items": items})
     assert response.json() == {"scores": [0.0] * 64}
     assert len(early) == 4 and len(decoded) == 64
+
+
+def sources_seen(images, prompts, sources, items):
+    return [float(sum(source.mean() for source in some)) for some in sources]
+
+
+def test_sources_reach_a_judge_that_reads_them_and_are_not_decoded_for_another(picture):
+    def client(function):
+        judge = PythonJudgeConfig(function=f"{__name__}:{function}", batch_wait_s=0.0)
+        app = RewardApp("mine", judge, secrets=Secrets(), settings="")
+        return TestClient(app.__serve_build_asgi_app__())
+
+    one, two = (encode_base64(np.full((4, 4, 3), value, np.uint8)) for value in (1, 20))
+    asked = [{"image_base64": encode_base64(picture), "prompt": ""} for _ in range(3)]
+    given = [asked[0], asked[1] | {"source_base64": one}, asked[2] | {"source_base64": [one, two]}]
+    reader = client("sources_seen")
+    assert reader.post("/score_batch", json={"items": given}).json() == {"scores": [0.0, 1.0, 21.0]}
+    assert reader.post("/score", json=given[2]).json() == {"score": 21.0}
+    bad = asked[0] | {"source_base64": ["no picture"]}
+    refused = reader.post("/score_batch", json={"items": [asked[0], bad]})
+    assert refused.status_code == 400 and refused.json()["detail"].startswith("items.1.source_base64.0: ")
+    GATE.set()
+    assert client("wait_for_the_gate").post("/score", json=bad).json() == {"score": 0.0}

@@ -64,7 +64,7 @@ def test_the_answer_to_every_kind_of_picture(client, kind):
         text = base64.b64encode(data).decode()
         answers = {
             "image_base64": client.post("/hpsv2/score", json={"image_base64": text, "prompt": ""}),
-            "image": client.post("/ctr/predict", data=vars(ITEM), files={"image": ("x.png", data, "image/png")}),
+            "image": client.post("/ctr/predict", data=ITEM, files={"image": ("x.png", data, "image/png")}),
         }
         if len(data) < 2**20:  # the same decoder: one more long upload would tell nothing
             body = {"image_base64": text, "source_base64": text}

@@ -12,11 +12,13 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from rlhf.data.media import encode_base64
+from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
 from rlhf.rewards.hpsv2 import HPSv2Reward
 from serve_apps import deploy
+from tests.rlhf.rewards.asking import score
 from tests.rlhf.rewards.openai_server import openai_server
-from tests.serve_apps.conftest import ITEM, TOKEN, scripted_verdict
+from tests.serve_apps.conftest import ITEM, ROUNDING, TOKEN, scripted_verdict
 
 FILE = Path(deploy.__file__).with_name("serve.yaml")
 
@@ -44,12 +46,12 @@ def test_app_takes_exactly_one_judge_by_absolute_path(models):
     hps, ctr = {"path": str(models / "hps.pt")}, {"path": str(models / "ctr")}
     assert isinstance(deploy.app({"hps": hps}), serve.Application)
     for args, error, message in [
-        ({"hps": hps, "ctr": ctr}, ValueError, r"2 judges \['hps', 'ctr'\]"),
-        ({}, ValueError, "0 judges"),
-        ({"hps": {"path": "hps.pt"}}, ValueError, r"hps.path = 'hps.pt' is relative"),
-        ({"hps": {"path": "/no/such.pt"}}, FileNotFoundError, r"judges\.hps\.path = '/no/such\.pt'"),
+        ({"hps": hps, "ctr": ctr}, Refused, r"2 judges \['hps', 'ctr'\]"),
+        ({}, Refused, "0 judges"),
+        ({"hps": {"path": "hps.pt"}}, Refused, r"hps.path = 'hps.pt' is relative"),
+        ({"hps": {"path": "/no/such.pt"}}, Refused, r"judges\.hps\.path = '/no/such\.pt'"),
         ({"hps": hps | {"max_batchsize": 8}}, ValueError, "did you mean 'max_batch_size'"),
-        ({"python": {"mine": {"function": "no_such_module:score"}}}, ValueError, r"judges\.python\.mine\.function"),
+        ({"python": {"mine": {"function": "no_such_module:score"}}}, Refused, r"judges\.python\.mine\.function"),
     ]:
         with pytest.raises(error, match=message):
             deploy.app(args)
@@ -95,7 +97,8 @@ def ask(url, models):
     body = {"image_base64": encode_base64(picture), "prompt": "a cat"}
     assert httpx.post(f"{url}/hpsv2/score", json=body).status_code == 401
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
-        expected = HPSv2Reward(models / "hps.pt", batch_rows=32).score([picture], ["a cat"], [None])
-        assert client.post("/hpsv2/score", json=body).json() == {"score": expected[0]}
-        assert 0 < client.post("/ctr/score", json=body | {"item": vars(ITEM)}).json()["score"] < 1
+        expected = score(HPSv2Reward(models / "hps.pt", batch_rows=32), [picture], ["a cat"])[0]
+        same = pytest.approx(expected, rel=0, abs=ROUNDING)
+        assert client.post("/hpsv2/score", json=body).json() == {"score": same}
+        assert 0 < client.post("/ctr/score", json=body | {"item": ITEM}).json()["score"] < 1
         assert client.post("/filter/validate", json=body).json()["raw_response"] == "FAIL"

@@ -16,8 +16,8 @@ import pytest
 import vllm
 
 from rlhf.data.media import encode_base64
-from rlhf.rewards.api_filter import APIFilter
 from rlhf.rewards.config import FilterJudgeConfig
+from rlhf.rewards.filters import APIFilter
 from tests.serve_apps.conftest import TOKEN, config, down, up
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def pictures(count):
 def test_verdicts_come_from_the_pixels_and_keep_to_the_two_words(engine):
     async def ask():
         handle = engine.handle("filter")
-        return await asyncio.gather(*[handle.judge.remote(picture, None, "warmer") for picture in pictures(24)])
+        return await asyncio.gather(*[handle.judge.remote(picture, (), "warmer") for picture in pictures(24)])
 
     verdicts = asyncio.run(ask())
     assert {verdict.raw_response for verdict in verdicts} <= {"PASS", "FAIL"}
@@ -92,9 +92,16 @@ def test_verdicts_come_from_the_pixels_and_keep_to_the_two_words(engine):
 def test_the_source_and_the_instruction_matter(engine):
     image, source = pictures(2)
     handle = engine.handle("filter")
-    cases = [(image, None, ""), (image, source, ""), (image, None, "红烧肉"), (source, None, "")]
+    cases = [
+        (image, (), ""),
+        (image, (source,), ""),
+        (image, (), "红烧肉"),
+        (source, (), ""),
+        (image, (source, 255 - source), ""),
+        (image, (255 - source, source), ""),
+    ]
     found = [handle.judge.remote(*case).result(timeout_s=120).pass_probability for case in cases]
-    assert len(set(found)) == 4
+    assert len(set(found)) == 6
     again = handle.judge.remote(*cases[1]).result(timeout_s=120).pass_probability
     assert again == pytest.approx(found[1], abs=1e-3)
 
@@ -115,7 +122,7 @@ def test_a_server_elsewhere_gives_the_engines_verdicts(engine, api_server):
     """API mode against a real `vllm serve`, and the engine in Serve: the same words, probabilities within 1e-2."""
     judge = FilterJudgeConfig(api_base=api_server, model_name="tiny", max_reason_tokens=8, api_timeout_s=120)
     shown = pictures(8)
-    cases = [(picture, source, "warmer") for picture in shown for source in (None, shown[0])]
+    cases = [(picture, source, "warmer") for picture in shown for source in ((), (shown[0],))]
 
     async def ask_server():
         server = APIFilter(judge)

@@ -35,7 +35,7 @@ def create(clicks: Sequence[Click], section: CTRModelSection) -> tuple[CTRModel,
 
 
 def parameter_groups(model: CTRModel, section: CTRModelSection, config: CTRTrainConfig) -> list[dict]:
-    """Heads, text, image, each at its own rate (the old script's defaults); a small model from scratch all at the heads'.
+    """Heads, text, image, each at its own rate (by default FEAST's); a small model from scratch all at the heads'.
 
     The rate is also `initial_lr`, which a schedule scales. Frozen parameters are in no group.
     """

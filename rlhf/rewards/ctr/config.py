@@ -22,9 +22,9 @@ class CTRDataConfig(Section):
 
 class CTRModelSection(Section):
     text: LocalPath | None = None
-    """Folder of a text backbone for AutoModel (once Chinese-BERT-wwm-ext); unset with `image`: a small pair from scratch."""
+    """Folder of a text backbone for AutoModel (FEAST's: Chinese-BERT-wwm-ext); unset with `image`: a small pair from scratch."""
     image: LocalPath | None = None
-    """Folder of an image backbone for AutoModel (once ConvNeXtV2-Huge-22k-512)."""
+    """Folder of an image backbone for AutoModel (FEAST's: ConvNeXtV2-Huge-22k-512)."""
     image_size: int | None = Field(None, ge=32)
     """Pixels of the square that pictures are padded to; default 512, and 64 for the small pair."""
     max_tokens: int = Field(64, ge=8)
@@ -48,13 +48,13 @@ class CTRTrainConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches of an update."""
     loss: Literal["auto", "compound", "binomial"] = "auto"
-    """`compound`: the old script's. `binomial`: clicks of impressions, where the CSV has them. `auto`: binomial if it has."""
+    """`compound`: FEAST's. `binomial`: clicks of impressions, where the CSV has them. `auto`: binomial if it has."""
     learning_rate: float | None = Field(None, gt=0)
     """Heads; default 1e-3. In the small model everything; default 3e-3."""
     text_learning_rate: float = Field(2e-5, gt=0)
     image_learning_rate: float = Field(5e-6, gt=0)
     freeze: tuple[Literal["text", "image"], ...] = ()
-    """Pretrained backbones that stay as they are, running statistics and dropout included."""
+    """Pretrained backbones that are not trained; they stay in eval mode."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     mixed_precision: Literal["bf16", "fp16", "no"] = "no"

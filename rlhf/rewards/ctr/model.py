@@ -1,13 +1,13 @@
 """Click-through-rate model: a picture and the product on it → the predicted share of views that click.
 
-The old script's architecture: item text through a BERT, picture through a ConvNeXtV2, each projected to width 256, the two
-tokens with modality embeddings through a small transformer, concatenated → one number. The backbones are whatever
+The architecture is that of FEAST's CTR model: item text through a BERT, picture through a ConvNeXtV2, each projected to width
+256, the two tokens with modality embeddings through a small transformer, concatenated → one number. The backbones are whatever
 `AutoModel` loads, so the published Chinese-BERT-wwm-ext + ConvNeXtV2-Huge-22k-512 and a small pair trained from scratch
 on a CPU are one code path.
 
 With `filters` the network is wide and deep (Cheng et al. 2016, arXiv:1606.07792): beside the deep logit stands a linear
-one of the text's tokens and of mean and deviation of learned filters over the picture. A thousand rows teach that
-additive part at once, which the deep part needs far more rows to find; the small model has it, the old script's has not.
+one of the text's tokens and of mean and deviation of learned filters over the picture. The linear part is learned from a
+thousand rows, where the deep part needs far more. The small model has it, FEAST's does not.
 
 A checkpoint is a folder: `config.json` (`CTRModelConfig`), `model.safetensors`, `tokenizer/`. The output goes through a
 sigmoid, so that it is a rate whatever the loss.
@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import CTRJudgeConfig
-from rlhf.rewards.protocols import check_batch, checked_scores, fingerprint
+from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
 from rlhf.types import Item
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,7 +57,7 @@ class CTRModelConfig(BaseModel):
     heads: int = 4
     dropout: float = 0.2
     filters: int = 0
-    """Learned filters of the wide part; 0: none, as in the old script's model."""
+    """Learned filters of the wide part; 0: none, as in FEAST's model."""
 
 
 class CTRModel(nn.Module):
@@ -106,7 +107,7 @@ class CTRModel(nn.Module):
 class Wide(nn.Module):
     """The linear part: a weight per token, and one per statistic of learned filters.
 
-    No layer normalises here, so that brightness, colour and contrast come through, which the deep part's norms hide.
+    Nothing is normalised here: the norms of the deep part remove brightness, colour and contrast, on which clicks depend.
     """
 
     def __init__(self, vocabulary: int, filters: int) -> None:
@@ -126,7 +127,7 @@ class Wide(nn.Module):
 
 
 class CTRReward:
-    """The `Reward` "ctr": predicted click rate in (0, 1). Needs an `Item` for every picture; prompts are not read."""
+    """The `Reward` "ctr": predicted click rate in (0, 1). Needs a product for every picture; prompts are not read."""
 
     name = "ctr"
 
@@ -157,38 +158,40 @@ class CTRReward:
         )
 
     @torch.inference_mode()
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str], items: Sequence[Item | None]) -> list[float]:
-        """Predicted click rate per picture; Refused where an item is missing. See `Reward.score`."""
-        check_batch(images, prompts, items)
-        known = [item for item in items if item is not None]
-        if len(known) < len(items):
-            raise Refused(f"the CTR reward needs an item for every picture; {len(items) - len(known)} have none")
-        rows = self.batch_rows or max(1, len(images))
+    def score(
+        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
+    ) -> list[float]:
+        """Predicted click rate per picture; Refused where a column of an item is missing. See `Reward.score`."""
+        check_batch(media, prompts, sources, items)
+        products = [Product.of(item) for item in items]
+        rows = self.batch_rows or max(1, len(media))
         scores: list[float] = []
-        for start in range(0, len(images), rows):
-            scores += self._score_rows(images[start : start + rows], known[start : start + rows])
-        return checked_scores(self.name, scores, len(images))
+        for start in range(0, len(media), rows):
+            scores += self._score_rows(media[start : start + rows], products[start : start + rows])
+        return checked_scores(self.name, scores, len(media))
 
-    def _score_rows(self, images: Sequence[np.ndarray], items: Sequence[Item]) -> list[float]:
+    def _score_rows(self, media: Sequence[np.ndarray], products: Sequence[Product]) -> list[float]:
         config = self.model.config
-        pixels = torch.stack([transform(image, config.image_size) for image in images])
-        ids, mask = encode_items(self.tokenizer, items, config.max_tokens)
-        if self.batch_rows and len(images) < self.batch_rows:
-            short = self.batch_rows - len(images)
+        pixels = torch.stack([transform(picture_of(medium), config.image_size) for medium in media])
+        ids, mask = encode_items(self.tokenizer, products, config.max_tokens)
+        if self.batch_rows and len(media) < self.batch_rows:
+            short = self.batch_rows - len(media)
             pixels, ids, mask = (torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) for x in (pixels, ids, mask))
         logits = self.model(pixels.to(self.device, self.dtype), ids.to(self.device), mask.to(self.device))
-        return torch.sigmoid(logits.float())[: len(images)].tolist()
+        return torch.sigmoid(logits.float())[: len(media)].tolist()
 
 
-def describe(item: Item) -> str:
-    """The old script's text of an item, which the text backbone reads."""
-    return f"菜品:{item.food_name} 类型:{item.food_type} 城市:{item.city_name} 店铺:{item.shop_name}"
+def describe(product: Product) -> str:
+    """The text of a product that the text backbone reads, as FEAST's CTR model has it."""
+    return f"菜品:{product.food_name} 类型:{product.food_type} 城市:{product.city_name} 店铺:{product.shop_name}"
 
 
-def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_tokens: int) -> tuple[Tensor, Tensor]:
+def encode_items(
+    tokenizer: PreTrainedTokenizerBase, products: Sequence[Product], max_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, max_tokens) int64: one length always, so that batches cannot differ."""
     encoded = tokenizer(
-        [describe(item) for item in items],
+        [describe(product) for product in products],
         padding="max_length",
         truncation=True,
         max_length=max_tokens,
@@ -198,7 +201,7 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_
 
 
 def transform(image: np.ndarray, size: int) -> Tensor:
-    """The old script's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
+    """FEAST's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
     check_array(image)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     height, width = tensor.shape[1:]
@@ -212,7 +215,7 @@ def transform(image: np.ndarray, size: int) -> Tensor:
 
 
 def compound_loss(predicted: Tensor, rate: Tensor) -> Tensor:
-    """The old script's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
+    """FEAST's loss over a batch of rates (B,): Σ w(ŷ−y)²/B + 0.1·(Var ŷ − Var y)² + 0.01·KL(softmax ŷ ‖ softmax y).
 
     w = CLICKED_WEIGHT where y > 0, else 1; Var is the population variance, so that it is defined for B = 1.
     """
@@ -231,7 +234,7 @@ def weighted_squares(predicted: Tensor, rate: Tensor) -> Tensor:
 def binomial_loss(logits: Tensor, rate: Tensor, impressions: Tensor, total: Tensor | float | None = None) -> Tensor:
     """Negative log-likelihood per impression of clicks ~ Binomial(impressions, σ(logit)); rate = clicks/impressions.
 
-    A rate seen on 2,000 views counts a hundred times one seen on 20. All (B,); the binomial coefficient is constant.
+    A rate of 2,000 views counts a hundred times as much as one of 20. All (B,); the binomial coefficient is constant.
     `total`: impressions to divide by where these rows are a part of a larger batch; the parts then add up.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, rate, reduction="none")

@@ -1,8 +1,8 @@
 """How good a click-rate model is on held-out rows: the figures of metrics.json and two plots beside it.
 
-A product is one `Item`: rows whose four text fields agree show the same product in different pictures. Rates are the
-observed ones, which carry the noise of finite impressions, so no figure can be perfect. Left out: confidence intervals,
-and everything about how the model came to be.
+A product is one `Product`: rows whose four text fields agree show the same product in different pictures. Rates are the
+observed ones, which carry the noise of finite impressions, so even a perfect model has errors. Left out: confidence intervals,
+and how the model was trained.
 """
 
 import math
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rlhf.rewards.ctr.model import binomial_loss
-from rlhf.types import Item
+from rlhf.rewards.ctr.product import Product
 
 BINS = 10
 PAIR_DIFFERENCE = 0.03
@@ -31,14 +31,14 @@ PREDICTED_PLOT = "predicted_vs_actual.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What the model says of N rows and what was observed; tensors are (N,)."""
+    """Predictions for N rows and what was observed; tensors are (N,)."""
 
     logit: Tensor
     rate: Tensor
     """Observed click rate in [0, 1]."""
     impressions: Tensor
     """Views behind each rate; 0 where unknown."""
-    products: Sequence[Item]
+    products: Sequence[Product]
 
     @property
     def predicted(self) -> Tensor:
@@ -109,11 +109,11 @@ def metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def pair_accuracy(
-    predicted: Tensor, rate: Tensor, products: Sequence[Item], difference: float = PAIR_DIFFERENCE
+    predicted: Tensor, rate: Tensor, products: Sequence[Product], difference: float = PAIR_DIFFERENCE
 ) -> tuple[float, int]:
     """(share of pairs in the right order, number of pairs) over any two rows of one product whose rates differ enough.
 
-    An equal prediction counts one half, as a coin would. No such pair: (nan, 0).
+    Equal predictions count one half. No such pair: (nan, 0).
     """
     rows = defaultdict(list)
     for index, product in enumerate(products):

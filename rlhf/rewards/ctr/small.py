@@ -1,11 +1,11 @@
 """A CTR model small enough to train from scratch on a CPU in minutes: a tiny BERT, a tiny ResNet and a wide part.
 
-A ResNet and not a small ConvNeXtV2, because the layer norms of the latter hide brightness and contrast, which clicks
-depend on, and a thousand pictures do not teach it to find them again. The architecture around the backbones, the
+A ResNet and not a small ConvNeXtV2, because the layer norms of the latter remove brightness and contrast, on which clicks
+depend, and a thousand pictures are too few to learn them back. The architecture around the backbones, the
 checkpoint format and the loading code are those of the published ones.
 
-The tokenizer's tokens are whole words with their field ("店铺:老王小铺"): from a few hundred products a model learns what
-a shop is worth, not what its characters mean together. Left out: subwords.
+The tokenizer's tokens are whole words with their field ("店铺:老王小铺"): from a few hundred products a model learns the
+click rate of a shop, not what its characters mean together. Left out: subwords.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Trains a CTR model: pretrained backbones at the old script's learning rates, or the small pair from scratch.
+"""Trains a CTR model: pretrained backbones at the learning rates of FEAST's CTR model, or the small pair from scratch.
 
 Rows → tokenizer and model → epochs of AdamW under a cosine → the weights of the epoch that was best on validation
 products → figures of held-out rows. A `Learner` is one rank of it; `fit` drives a learner, or a group of ranks behind the
@@ -6,8 +6,8 @@ same two methods. A non-finite loss stops the run. Left out: resuming (minutes t
 weights (the largest backbone fits one GPU).
 
 Ranks: each takes its share of every batch and DistributedDataParallel averages the gradients, so that the update is the
-one of a single rank: exactly for the binomial loss, which is divided by the impressions of the whole update, and for the
-squares of the compound loss. Its variance and KL terms are those of each rank's share of each batch. Batch norm sees whole
+one of a single rank, up to rounding: for the binomial loss, which is divided by the impressions of the whole update, and
+the squares of the compound loss. Its variance and KL terms are those of each rank's share of each batch. Batch norm sees whole
 batches on GPUs (SyncBatchNorm); on CPUs, where that does not exist, each rank normalises its share, and rank 0's running
 statistics are saved.
 """
@@ -52,7 +52,7 @@ class Epochs(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The best model on the CPU in eval mode, and what it says of the held-out rows (None: there are none)."""
+    """The best model on the CPU in eval mode, and its predictions of the held-out rows (None: there are none)."""
 
     model: CTRModel
     tokenizer: PreTrainedTokenizerBase
@@ -215,7 +215,7 @@ class Learner:
 
     @torch.inference_mode()
     def predict(self, clicks: Sequence[Click]) -> Predictions:
-        """What the model says of these rows, in fp32."""
+        """Predictions of these rows, in fp32."""
         self.model.eval()
         logits = [self.model(batch.pixels, batch.ids, batch.mask).cpu() for batch in self.batches.ordered(clicks)]
         return Predictions(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jobs import evaluate
-from jobs.benchmarks.offline_learning import Size, all_curves, evaluation, generated_pictures, last, read_pictures
+from jobs.benchmarks.offline_learning import Size, all_curves, evaluation, generated_pairs, last, read_pairs
 from rlhf.rewards.config import ServeConfig
 from tests.conftest import SERVE_PORT
 from tests.jobs.offline_world import GROCERY, write_grocery
@@ -18,17 +18,19 @@ MARGIN = 0.1
 @pytest.mark.timeout(1500)
 def test_true_labels_beat_shuffled_ones_and_samples_follow_them(cluster, tmp_path):
     """On what people clicked on, where the photos are at hand; else on generated ones."""
-    pictures = (
-        read_pictures(write_grocery(tmp_path / "pairs", train=264)) if GROCERY.exists() else generated_pictures(264)
+    pairs = (
+        read_pairs(write_grocery(tmp_path / "data", train=264), tmp_path)
+        if GROCERY.exists()
+        else generated_pairs(tmp_path / "data", 264)
     )
-    curves = all_curves(Size(vae_steps=200, sft_steps=200, dpo_steps=60, every=60), pictures, tmp_path)
+    curves = all_curves(Size(vae_steps=200, sft_steps=200, dpo_steps=60, every=60), pairs, tmp_path)
     end = last(curves)
     assert len(end["true"]) == len(end["shuffled"]) == 3
     assert all(curve[0] == (0, 0.0) for runs in curves.values() for curve in runs), (
         "policy and reference differ at step 0"
     )
     assert min(end["true"]) > max(end["shuffled"]) + MARGIN, end
-    config = evaluation(tmp_path, pictures.captions, seeds=1).model_copy(update={"serve": ServeConfig(port=SERVE_PORT)})
+    config = evaluation(tmp_path, pairs, seeds=1).model_copy(update={"serve": ServeConfig(port=SERVE_PORT)})
     out = evaluate.evaluate(config, evaluate.checked(config))
     result = json.loads((out / "results.json").read_text())["judges"]["warmth"]
     assert result["win_rate"]["low"] > 0.5 and result["difference"]["low"] > 0, result

@@ -8,7 +8,6 @@ import pytest
 from jobs.demo.world import EVAL, TRAIN, VARIANTS, build, true_rate
 from rlhf.data.media import decode_image
 from rlhf.data.prompts import read_rows
-from rlhf.types import Item
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,10 @@ def test_the_real_readers_accept_it(world):
     held_out = read_rows(world / "eval_metadata.jsonl", item_metadata=metadata).rows
     assert (len(train), len(held_out)) == (TRAIN, EVAL)
     assert not {row.image_id for row in train} & {row.image_id for row in held_out}
-    assert len({row.content for row in (*train, *held_out)}) == TRAIN + EVAL
-    assert len({(row.height, row.width) for row in train}) > 1 and "" in {row.instruction for row in train}
+    assert len({row.images[0].content for row in (*train, *held_out)}) == TRAIN + EVAL
+    assert len({(row.images[0].height, row.images[0].width) for row in train}) > 1 and "" in {
+        row.instruction for row in train
+    }
 
 
 def clicks(world, name):
@@ -37,7 +38,7 @@ def test_the_click_log_follows_the_true_rate(world):
     errors = []
     for row in rows:
         picture = decode_image((world / row["image_url"]).read_bytes())
-        item = Item(**{field: row[field] for field in ("food_name", "food_type", "city_name", "shop_name")})
+        item = {field: row[field] for field in ("food_name", "food_type", "city_name", "shop_name")}
         rate, impressions = true_rate(picture, item), int(row["impressions"])
         assert float(row["pv_ctr"]) == pytest.approx(int(row["clicks"]) / impressions, abs=1e-6)
         errors.append((int(row["clicks"]) - rate * impressions) / (rate * (1 - rate) * impressions) ** 0.5)
@@ -47,7 +48,7 @@ def test_the_click_log_follows_the_true_rate(world):
 
 
 def test_warmer_and_brighter_is_clicked_more():
-    item = Item(food_name="Lemons", food_type="Fruit", city_name="", shop_name="")
+    item = {"food_name": "Lemons", "food_type": "Fruit", "city_name": "", "shop_name": ""}
     grey = np.full((8, 8, 3), 120, np.uint8)
     warm = grey + np.array([20, 0, -20]).astype(np.uint8)
     assert true_rate(warm, item) > true_rate(grey, item) and true_rate(grey + np.uint8(30), item) > true_rate(

@@ -3,13 +3,18 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import check_block, gather, pictures_of, read_index, write_index
-from rlhf.data.pair_files import blocks_of, read_block
+from rlhf.data.examples import blocks_of, check_block, gather, read_index, write_index
+from rlhf.data.sources import file_bytes, read_column
+from rlhf.data.stream import Visit
 from rlhf.errors import Refused
+from rlhf.types import CENTRE, Geometry
 from tests.rlhf.data.pair_tables import png, row, write_jsonl, write_parquet
 
+SIZE = Geometry(height=16, width=16)
 BROKEN = {
     "undecodable bytes": ({"jpg_0": b"no picture"}, "jpg_0", "is unreadable"),
     "truncated picture": ({"jpg_1": png(3)[:200]}, "jpg_1", "is unreadable"),
@@ -26,6 +31,13 @@ def check(file, **needs):
     needs = {"needs_source": False, "items": None, **needs}
     blocks = blocks_of(file)
     return gather(blocks, [check_block(i, b, **needs) for i, b in enumerate(blocks)])
+
+
+def files_of(pair, index):
+    """The bytes of a pair's pictures by role, read as for encoding."""
+    example = index.example(pair, Visit(row=0, mirrored=False, blank=False, crop=CENTRE), SIZE, pair.roles)
+    sources = dict(zip(["source"], example.prompt.sources, strict=False))
+    return {role: file_bytes(source, read_column) for role, source in {**example.targets, **sources}.items()}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -50,6 +62,14 @@ def test_labels_say_which_picture_won_and_ties_are_no_pairs(tmp_path):
     assert index.block_sizes().tolist() == [3, 0]
 
 
+def test_rows_that_nobody_chose_in_are_no_pairs_and_are_not_checked(tmp_path):
+    rows = [row(0), row(1) | {"jpg_0": b"no picture", "label_0": None}, row(2)]
+    table = pa.Table.from_pylist([given | {"has_label": i != 1} for i, given in enumerate(rows)])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    index, problems = check(tmp_path / "pairs.parquet")
+    assert not problems and index.unlabelled == 1 and index.table["number"].to_pylist() == [1, 3]
+
+
 def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tmp_path):
     rows = [row(seed) for seed in range(6)]
     file = write_parquet(tmp_path / "pairs.parquet", rows)
@@ -58,11 +78,11 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     again = read_index(tmp_path / "index.arrow")
     assert again.blocks == index.blocks and again.table.equals(index.table) and len(again) == 6
     pair = again[5]
-    assert pictures_of(pair, again.blocks[pair.block], read_block) == [rows[5]["jpg_0"], rows[5]["jpg_1"]]
-    assert again.captions() == ["a dish 0", "a dish 1", "a dish 2"]
+    assert files_of(pair, again) == {"winner": rows[5]["jpg_0"], "loser": rows[5]["jpg_1"]}
+    assert list(again.preferences(2)) == [again[0], again[1]]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
     with pytest.raises(Refused, match="row 6 changed since it was checked"):
-        pictures_of(pair, again.blocks[pair.block], read_block)
+        files_of(pair, again)
 
 
 def test_relabelling_changes_the_winners_alone(tmp_path):
@@ -92,15 +112,15 @@ def test_ids_and_captions_that_are_no_text_are_told_and_not_raised(tmp_path):
 def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_path):
     file = write_jsonl(tmp_path, 3, source=True)
     index, problems = check(file, needs_source=True)
-    assert not problems and index[2].source == str(tmp_path / "pictures/2_s.png") and index[2].winner == 0
+    assert not problems and index[2].source_paths == [str(tmp_path / "pictures/2_s.png")] and index[2].winner == 0
     assert index[2].path_1 == str(tmp_path / "pictures/2_l.png")
-    files = [tmp_path / f"pictures/2_{side}.png" for side in "wls"]
-    assert pictures_of(index[2], index.blocks[0], read_block) == [file.read_bytes() for file in files]
-    source = files[2].read_bytes()
-    files[2].write_bytes(png(99))
-    with pytest.raises(Refused, match="row 3 changed since it was checked"):
-        pictures_of(index[2], index.blocks[0], read_block)
-    files[2].write_bytes(source)
+    files = {role: tmp_path / f"pictures/2_{role[0]}.png" for role in ("winner", "loser", "source")}
+    found = files_of(index[2], index)
+    assert found == {role: file.read_bytes() for role, file in files.items()}
+    files["source"].write_bytes(png(99))
+    with pytest.raises(Refused, match=r"pictures/2_s\.png changed since it was checked"):
+        files_of(index[2], index)
+    files["source"].write_bytes(found["source"])
     good = {"prompt": "x", "winner": "pictures/0_w.png", "loser": "pictures/0_l.png", "source": "pictures/0_s.png"}
     bad = [
         good | {"loser": "pictures/none.png"},
@@ -119,7 +139,7 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
     assert len(index) == 1
 
 
-def test_a_line_without_a_loser_is_its_winner_twice_where_none_is_needed(tmp_path):
+def test_a_line_without_a_loser_is_a_target_where_none_is_needed(tmp_path):
     file = write_jsonl(tmp_path, 2)
     first, second = map(json.loads, file.read_text().splitlines())
     file.write_text(
@@ -129,11 +149,20 @@ def test_a_line_without_a_loser_is_its_winner_twice_where_none_is_needed(tmp_pat
     assert [(p.line, p.field) for p in problems] == [(1, "loser"), (3, "loser")]
     index, problems = check(file, needs_loser=False)
     assert [(p.line, p.field) for p in problems] == [(3, "loser")], "a loser that is given must be one"
-    assert (
-        index[0].path_1 == index[0].path_0 == str(tmp_path / first["winner"])
-        and index[0].content_1 == index[0].content_0
-    )
-    assert index[1].path_1 == str(tmp_path / second["loser"])
+    assert index[0].path_0 == str(tmp_path / first["winner"]) and index[0].roles == ("target",)
+    assert list(files_of(index[0], index)) == ["target"]
+    assert index[1].path_1 == str(tmp_path / second["loser"]) and index[1].roles == ("winner", "loser")
+
+
+def test_a_target_needs_no_preference_and_is_none_for_one(tmp_path):
+    file = write_jsonl(tmp_path, 1)
+    picture = json.loads(file.read_text())["winner"]
+    file.write_text(json.dumps({"prompt": "x", "target": picture}))
+    index, problems = check(file, needs_loser=False)
+    assert not problems and index[0].path_0 == str(tmp_path / picture) and index[0].content_1 is None
+    assert files_of(index[0], index) == {"target": (tmp_path / picture).read_bytes()}
+    _, problems = check(file)
+    assert [(p.line, p.field) for p in problems] == [(1, "winner"), (1, "loser")]
 
 
 def test_a_table_has_no_sources_for_an_edit_family_and_says_what_has(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rlhf.data.prompts import PromptStream, read_rows
 from rlhf.data.records import BadInput
-from rlhf.types import Item, Prompt
+from rlhf.types import Geometry, Prompt
 from tests.rlhf.data import photos
 
 
@@ -46,11 +46,12 @@ def test_good_rows(folder):
     result = read_rows(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv")
     assert [r.image_id for r in result.rows] == ["0", "1", "2"] and result.left_out == () and result.report() == ""
     first = result.rows[0]
-    assert first.item == Item(food_name="food 0", food_type="type", city_name="上海", shop_name="shop, the")
-    assert (first.instruction, first.height, first.width) == ("edit 0", 48, 40)
-    assert first.image == str((folder / "images/0.png").resolve())
-    assert len({r.content for r in result.rows}) == 3
-    assert read_rows(folder / "train_metadata.jsonl").rows[0].item is None
+    assert first.item == {"food_name": "food 0", "food_type": "type", "city_name": "上海", "shop_name": "shop, the"}
+    [image] = first.images
+    assert (first.instruction, image.height, image.width) == ("edit 0", 48, 40)
+    assert image.path == str((folder / "images/0.png").resolve())
+    assert len({r.images[0].content for r in result.rows}) == 3
+    assert read_rows(folder / "train_metadata.jsonl").rows[0].item == {}
 
 
 def test_bom_blank_lines_windows_line_ends_and_further_fields_are_fine(folder):
@@ -133,10 +134,19 @@ def test_missing_field(folder, field):
 
 
 @pytest.mark.parametrize("field", ["image_id", "prompt", "image"])
-@pytest.mark.parametrize(("value", "kind"), [(7, "a number"), (None, "null"), (["a"], "an array"), (False, "false")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(7, "a number"), (None, "null"), ({"a": 1}, "an object"), (False, "false")]
+)
 def test_wrong_type(folder, field, value, kind):
+    value = [value] if field == "image" and kind == "an array" else value  # an image may be a list, but not of lists
     photos.write_rows(folder, [row(**{field: value})])
     assert only(folder).startswith(f"train_metadata.jsonl:1: {field}: is {kind}, not a string; write it in quotes")
+
+
+@pytest.mark.parametrize("field", ["image_id", "prompt"])
+def test_only_sources_may_be_an_array(folder, field):
+    photos.write_rows(folder, [row(**{field: ["a"]})])
+    assert only(folder).startswith(f"train_metadata.jsonl:1: {field}: is an array, not a string; write it in quotes")
 
 
 @pytest.mark.parametrize("field", ["image_id", "image"])
@@ -166,7 +176,7 @@ def test_image_id_without_metadata(folder):
     photos.write_rows(folder, [row(), row("99", image="images/2.png")])
     line = only(folder)
     assert line.startswith("train_metadata.jsonl:2: image_id: '99' has no row in ")
-    assert line.endswith("; add its item metadata there or remove this row")
+    assert line.endswith("; add its row there or remove this one")
 
 
 @pytest.mark.parametrize("kind", ["dots", "absolute", "link", "linked folder"])
@@ -232,7 +242,7 @@ def test_metadata_rows_of_the_wrong_length_or_twice(folder):
     photos.write_items(folder, [*good, ["3", "a"], ["1", "x", "x", "x", "x"], ["", "a", "b", "c", "d"]])
     assert found(folder) == [
         "ctr_metadata.csv:5: has 2 fields, the header 5; add the missing; quote fields that hold commas",
-        "ctr_metadata.csv:6: image_id: '1' is already on line 3; keep one row per image_id",
+        "ctr_metadata.csv:6: image_id: '1' is already on line 3; give every row its own image_id",
         "ctr_metadata.csv:7: image_id: is empty; give the image_id of a JSONL row",
     ]
 
@@ -250,10 +260,11 @@ def test_all_problems_come_in_one_message_in_the_order_of_the_files(folder):
     photos.write_rows(folder, rows)
     photos.write_items(folder, [["0", "a", "b", "c", "d"], ["1", "a", "b", "c", "d"], ["2", "a"]])
     lines = found(folder)
-    starts = ["1: image", "2: is not JSON", "4: image_id", "5: image_id", "5: image", "6: prompt", "6: image"]
+    starts = ["1: image", "2: is not JSON", "4: image_id", "5: image_id", "5: image"]
+    starts += ["6: image_id", "6: prompt", "6: image"]
     for line, start in zip(lines, starts, strict=False):
         assert line.startswith(f"train_metadata.jsonl:{start}")
-    assert lines[-1].startswith("ctr_metadata.csv:4") and len(lines) == 8
+    assert lines[-1].startswith("ctr_metadata.csv:4") and len(lines) == 9
 
 
 def test_skip_goes_on_with_the_good_rows_and_says_what_was_left_out(folder):
@@ -284,27 +295,24 @@ def test_progress_counts_pictures(folder):
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [
-        Prompt(image_id=str(i), instruction="", image="", height=16, width=16, text_key="t", source_key=str(i))
-        for i in range(count)
-    ]
+    return [Prompt(key=str(i), instruction="", geometry=Geometry(height=16, width=16)) for i in range(count)]
 
 
 def test_the_stream_visits_every_prompt_once_an_epoch_in_changing_orders():
     stream = PromptStream(prompts(20), seed=3)
-    epochs = [[stream[e * 20 + i].image_id for i in range(20)] for e in range(4)]
+    epochs = [[stream[e * 20 + i].key for i in range(20)] for e in range(4)]
     assert all(sorted(epoch, key=int) == [str(i) for i in range(20)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_the_stream_is_a_pure_function_of_seed_and_cursor():
     cursors = [57, 3, 999, 3, 0, 58]
-    want = [PromptStream(prompts(20), seed=3)[cursor].image_id for cursor in cursors]
+    want = [PromptStream(prompts(20), seed=3)[cursor].key for cursor in cursors]
     stream = PromptStream(prompts(20), seed=3)
-    assert [stream[cursor].image_id for cursor in reversed(cursors)] == want[::-1]
-    assert [PromptStream(prompts(20), seed=4)[cursor].image_id for cursor in cursors] != want
+    assert [stream[cursor].key for cursor in reversed(cursors)] == want[::-1]
+    assert [PromptStream(prompts(20), seed=4)[cursor].key for cursor in cursors] != want
     # Known answer: the order must survive upgrades of every library, or a resumed run repeats prompts.
-    assert [PromptStream(prompts(5), seed=0)[i].image_id for i in range(10)] == list("3042140231")
+    assert [PromptStream(prompts(5), seed=0)[i].key for i in range(10)] == list("3042140231")
 
 
 def test_the_stream_refuses_what_has_no_answer():
@@ -318,5 +326,5 @@ def test_the_order_is_not_biased():
     counts = np.zeros((4, 4))
     for seed in range(400):
         for place in range(4):
-            counts[place, int(PromptStream(prompts(4), seed)[place].image_id)] += 1
+            counts[place, int(PromptStream(prompts(4), seed)[place].key)] += 1
     assert np.abs(counts - 100).max() < 45

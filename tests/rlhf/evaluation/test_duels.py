@@ -16,7 +16,7 @@ def duel(prompt, base, tuned, variant=0, distances=(None, None)):
     return Duel(
         prompt=prompt,
         variant=variant,
-        image_id=str(prompt),
+        key=str(prompt),
         instruction="x",
         height=8,
         width=8,

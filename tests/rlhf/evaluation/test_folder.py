@@ -1,11 +1,14 @@
 """Which folder an evaluation may write to, and when it may go on in one."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlhf.errors import Refused
-from rlhf.evaluation.config import EvaluateConfig
-from rlhf.evaluation.folder import check_out, claim
-from rlhf.types import Prompt
+from rlhf.evaluation import folder
+from rlhf.evaluation.folder import check_out, painting
+from rlhf.tables import EvaluatedModelTable, EvaluateSamplingTable, TunedTable
+from rlhf.types import Geometry, Prompt, Source
 
 
 @pytest.fixture
@@ -16,60 +19,77 @@ def world(tmp_path):
     return tmp_path
 
 
-def recipe(world, seed=0, judge="hps"):
-    return EvaluateConfig.model_validate(
-        {
-            "out": str(world / "out"),
-            "seed": seed,
-            "model": {"family": "stable_diffusion", "path": str(world / "base"), "denoiser": str(world / "sft")},
-            "tuned": {"denoiser": str(world / "tuned")},
-            "data": {"path": "unread"},
-            "reward": {"weights": {judge: 1}},
-            "judges": {judge: {"url": "http://127.0.0.1:1"}},
-        }
-    )
+SOURCE = Source(path="/1.png", content="pixels")
+PROMPT = Prompt(key="1", instruction="x", sources=(SOURCE,), geometry=Geometry(height=64, width=64))
 
 
-PROMPT = Prompt(image_id="1", instruction="x", image="", height=64, width=64, text_key="x", source_key="")
+def claim(world, prompt=PROMPT, recipe="", seed=0, steps=16):
+    model = EvaluatedModelTable(family="stable_diffusion", path=str(world / "base"), denoiser=str(world / "sft"))
+    tuned = TunedTable(denoiser=str(world / "tuned"))
+    ours = painting(model, tuned, EvaluateSamplingTable(steps=steps), [prompt], seed)
+    return folder.claim(world / "out", ours, recipe)
 
 
 def test_the_same_evaluation_goes_on_also_with_another_judge(world):
-    with claim(recipe(world), [PROMPT], "first") as out:
+    """Judges are no part of what `painting` reads: the recipe may name others."""
+    with claim(world, recipe="first") as out:
         (out / "pictures" / "00000_0_base.png").write_bytes(b"painted")
-    with claim(recipe(world, judge="clip"), [PROMPT], "second") as out:
+    with claim(world, recipe="second") as out:
         assert (out / "pictures" / "00000_0_base.png").read_bytes() == b"painted"
         assert (out / "config.toml").read_text() == "second"
 
 
 def test_other_pictures_are_refused_and_what_differs_is_named(world):
-    with claim(recipe(world), [PROMPT], ""):
+    with claim(world):
         pass
     (world / "tuned" / "weights.safetensors").write_bytes(b"trained on")
-    other = Prompt(**(vars(PROMPT) | {"instruction": "y"}))
+    other = replace(PROMPT, instruction="y")
     with (
-        pytest.raises(Refused, match="begun with other values of seed, the prompts, the tuned weights;"),
-        claim(recipe(world, seed=1), [other], ""),
+        pytest.raises(
+            Refused, match=r"begun with other values of sampling\.steps, seed, the prompts, the tuned weights;"
+        ),
+        claim(world, other, seed=1, steps=8),
     ):
         pass
 
 
-@pytest.mark.parametrize(("folder", "named"), [("base", "model.path"), ("sft", "model.denoiser"), ("tuned", "tuned")])
-def test_weights_that_were_replaced_where_they_lie_are_others(world, folder, named):
-    with claim(recipe(world), [PROMPT], ""):
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (replace(PROMPT, geometry=Geometry(height=64, width=96)), False),
+        (replace(PROMPT, sources=(replace(SOURCE, content="other pixels"),)), False),
+        (replace(PROMPT, sources=(replace(SOURCE, fit="pad"),)), False),
+        (replace(PROMPT, sources=(replace(SOURCE, path="/elsewhere.png"),)), True),
+        (replace(PROMPT, item={"city": "Utrecht"}), True),
+    ],
+)
+def test_prompts_are_others_by_what_decides_their_pictures(world, other, same):
+    with claim(world):
         pass
-    (world / folder / "weights.safetensors").write_bytes(b"trained on")
+    if same:
+        with claim(world, other):
+            return
+    with pytest.raises(Refused, match="begun with other values of the prompts;"), claim(world, other):
+        pass
+
+
+@pytest.mark.parametrize(("place", "named"), [("base", "model.path"), ("sft", "model.denoiser"), ("tuned", "tuned")])
+def test_weights_that_were_replaced_where_they_lie_are_others(world, place, named):
+    with claim(world):
+        pass
+    (world / place / "weights.safetensors").write_bytes(b"trained on")
     with (
         pytest.raises(Refused, match=rf"begun with other values of the .*{named}"),
-        claim(recipe(world), [PROMPT], ""),
+        claim(world),
     ):
         pass
 
 
 def test_one_writer_at_a_time(world):
     with (
-        claim(recipe(world), [PROMPT], ""),
+        claim(world),
         pytest.raises(Refused, match="in use"),
-        claim(recipe(world), [PROMPT], ""),
+        claim(world),
     ):
         pass
 
@@ -82,7 +102,7 @@ def test_a_finished_evaluation_and_foreign_folders_are_left_alone(world):
         check_out(world / "base")
     with pytest.raises(Refused, match="is a file"):
         check_out(world / "base" / "weights.safetensors")
-    with claim(recipe(world), [PROMPT], "") as out:
+    with claim(world) as out:
         (out / "results.json").write_text("{}")
-    with pytest.raises(Refused, match="never overwritten"), claim(recipe(world), [PROMPT], ""):
+    with pytest.raises(Refused, match="never overwritten"), claim(world):
         pass

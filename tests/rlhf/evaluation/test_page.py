@@ -56,7 +56,7 @@ def evaluation():
         Duel(
             prompt=index,
             variant=0,
-            image_id=f"id-{index}<i>",
+            key=f"id-{index}<i>",
             instruction=NASTY if index == 0 else "" if index == 1 else "Make it warm",
             height=64,
             width=48,

@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
-from rlhf.evaluation.config import EvaluateConfig
-from rlhf.evaluation.prompts import read_evaluation
+from rlhf.evaluation import prompts
 from rlhf.models.tiny import write_stable_diffusion
-
-JUDGES = {"reward": {"weights": {"hps": 1}}, "judges": {"hps": {"url": "http://127.0.0.1:1/hpsv2"}}}
+from rlhf.tables import EvaluatedModelTable, PromptDataTable, TunedTable
+from rlhf.types import Geometry
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,12 @@ def diffusion(tmp_path_factory):
 
 def recipe(model, data, tuned=None, family="stable_diffusion", size=(None, None), **settings):
     tuned = tuned or {"denoiser": str(model / ("unet" if family == "stable_diffusion" else "transformer"))}
-    model_table = {"family": family, "path": str(model), "height": size[0], "width": size[1]}
-    tables = {"out": "out", "model": model_table, "tuned": tuned, "data": {"path": str(data)} | settings}
-    return EvaluateConfig.model_validate(tables | JUDGES)
+    table = EvaluatedModelTable(family=family, path=str(model), height=size[0], width=size[1])
+    return table, TunedTable(**tuned), PromptDataTable(path=str(data), **settings)
+
+
+def read_evaluation(tables):
+    return prompts.read_evaluation(*tables)
 
 
 def lines(path, *rows):
@@ -37,16 +39,16 @@ def lines(path, *rows):
 def test_a_text_file_is_a_prompt_a_line(diffusion, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa red apple\r\n\n  一个苹果  \na red apple\n".encode())
-    prompts = read_evaluation(recipe(diffusion, file)).prompts
-    assert [(p.image_id, p.instruction) for p in prompts] == [
+    found = read_evaluation(recipe(diffusion, file)).prompts
+    assert [(p.key, p.instruction) for p in found] == [
         ("line 1", "a red apple"),
         ("line 3", "一个苹果"),
         ("line 4", "a red apple"),
     ]
-    assert {(p.height, p.width, p.image) for p in prompts} == {(128, 128, "")}  # 16 latents × 8 pixels
+    assert {(p.geometry, p.sources) for p in found} == {(Geometry(height=128, width=128), ())}  # 16 latents × 8 pixels
     assert len(read_evaluation(recipe(diffusion, file, max_prompts=2)).prompts) == 2
     sized = read_evaluation(recipe(diffusion, file, size=(64, 96))).prompts
-    assert {(p.height, p.width) for p in sized} == {(64, 96)}
+    assert {p.geometry for p in sized} == {Geometry(height=64, width=96)}
 
 
 def test_every_bad_line_at_once(diffusion, tmp_path):
@@ -76,7 +78,7 @@ def test_every_bad_line_at_once(diffusion, tmp_path):
     assert "is empty" in problems[1].what and "is missing" in problems[2].what and "line 1" in problems[5].what
 
     found = read_evaluation(recipe(diffusion, file, on_bad_row="skip"))
-    assert [p.image_id for p in found.prompts] == ["1", "line 10"]
+    assert [p.key for p in found.prompts] == ["1", "line 10"]
     assert [p.line for p in found.left_out] == [2, 3, 4, 5, 6, 7, 8, 9, 11]
 
 
@@ -94,12 +96,12 @@ def test_items_go_to_their_prompts_and_a_missing_one_is_said(diffusion, tmp_path
     items.write_text("image_id,food_name,food_type,city_name,shop_name\na,Apple,Fruit,Utrecht,Shop\n")
     file = lines(tmp_path / "prompts.jsonl", {"image_id": "a", "prompt": "x"})
     (prompt,) = read_evaluation(recipe(diffusion, file, item_metadata=str(items))).prompts
-    assert prompt.item.food_name == "Apple"
+    assert prompt.item["food_name"] == "Apple"
     lines(file, {"image_id": "a", "prompt": "x"}, {"image_id": "b", "prompt": "y"})
     with pytest.raises(BadInput, match=r"prompts.jsonl:2: image_id: 'b' has no row"):
         read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
     found = read_evaluation(recipe(diffusion, file, item_metadata=str(items), on_bad_row="skip"))
-    assert [prompt.image_id for prompt in found.prompts] == ["a"] and [p.line for p in found.left_out] == [2]
+    assert [prompt.key for prompt in found.prompts] == ["a"] and [p.line for p in found.left_out] == [2]
     items.write_text("image_id,food_name,food_type,city_name,shop_name\n")
     with pytest.raises(BadInput, match="'a' has no row"):
         read_evaluation(recipe(diffusion, file, item_metadata=str(items)))
@@ -111,9 +113,10 @@ def test_edits_need_pictures(kontext, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "1.png")
     file = lines(tmp_path / "rows.jsonl", {"image_id": "1", "prompt": "", "image": "1.png"})
     (prompt,) = read_evaluation(recipe(kontext, file, family="flux_kontext", size=(48, 32))).prompts
-    assert (prompt.height, prompt.width, prompt.image) == (48, 32, str((tmp_path / "1.png").resolve()))
+    assert prompt.geometry == Geometry(height=48, width=32)
+    assert [source.path for source in prompt.sources] == [str((tmp_path / "1.png").resolve())]
     (prompt,) = read_evaluation(recipe(kontext, file, family="flux_kontext")).prompts
-    assert (prompt.height, prompt.width) == (832, 1248)  # Kontext's size nearest to 2 : 3
+    assert prompt.geometry == Geometry(height=832, width=1248)  # Kontext's size nearest to 2 : 3
     with pytest.raises(BadInput, match="edits pictures"):
         read_evaluation(recipe(kontext, tmp_path / "rows.txt", family="flux_kontext"))
 

@@ -10,8 +10,8 @@ from rlhf.data.media import encode_png
 from rlhf.rewards.ctr.clicks import Click
 from rlhf.rewards.ctr.config import CTRModelSection
 from rlhf.rewards.ctr.model import describe
+from rlhf.rewards.ctr.product import Product
 from rlhf.rewards.ctr.small import small_tokenizer
-from rlhf.types import Item
 
 FOODS = ["苹果", "banana"]
 SHOPS = ["老王小铺", "兰州饭店", "Öland超市", "Green小铺"]
@@ -25,7 +25,7 @@ def write_clicks(folder: Path, count: int = 160) -> list[Click]:
         picture = np.clip(rng.normal(255 * brightness, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
         (folder / f"{index}.png").write_bytes(encode_png(picture))
         rate = 1 / (1 + math.exp(-(3 * brightness - 2.5 - food)))
-        item = Item(food_name=FOODS[food], food_type="水果", city_name="上海", shop_name=SHOPS[index // 8 % 4])
+        item = Product(food_name=FOODS[food], food_type="水果", city_name="上海", shop_name=SHOPS[index // 8 % 4])
         views = int(rng.integers(20, 1000))
         rows.append(
             Click(image=folder / f"{index}.png", item=item, rate=round(rate * views) / views, impressions=views)

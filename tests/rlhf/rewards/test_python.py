@@ -1,19 +1,22 @@
 """A reward that is your own function: what is refused at load, what becomes of its answers and its errors."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jobs
 from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.rewards.protocols import JudgeError
-from rlhf.types import Item
+from tests.rlhf.rewards.asking import score
 
-ITEM = Item(food_name="a", food_type="b", city_name="c", shop_name="d")
+ITEM = {"food_name": "a", "price": "3.5"}
 PICTURES = [np.full((4, 5, 3), value, np.uint8) for value in (0, 255)]
-PROMPTS, ITEMS = ("x", "yy"), (ITEM, None)
+PROMPTS, ITEMS = ("x", "yy"), (ITEM, {})
 SOURCE = """
 import math
 import numpy as np
@@ -25,6 +28,23 @@ not_a_function = 3
 def remember(images, prompts, items):
     calls.append((images, prompts, items))
     return [image.mean() for image in images]
+
+def remember_four(images, prompts, sources, items):
+    calls.append((images, prompts, sources, items))
+    return [float(len(some)) for some in sources]
+
+def remember_any(*arguments):
+    calls.append(arguments)
+    return [0.5] * len(arguments[0])
+
+def weighted(images, prompts, items, weight=2.0):
+    return [weight] * len(images)
+
+def with_defaults(images, prompts, sources=(), items=()):
+    return [float(len(some)) for some in sources]
+
+def of_two(images, prompts):
+    return [0.5] * len(images)
 
 class Judge:
     def __call__(self, images, prompts, items):
@@ -85,15 +105,34 @@ def load(function):
 
 def test_the_function_gets_whole_batches_as_lists(package):
     reward = load("my_rewards.look:remember")
-    assert reward.score(PICTURES, PROMPTS, ITEMS) == [0.0, 255.0]
+    assert score(reward, PICTURES, PROMPTS, ITEMS) == [0.0, 255.0]
     ((images, prompts, items),) = sys.modules["my_rewards.look"].calls
     assert [type(values) for values in (images, prompts, items)] == [list] * 3
-    assert images[1] is PICTURES[1] and prompts == ["x", "yy"] and items == [ITEM, None]
+    assert images[1].shape == (4, 5, 3) and np.shares_memory(images[1], PICTURES[1])
+    assert prompts == ["x", "yy"] and items == [ITEM, {}]
     assert reward.name == "mine" and reward.device == "cuda"
 
 
+@pytest.mark.parametrize("function", ["remember_four", "remember_any"])
+def test_a_function_of_four_arguments_gets_the_sources_as_pictures(package, function):
+    reward = load(f"my_rewards.look:{function}")
+    assert reward.reads_sources
+    media = [picture[None] for picture in PICTURES]
+    reward.score(media, PROMPTS, [(media[1], media[0]), ()], ITEMS)
+    ((images, prompts, sources, items),) = sys.modules["my_rewards.look"].calls
+    assert [type(values) for values in (images, prompts, sources, items)] == [list] * 4
+    assert [type(some) for some in sources] == [tuple] * 2 and [len(some) for some in sources] == [2, 0]
+    assert np.shares_memory(sources[0][0], PICTURES[1]) and sources[0][0].shape == (4, 5, 3)
+
+
+def test_the_signature_says_whether_sources_are_read(package):
+    answers = {"remember": False, "weighted": False, "judge": False, "remember_four": True, "with_defaults": True}
+    assert {name: load(f"my_rewards.look:{name}").reads_sources for name in answers} == answers
+    assert score(load("my_rewards.look:weighted"), PICTURES, PROMPTS, ITEMS) == [2.0, 2.0]
+
+
 def test_no_pictures_are_no_call(package):
-    assert load("my_rewards.look:remember").score([], [], []) == []
+    assert load("my_rewards.look:remember").score([], [], [], []) == []
     assert sys.modules["my_rewards.look"].calls == []
 
 
@@ -109,8 +148,8 @@ def test_the_version_follows_the_source_file(package):
 
 
 def test_a_callable_object_and_a_method_are_functions_too(package):
-    assert load("my_rewards.look:judge").score(PICTURES, PROMPTS, ITEMS) == [0.5, 0.5]
-    assert load("my_rewards.look:judge.__call__").score(PICTURES, PROMPTS, ITEMS) == [0.5, 0.5]
+    assert score(load("my_rewards.look:judge"), PICTURES, PROMPTS, ITEMS) == [0.5, 0.5]
+    assert score(load("my_rewards.look:judge.__call__"), PICTURES, PROMPTS, ITEMS) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +162,10 @@ def test_a_callable_object_and_a_method_are_functions_too(package):
         ("my_rewards.look:later", "is async; write a plain function"),
         ("my_rewards.look:judge.later", "is async"),
         ("my_rewards.look:stream", "is async"),
+        (
+            "my_rewards.look:of_two",
+            r"cannot be called with \(images, prompts, sources, items\): it is \(images, prompts\)",
+        ),
     ],
 )
 def test_what_cannot_be_called_is_refused_at_load(package, function, message):
@@ -132,15 +175,15 @@ def test_what_cannot_be_called_is_refused_at_load(package, function, message):
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "numpy", "integers", "scalars", "tensor"])
 def test_numbers_of_every_kind_are_taken(package, kind):
-    scores = load("my_rewards.look:answer").score(PICTURES, (kind, ""), ITEMS)
+    scores = score(load("my_rewards.look:answer"), PICTURES, (kind, ""), ITEMS)
     assert scores == [1.0, 2.0 if kind == "integers" else 2.5] and all(type(score) is float for score in scores)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("short", "gave 1 scores for 2 images"),
-        ("nan", "gave nan for image 1"),
+        ("short", "gave 1 scores for 2 media"),
+        ("nan", "gave nan for medium 1"),
         ("none", "gave NoneType, not one number for each picture"),
         ("one", "gave float, not one number"),
         ("dict", "gave dict, not one number"),
@@ -150,16 +193,34 @@ def test_numbers_of_every_kind_are_taken(package, kind):
 )
 def test_other_answers_are_judge_errors(package, kind, message):
     with pytest.raises(JudgeError, match=message):
-        load("my_rewards.look:answer").score(PICTURES, (kind, ""), ITEMS)
+        score(load("my_rewards.look:answer"), PICTURES, (kind, ""), ITEMS)
 
 
 def test_what_the_function_raises_is_a_judge_error(package):
     with pytest.raises(
         JudgeError, match=r"mine\.function = 'my_rewards\.look:fails' raised KeyError: 'no such"
     ) as caught:
-        load("my_rewards.look:fails").score(PICTURES, PROMPTS, ITEMS)
+        score(load("my_rewards.look:fails"), PICTURES, PROMPTS, ITEMS)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_function_without_a_source_file_has_a_version(package):
-    assert load("builtins:len").version == "builtins:len@built-in"
+    assert load("builtins:max").version == "builtins:max@built-in"
+
+
+README = Path(jobs.__file__).parents[1] / "README.md"
+
+
+def test_the_readmes_function_tells_how_much_of_the_subject_was_kept(package):
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "sources" in block
+    ]
+    (package / "kept.py").write_text(code)
+    reward = load("my_rewards.kept:subject_kept")
+    assert reward.reads_sources
+    random = np.random.default_rng(0)
+    source, other = random.integers(0, 200, (2, 48, 32, 3), dtype=np.uint8)
+    brighter, half = source + 40, np.concatenate([source[:24], other[24:]])
+    media = [picture[None] for picture in (source, brighter, half, other)]
+    scores = reward.score(media, [""] * 4, [(source[None],)] * 4, [{}] * 4)
+    assert scores[:2] == pytest.approx([1.0, 1.0]) and 0.3 < scores[2] < 0.7 and abs(scores[3]) < 0.1

@@ -16,21 +16,18 @@ from rlhf.rollouts.state import (
     Sample,
     Sampled,
 )
-from rlhf.types import Candidate, Prompt, Score, Verdict
+from rlhf.types import Candidate, Geometry, Prompt, Score, Verdict
 
 Verdicts = Callable[[Candidate], Score]
 
 
 def prompt(cursor: int) -> Prompt:
-    text, source = f"text{cursor % 3}", f"source{cursor}"
-    return Prompt(
-        image_id=f"i{cursor}", instruction="", image="", height=16, width=16, text_key=text, source_key=source
-    )
+    return Prompt(key=f"i{cursor}", instruction=f"text {cursor % 3}", geometry=Geometry(height=16, width=16))
 
 
 def candidate(cursor: int, attempt: int, version: int = 0) -> Candidate:
     return Candidate(
-        cursor=cursor, attempt=attempt, version=version, image=f"{cursor}/{attempt}", latents=f"{cursor}/{attempt}"
+        cursor=cursor, attempt=attempt, version=version, media=f"{cursor}/{attempt}", latents=f"{cursor}/{attempt}"
     )
 
 

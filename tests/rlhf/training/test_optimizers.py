@@ -94,14 +94,21 @@ def largest(one, other):
     return {name: (one[name] - other[name]).abs().max().item() for name in one}
 
 
+def rounding(weights, steps):
+    """What another order of sums may add up to: each step rounds a weight by eps × its size, and moves it by the rate × 1,
+    which follows from Adafactor's means over up to 256 values. All in fp32."""
+    size = max(value.abs().max().item() for value in weights.values())
+    return steps * torch.finfo(torch.float32).eps * (size + SETTINGS["learning_rate"] * 256)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
 def test_one_and_two_ranks_step_like_the_library_on_whole_parameters(one_rank, two_ranks, optimizer):
     (expected,) = one_rank.run(whole, optimizer, 4)
     (alone,) = one_rank.run(sharded, optimizer, 4)
     together, other = two_ranks.run(sharded, optimizer, 4)
     assert all(largest(expected, tensors(0))[name] > 5e-3 for name in SHAPES)
-    assert max(largest(alone, expected).values()) < 2e-6
-    assert max(largest(together, alone).values()) < 2e-6
+    assert max(largest(alone, expected).values()) < rounding(expected, 4)
+    assert max(largest(together, alone).values()) < rounding(expected, 4)
     assert largest(together, other) == dict.fromkeys(SHAPES, 0.0)
 
 
@@ -110,7 +117,7 @@ def test_eight_bits_stay_near_adamw_and_are_not_it(two_ranks):
     exact, _ = two_ranks.run(sharded, "adamw", 4)
     rounded, _ = two_ranks.run(sharded, "adamw_8bit", 4)
     difference = largest(exact, rounded)
-    assert all(difference[name] < 2e-6 for name in SHAPES if name != "wide")
+    assert all(difference[name] < rounding(exact, 4) for name in SHAPES if name != "wide")
     assert 1e-5 < difference["wide"] < 1e-2
 
 

@@ -7,7 +7,7 @@ from rlhf.data.media import encode_png
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import read_clicks, split
-from rlhf.types import Item
+from rlhf.rewards.ctr.product import Product
 
 HEADER = "image_url,food_name,food_type,city_name,shop_name,pv_ctr"
 
@@ -28,23 +28,23 @@ def write(tmp_path):
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_rows_with_and_without_counts(write, bom):
     clicks, left_out = read_clicks(write("a.png,红烧肉,快餐,上海,老王,0.05", bom=bom))
-    assert clicks[0].item == Item(food_name="红烧肉", food_type="快餐", city_name="上海", shop_name="老王")
+    assert clicks[0].item == Product(food_name="红烧肉", food_type="快餐", city_name="上海", shop_name="老王")
     assert clicks[0].rate == 0.05 and clicks[0].impressions is None and not left_out
     counted = write("a.png,a,b,c,d,0.5,200,51", header=HEADER + ",impressions,clicks")
     assert read_clicks(counted)[0][0].rate == 51 / 200 and read_clicks(counted)[0][0].impressions == 200
 
 
 BAD = {
-    "missing.png,a,b,c,d,0.1": "No such file",
-    "broken.png,a,b,c,d,0.1": "cannot be read",
+    "missing.png,a,b,c,d,0.1": "does not exist",
+    "broken.png,a,b,c,d,0.1": "is unreadable",
     "../a.png,a,b,c,d,0.1": "outside",
     "http://x/a.png,a,b,c,d,0.1": "is a URL",
     ",a,b,c,d,0.1": "is empty",
     "a.png,a,b,c,d,5.2": "percentage",
     "a.png,a,b,c,d,nan": "finite number",
     "a.png,a,b,c,d,many": "finite number",
-    "a.png,a,b,c": "as many fields",
-    "a.png,a,b,c,d,0.1,extra": "as many fields",
+    "a.png,a,b,c": "has 4 fields, the header 6",
+    "a.png,a,b,c,d,0.1,extra": "has 7 fields, the header 6",
 }
 
 
@@ -74,7 +74,7 @@ def test_the_file_as_a_whole(write, tmp_path):
         read_clicks(write(), "skip")
     with pytest.raises(BadInput, match="no column food_type"):
         read_clicks(write(header="image_url,food_name"), "skip")
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match=r"no such file; set data\.path"):
         read_clicks(tmp_path / "none.csv", "skip")
 
 

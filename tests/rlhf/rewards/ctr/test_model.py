@@ -1,4 +1,4 @@
-"""The CTR model: the old script's text, transform, losses and shapes; checkpoints that load back to the same bits."""
+"""The CTR model: FEAST's text, transform, losses and shapes; checkpoints that load back to the same bits."""
 
 import math
 
@@ -10,18 +10,20 @@ from rlhf.errors import Refused
 from rlhf.rewards.ctr import model as ctr
 from rlhf.rewards.ctr import small as ctr_small
 from rlhf.rewards.ctr.model import CTRModel, CTRReward, binomial_loss, compound_loss, describe, encode_items, transform
+from rlhf.rewards.ctr.product import Product
 from rlhf.rewards.protocols import Reward
-from rlhf.types import Item
+from tests.rlhf.rewards.asking import score
 
 ITEMS = [
-    Item(food_name="红烧肉", food_type="中式快餐", city_name="上海", shop_name="老王饭店"),
-    Item(food_name="Golden Delicious", food_type="Apple", city_name="Stockholm", shop_name="Öland小铺"),
+    {"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"},
+    {"food_name": "Golden Delicious", "food_type": "Apple", "city_name": "Stockholm", "shop_name": "Öland小铺"},
 ]
+PRODUCTS = [Product.of(item) for item in ITEMS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    tokenizer = ctr_small.small_tokenizer(map(describe, ITEMS))
+    tokenizer = ctr_small.small_tokenizer(map(describe, PRODUCTS))
     torch.manual_seed(0)
     model = CTRModel(ctr_small.small_config(tokenizer))
     return ctr.save(tmp_path_factory.mktemp("ctr") / "model", model, tokenizer)
@@ -34,7 +36,7 @@ def pictures():
 
 
 def test_item_text_is_the_seeds():
-    assert describe(ITEMS[0]) == "菜品:红烧肉 类型:中式快餐 城市:上海 店铺:老王饭店"
+    assert describe(PRODUCTS[0]) == "菜品:红烧肉 类型:中式快餐 城市:上海 店铺:老王饭店"
 
 
 def test_compound_loss_by_hand():
@@ -66,12 +68,15 @@ def test_binomial_loss_weighs_by_impressions():
 
 
 def test_binomial_loss_is_the_likelihood_up_to_the_coefficient():
-    """Its difference between two models is that of torch's log-probabilities, per impression."""
-    clicks, views = torch.tensor([3.0, 0.0, 250.0]), torch.tensor([20.0, 7.0, 1000.0])
-    a, b = torch.tensor([-1.5, -2.0, -1.0]), torch.tensor([0.3, -4.0, -1.2])
+    """Its difference between two models is that of torch's log-probabilities, per impression.
+
+    In double precision: theirs cancel log-factorials of thousands, of which single precision keeps three digits here.
+    """
+    clicks, views = torch.tensor([3.0, 0.0, 250.0]).double(), torch.tensor([20.0, 7.0, 1000.0]).double()
+    a, b = torch.tensor([-1.5, -2.0, -1.0]).double(), torch.tensor([0.3, -4.0, -1.2]).double()
     law = [torch.distributions.Binomial(views, logits=logits).log_prob(clicks).sum() for logits in (a, b)]
     losses = [binomial_loss(logits, clicks / views, views) for logits in (a, b)]
-    assert (losses[0] - losses[1]).item() == pytest.approx((law[1] - law[0]).item() / 1027, rel=1e-4)
+    assert (losses[0] - losses[1]).item() == pytest.approx((law[1] - law[0]).item() / 1027, rel=1e-9)
 
 
 def test_binomial_loss_of_parts_adds_up():
@@ -96,36 +101,45 @@ def test_transform_pads_with_white_and_keeps_the_whole_picture():
 def test_score_is_the_models_sigmoid(folder, pictures):
     reward = CTRReward(folder)
     model, tokenizer = ctr.load(folder)
-    ids, mask = encode_items(tokenizer, ITEMS, model.config.max_tokens)
+    ids, mask = encode_items(tokenizer, PRODUCTS, model.config.max_tokens)
     with torch.no_grad():
         logits = model.eval()(torch.stack([transform(p, 64) for p in pictures]), ids, mask)
-    scores = reward.score(pictures, ["", ""], ITEMS)
+    scores = score(reward, pictures, ["", ""], ITEMS)
     assert scores == pytest.approx(logits.sigmoid().tolist(), abs=1e-6)
     assert isinstance(reward, Reward) and all(0 < score < 1 for score in scores)
 
 
 def test_score_depends_on_picture_and_item(folder, pictures):
     reward = CTRReward(folder)
-    a, b = reward.score([pictures[0]] * 2, ["", ""], ITEMS)
-    c, _ = reward.score([pictures[1]] * 2, ["", ""], ITEMS)
+    a, b = score(reward, [pictures[0]] * 2, ["", ""], ITEMS)
+    c, _ = score(reward, [pictures[1]] * 2, ["", ""], ITEMS)
     assert a != b and a != c
 
 
 def test_it_scores_in_bf16(folder, pictures):
-    exact = CTRReward(folder).score(pictures, ["", ""], ITEMS)
-    assert CTRReward(folder, dtype=torch.bfloat16).score(pictures, ["", ""], ITEMS) == pytest.approx(exact, rel=0.05)
+    exact = score(CTRReward(folder), pictures, ["", ""], ITEMS)
+    low = score(CTRReward(folder, dtype=torch.bfloat16), pictures, ["", ""], ITEMS)
+    assert low == pytest.approx(exact, rel=0.05)
 
 
-def test_padded_batches_give_the_same_bits(folder, pictures):
+def test_neighbours_change_no_bit_of_a_score_in_padded_batches(folder, pictures):
+    """The first of eight and, as 8 + 2 are scored, of two; the place in the batch is the same, as it must be."""
     reward = CTRReward(folder, batch_rows=8)
-    together = reward.score(pictures * 5, [""] * 10, ITEMS * 5)
-    alone = [reward.score([picture], [""], [item])[0] for picture, item in zip(pictures, ITEMS, strict=True)]
-    assert together == alone * 5
+    together = score(reward, pictures * 5, [""] * 10, ITEMS * 5)
+    (alone,) = score(reward, pictures[:1], [""], ITEMS[:1])
+    assert together[0] == together[8] == alone
 
 
-def test_a_missing_item_is_an_error(folder, pictures):
-    with pytest.raises(Refused, match="1 have none"):
-        CTRReward(folder).score(pictures, ["", ""], [ITEMS[0], None])
+def test_a_missing_column_is_an_error_that_names_it(folder, pictures):
+    without = {column: text for column, text in ITEMS[0].items() if column != "city_name"}
+    with pytest.raises(Refused, match=r"'ctr' reads .*; missing: city_name \(there: food_name, food_type, shop_name\)"):
+        score(CTRReward(folder), pictures, ["", ""], [ITEMS[0], without])
+
+
+def test_other_columns_are_not_read(folder, pictures):
+    more = [item | {"price": "12.5"} for item in ITEMS]
+    reward = CTRReward(folder)
+    assert score(reward, pictures, ["", ""], more) == score(reward, pictures, ["", ""], ITEMS)
 
 
 def test_a_checkpoint_loads_back_to_the_same_bits(folder, tmp_path):
@@ -165,7 +179,7 @@ def test_the_seeds_backbones_are_the_same_code_path():
 def test_the_wide_part_adds_nothing_at_first_and_sees_what_norms_hide(folder):
     model, tokenizer = ctr.load(folder)
     fresh = CTRModel(model.config)
-    ids, mask = encode_items(tokenizer, ITEMS, 64)
+    ids, mask = encode_items(tokenizer, PRODUCTS, 64)
     pixels = torch.randn(2, 3, 64, 64)
     added, _ = fresh.wide(pixels, ids, mask)
     assert torch.equal(added, torch.zeros(2))
@@ -189,7 +203,7 @@ def test_the_wide_part_adds_nothing_at_first_and_sees_what_norms_hide(folder):
 
 
 def test_small_tokens_are_whole_words_with_their_field():
-    items = [*ITEMS, Item(food_name="Red Delicious", food_type="Apple", city_name="上海", shop_name="老王饭店")]
+    items = [*PRODUCTS, Product(food_name="Red Delicious", food_type="Apple", city_name="上海", shop_name="老王饭店")]
     tokenizer = ctr_small.small_tokenizer(map(describe, items))
     assert "[UNK]" not in tokenizer.tokenize(describe(items[2]))
     assert tokenizer.tokenize("类型:Apple 店铺:老王饭店 Delicious") == ["类型:apple", "店铺:老王饭店", "delicious"]

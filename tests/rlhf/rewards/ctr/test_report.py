@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rlhf.rewards.ctr.product import Product
 from rlhf.rewards.ctr.report import (
     CALIBRATION_PLOT,
     PREDICTED_PLOT,
@@ -15,10 +16,9 @@ from rlhf.rewards.ctr.report import (
     pair_accuracy,
     write_plots,
 )
-from rlhf.types import Item
 
-A = Item(food_name="a", food_type="t", city_name="c", shop_name="s")
-B = Item(food_name="b", food_type="t", city_name="c", shop_name="s")
+A = Product(food_name="a", food_type="t", city_name="c", shop_name="s")
+B = Product(food_name="b", food_type="t", city_name="c", shop_name="s")
 
 
 def said(predicted, rate, impressions=None, products=None):

@@ -19,6 +19,8 @@ from rlhf.rewards.ctr.training import Learner, fit
 from tests.rlhf.rewards.clicks import write_backbones, write_clicks
 
 SMALL = CTRModelSection(image_size=32, max_tokens=40)
+ROUNDING = 4 * 256 * torch.finfo(torch.float32).eps
+"""How far another order of sums may move a result, in units of its size: eps × the terms of the longest, in the fusion."""
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +186,11 @@ def test_accumulated_batches_are_one_large_batch(clicks, backbones):
 
     loss = whole.step(Update(batches=batches(whole, 16), count=1, impressions=views))
     again = parts.step(Update(batches=batches(parts, 4), count=4, impressions=views))
-    assert again == pytest.approx(loss, rel=1e-6)
-    moved = 0.0
-    for name, value in weights(parts).items():
-        torch.testing.assert_close(value, weights(whole)[name], atol=2e-6, rtol=1e-4)
-        moved = max(moved, (value - before[name]).abs().max().item())
+    assert again == pytest.approx(loss, rel=ROUNDING)
+    moved = max((value - before[name]).abs().max().item() for name, value in weights(whole).items())
     assert moved > 1e-2
+    for name, value in weights(parts).items():
+        torch.testing.assert_close(value, weights(whole)[name], atol=ROUNDING * moved, rtol=0)
 
 
 def replace_size(made, size):
@@ -221,7 +222,7 @@ def test_padding_that_no_row_needs_is_left_out_and_changes_nothing(clicks):
     assert batch.ids.shape[1] < 40
     with torch.inference_mode():
         full = made.model.eval()(batch.pixels, ids, mask)
-    torch.testing.assert_close(made.predict(clicks[:8]).logit, full, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(made.predict(clicks[:8]).logit, full, atol=ROUNDING * full.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("frozen", [("text",), ("image",), ("text", "image")])
@@ -278,7 +279,7 @@ def test_pretrained_backbones_are_loaded_and_learn_at_their_own_rates(clicks, ba
     for name in ("text", "image"):
         state = type(getattr(model, name)).from_pretrained(getattr(backbones, name)).state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in getattr(model, name).state_dict().items())
-    assert model.wide is None, "the old script's architecture has no wide part"
+    assert model.wide is None, "FEAST's architecture has no wide part"
     rates = [group["lr"] for group in ctr_build.parameter_groups(model, backbones, CTRTrainConfig())]
     assert rates == [1e-3, 2e-5, 5e-6]
     scratch, _ = ctr_build.create(clicks, SMALL)
@@ -301,7 +302,7 @@ def test_pretrained_backbones_train_and_load_back(clicks, backbones, tmp_path):
     pixels = next(Batches(tokenizer, loaded.config, settings(), "cpu").ordered(clicks[32:48])).pixels
     with torch.inference_mode():
         again = loaded.eval()(pixels, ids, mask)
-    torch.testing.assert_close(again, made.predictions.logit, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again, made.predictions.logit, atol=ROUNDING * again.abs().max().item(), rtol=0)
 
 
 def test_keys_that_do_not_fit_each_other():
@@ -335,11 +336,13 @@ def test_two_ranks_make_the_updates_of_one(two_ranks, clicks, backbones, precisi
     alone, figures = one_update(None, 0, 1, rows, backbones, **config)
     ranks = two_ranks.run(on_rank, rows, backbones, config)
     tolerance = 2e-5 if precision == "no" else 5e-3
+    # The figures: in fp32 only sums are in another order; fp16 rounds some sixteen results in a row by up to eps / 2 each.
+    rounding = ROUNDING if precision == "no" else 16 * torch.finfo(torch.float16).eps / 2
     for name, value in alone.items():
         assert torch.equal(ranks[0][0][name], ranks[1][0][name]), f"{name} differs between the ranks"
         torch.testing.assert_close(ranks[0][0][name], value, atol=tolerance, rtol=1e-3)
     assert max((value - start[name]).abs().max().item() for name, value in alone.items()) > 0.02
-    assert ranks[0][1] == ranks[1][1] == pytest.approx(figures, rel=1e-5 if precision == "no" else 1e-3)
+    assert ranks[0][1] == ranks[1][1] == pytest.approx(figures, rel=rounding)
 
 
 def test_ranks_of_the_compound_loss_and_of_batch_norm_stay_together(two_ranks, clicks):

@@ -1,0 +1,177 @@
+"""Preference tuning (Diffusion-DPO) or SFT on examples that are already there, for any family.
+
+    python -m jobs.train --config jobs/configs/offline_dpo_sd15.toml [--section.key VALUE …] [--dry-run]
+
+Checks every row, lets a judge relabel the pairs if `data.choice_model` names one, encodes what the cache lacks, starts the
+trainer ranks, and runs the loop of `rlhf.loops.train`. The same command goes on where a stopped run left off.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from actors import checks, placement
+from actors.reporting import Reporter
+from actors.sources import Feed, OfflineSource
+from actors.trainer import RankSetup, TrainerGroup
+from jobs.cli import parse, resolved_toml, run_main
+from jobs.example_sets import ExampleSets, encode_missing, read_example_sets, refuse_other_examples, refuse_too_few
+from jobs.feedback import relabel_by_judge
+from jobs.launch import Plan, Started, dry_run, guarded, launch, say, train_until_done
+from jobs.recipes.train import TrainRecipe
+from rlhf.data.stream import training_stream
+from rlhf.data.work import IndexedExamples, OfflineWork
+from rlhf.diffusion.objectives import DPO, SFT, Objective
+from rlhf.loops.train import Duty, commit, export, train
+from rlhf.models import load_family
+from rlhf.models.trainable import load_trainable
+from rlhf.tables import TrainerConfig
+from rlhf.types import REFERENCE
+from serve_apps import deploy
+
+
+def main() -> None:
+    arguments = parse(TrainRecipe, description=__doc__ or "")
+    recipe = arguments.config
+    if arguments.dry_run:
+        say(resolved_toml(recipe))
+        say(batch_in_words(recipe.trainer))
+        deploy.check_sources(recipe.judges, recipe.judge_names)
+        say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())
+        dry_run(recipe.run, plan(recipe), recipe.cluster)
+    else:
+        say(f"results: {run(recipe)}")
+
+
+def objective(recipe: TrainRecipe) -> Objective:
+    objectives: dict[str, Objective] = {"dpo": DPO(beta=recipe.dpo.beta), "sft": SFT()}
+    return objectives[recipe.objective]
+
+
+def plan(recipe: TrainRecipe) -> Plan:
+    """What the run needs beside its driver. A judge that relabels is gone when training starts."""
+    family = load_family(recipe.model)
+    trainable = load_trainable(recipe.trainable, family)
+    sizes, counts = placement.ModelSizes(family), trainable.counts(family, objective(recipe).sides)
+    return Plan(
+        roles=[
+            placement.trainer_role(sizes, recipe.trainer, counts),
+            placement.encoder_role(sizes, recipe.preprocess, before=recipe.data.latents == "cached"),
+            *placement.judge_roles(recipe.judges, recipe.judge_names, before=True),
+        ],
+        checkpoint_bytes=placement.checkpoint_bytes(recipe.trainer, counts),
+        export_bytes=placement.export_bytes(recipe.trainer, counts, recipe.run.export_dtype),
+        steps=recipe.trainer.max_train_steps,
+    )
+
+
+def run(recipe: TrainRecipe) -> Path:
+    """Run (or resume) to the end; returns the run's folder."""
+    deploy.check_sources(recipe.judges, recipe.judge_names)
+    needed, roles = plan(recipe), objective(recipe).roles
+    found: list[ExampleSets] = []
+
+    def read() -> None:
+        found.append(read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say)))
+        say(found[0].report())
+
+    with launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe), before=read) as started:
+        say(batch_in_words(recipe.trainer))
+        examples, folder, labelled = found[0], started.folder, None
+        if recipe.data.choice_model:
+            labelled = relabel_by_judge(
+                recipe.judges, recipe.serve, recipe.data.choice_model, examples, started.name, say
+            )
+            examples = labelled.examples
+            if examples.evaluation:
+                refuse_too_few(recipe, examples.evaluation)
+        refuse_other_examples(examples, folder)
+        if examples.left_out():
+            (folder.path / "left_out.txt").write_text(examples.left_out() + "\n", encoding="utf-8")
+        if labelled:
+            labelled.write_records(folder.path)
+        encode_missing(recipe, roles, examples, say)
+        group = placement.reserve(needed.roles[:1])
+        started.stack.callback(ray.util.remove_placement_group, group)
+        about_data = labelled.swapped if labelled else {}
+        train_until_done(folder, partial(train_once, recipe, started, examples, about_data, group))
+        return folder.path
+
+
+def train_once(
+    recipe: TrainRecipe,
+    started: Started,
+    examples: ExampleSets,
+    about_data: Mapping[str, float],
+    group: PlacementGroup,
+    stack: ExitStack,
+) -> None:
+    """The loop on a trainer group of its own, from the last commit to the end; `about_data` is logged before the first step."""
+    folder, run, learns = started.folder, recipe.run, objective(recipe)
+    tracker = Reporter(folder.path, recipe.trainer.max_train_steps, folder.last_committed())
+    if about_data and folder.last_committed() is None:
+        tracker.log(0, about_data)
+    source = OfflineSource(start_feed(recipe, examples, learns, stack))
+    setup = RankSetup(
+        model=recipe.model,
+        trainer=recipe.trainer,
+        trainable=load_trainable(recipe.trainable, load_family(recipe.model)),
+        objective=learns,
+        work=OfflineWork(
+            recipe.trainer,
+            recipe.data,
+            recipe.eval,
+            examples.cache,
+            examples.training.place,
+            examples.evaluation.place if examples.evaluation else None,
+            roles=learns.roles,
+            seed=run.seed,
+        ),
+        fence=folder.fence,
+        seed=run.seed,
+        export_dtype=run.export_dtype,
+    )
+    trainer = TrainerGroup(setup, group)
+    stack.callback(trainer.kill)
+    refresh_every = recipe.dpo.reference_refresh_every if REFERENCE in learns.sides else 0
+    duties = [
+        Duty(every=refresh_every, do=lambda step: trainer.refresh(REFERENCE)),
+        *(
+            [Duty(every=recipe.eval.every, do=lambda step: tracker.log(step, trainer.evaluate()), at_start=True)]
+            if examples.evaluation
+            else []
+        ),
+        Duty(every=run.export_every, do=export(folder, trainer)),
+        Duty(every=run.save_every, do=commit(folder, source, trainer, run.keep_checkpoints)),
+    ]
+    train(recipe.trainer.max_train_steps, folder, source, trainer, tracker, duties)
+    tracker.close()
+
+
+def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, stack: ExitStack) -> Feed | None:
+    """Encoders beside the trainer, where latents are made on the fly."""
+    training = examples.training
+    if recipe.data.latents != "on_the_fly" or training.index is None:
+        return None
+    indexed = IndexedExamples(load_family(recipe.model), training.index, training.place.geometry, learns.roles)
+    stream = training_stream(recipe.data, indexed.block_sizes, recipe.run.seed)
+    feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
+    stack.callback(feed.close)
+    return feed
+
+
+def batch_in_words(trainer: TrainerConfig) -> str:
+    """How many examples an update takes, and at which rate."""
+    return (
+        f"{trainer.pairs_per_step} pairs a step = {trainer.ranks} ranks × {trainer.train_batch_size} a micro-batch × "
+        f"{trainer.gradient_accumulation_steps} accumulated; learning rate {trainer.scaled_learning_rate:.3g}"
+        f"{f' = {trainer.learning_rate:g} × {trainer.pairs_per_step}' if trainer.scale_lr else ''}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(guarded(main))

@@ -1,0 +1,60 @@
+"""Which files of a data set are read: a file, or those of a folder as `datasets` or the hub lays it out, by split."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.data.records import BadInput, whole
+
+TABLES = (".parquet", ".arrow")
+"""What is looked for in a folder."""
+SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[-_.]?\d*")
+
+
+def find_files(
+    path: Path, split: str, key: str = "data.path", endings: Sequence[str] = (*TABLES, ".jsonl")
+) -> list[Path]:
+    """The files of a file or folder, sorted. In a folder whose files name splits, those of `split`.
+
+    `endings`: those that a single file may have. Raises: BadInput.
+    """
+    kinds = f"{', '.join(endings[:-1])} or {endings[-1]}"
+    remedy = f"set {key} to a {kinds} file, or to a folder of {' or '.join(TABLES)} files"
+    if path.is_file():
+        if path.suffix not in endings:
+            raise BadInput([whole(path, f"is a {path.suffix or 'nameless'} file", remedy)])
+        return [path]
+    if not path.is_dir():
+        raise BadInput([whole(path, "no such file or folder", remedy)])
+    files = sorted(file for suffix in TABLES for file in path.rglob(f"*{suffix}"))
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file", remedy)])
+    named = {file: _split_of(file.relative_to(path)) for file in files}
+    splits = sorted({name for name in named.values() if name})
+    if not splits:
+        return files
+    chosen = [file for file, name in named.items() if name == split]
+    setting = key.replace("path", "split")
+    if not chosen:
+        what = f"has the splits {', '.join(splits)}, but {setting} = {split!r}"
+        raise BadInput([whole(path, what, f"set {setting} to one of them")])
+    if unnamed := [file for file, name in named.items() if name is None]:
+        what = f"lies beside files of the splits {', '.join(splits)}, but its name says none"
+        raise BadInput([whole(file, what, f"move it away, or name it {split}-1.parquet") for file in unnamed])
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's path inside the folder names; None: none. Of each of these it is `train`:
+
+    data/train-00000-of-00012.parquet, with or without a hash behind it, train.parquet and train_1.parquet, as the hub reads
+    them; default/train/0000.parquet, as it converts them; train/data-00000-of-00001.arrow, as `save_to_disk` writes them.
+    """
+    numbered = re.fullmatch(r"(.+)-\d+-of-\d+(?:-[0-9a-f]+)?", file.stem)
+    if numbered and numbered[1] != "data":
+        return numbered[1]
+    for name in (file.stem, *(folder.name for folder in file.parents)):
+        if found := SPLIT_NAME.fullmatch(name):
+            return found[1]
+    return file.parent.name if numbered and file.parent.name else None

@@ -1,0 +1,69 @@
+"""Opens the media of a data set: from their files or from tables, checked against what they were, brought to a size."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from rlhf.data.formats import FORMATS, Block, Fault
+from rlhf.data.media import decode_image, fit_image
+from rlhf.errors import Refused
+from rlhf.types import Encoding, Geometry, Source
+
+COLUMNS_HELD = 4
+"""Columns of blocks that a process keeps: the media of one piece of work follow each other in their file."""
+ReadColumn = Callable[[str, int, str], Sequence[Any]]
+"""(table, part, column) → the values of one row group or record batch."""
+
+
+def read_column(table: str, part: int, column: str) -> list[Any]:
+    """One column of a row group or record batch; None where a row has no value. Raises: OSError, pyarrow's exceptions."""
+    block = Block(file=table, format=Path(table).suffix, part=part, first=1, count=0)
+    rows = FORMATS[block.format].rows(block, {column}, "")
+    return [None if isinstance(row, Fault) else row.get(column) for _, row in rows]
+
+
+read_held = lru_cache(maxsize=COLUMNS_HELD)(read_column)
+"""`read_column`, with the last few kept."""
+
+
+def file_bytes(source: Source, read: ReadColumn = read_held) -> bytes:
+    """The bytes of a medium's file. Raises: OSError; Refused where they are not what was checked."""
+    cell = source.cell
+    data = Path(source.path).read_bytes() if cell is None else read(source.path, cell.part, cell.column)[cell.row]
+    if xxhash.xxh3_128_hexdigest(data or b"") != source.content:
+        where = source.path if cell is None else f"{source.path} row {cell.number}"
+        raise Refused(f"{where} changed since it was checked; start the job again")
+    return data
+
+
+def open_source(source: Source, geometry: Geometry, read: ReadColumn = read_held) -> np.ndarray:
+    """uint8 (F, H, W, 3) of a medium as a model is shown it. Raises: OSError; Refused, also where frames lack: media are stills.
+
+    Left out: videos.
+    """
+    if geometry.frames != 1:
+        raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")
+    picture = decode_image(file_bytes(source, read))
+    fitted = fit_image(picture, geometry.height, geometry.width, source.fit, source.crop)
+    return np.ascontiguousarray(fitted[:, ::-1] if source.mirrored else fitted)[None]
+
+
+def seen_source(source: Source, geometry: Geometry) -> np.ndarray:
+    """uint8 (F, H, W, 3) of a prompt's source at the height and width of what is made of it, for judges and eyes.
+
+    Raises: OSError, Refused.
+    """
+    return open_source(source, replace(geometry, frames=1))
+
+
+def media_of(encoding: Encoding, read: ReadColumn = read_held) -> list[Tensor]:
+    """What `Codec.encode` takes of an encoding: its sources, uint8 (F, H, W, 3) each. Raises: OSError, Refused."""
+    places = zip(encoding.sources, encoding.geometries, strict=True)
+    return [torch.from_numpy(open_source(source, geometry, read)) for source, geometry in places]

@@ -1,0 +1,346 @@
+"""What a trainer rank trains on: the worker's half of a source of work.
+
+A source has two halves. The driver's (`rlhf.loops`, `actors`) hands every rank something for each step, or nothing; the worker's
+half here turns that and the number of the step into micro-batches. `OnlineWork` is handed pairs and writes the record of them;
+`OfflineWork` finds its examples itself, in an index with encodings in the cache, or in the record of an online run.
+
+Shapes: B examples, C latent channels, h w latents.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rlhf.data import audit
+from rlhf.data.batches import (
+    CachedEncodings,
+    CachePlace,
+    EncodedExample,
+    Encodings,
+    HandedEncodings,
+    batch_of,
+    latents_from_array,
+)
+from rlhf.data.examples import PairIndex, Preference, read_index
+from rlhf.data.records import BadInput, Problem
+from rlhf.data.stream import Visit, held_out_visits, training_stream
+from rlhf.models.family import Family
+from rlhf.runs.folder import Fence
+from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
+from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt
+
+HELD_OUT_STEP = 0
+"""The step whose noise the evaluation uses: training begins at 1."""
+Handed = Mapping[Encoding, Mapping[str, np.ndarray]]
+"""Rows as encoders hand them over, fp32 or whole numbers."""
+
+
+class Work(Protocol):
+    """Made in the driver, opened in each rank."""
+
+    def open(self, family: Family) -> None:
+        """Open files. Called once, before anything else, in the process that calls the rest."""
+
+    def batches(self, step: int, rank: int, handed: Any, values: Sequence[Any]) -> list[Batch]:
+        """The rank's micro-batches of update `step` (from 1). `values` are what references in `handed` stood for."""
+
+    def held_out(self, rank: int) -> list[Batch]:
+        """The rank's micro-batches of the evaluation, always the same; none where nothing is held out."""
+
+
+def _micro_batches(
+    family: Family, examples: Sequence[EncodedExample], *, size: int, seed: int, step: int, first_index: int
+) -> list[Batch]:
+    return [
+        batch_of(family, examples[i : i + size], seed=seed, step=step, first_index=first_index + i)
+        for i in range(0, len(examples), size)
+    ]
+
+
+# --- online ------------------------------------------------------------------------------------------------------------
+
+
+class OnlineWork:
+    """Pairs that the driver hands out, with conditions from the cache."""
+
+    def __init__(
+        self, trainer: TrainerConfig, cache: CachePlace, pairs: Path, fence: Fence, *, seed: int, save_latents: bool
+    ):
+        """pairs: folder of the record that is written before a pair trains."""
+        self._trainer, self._cache, self._pairs, self._fence = trainer, cache, pairs, fence
+        self._seed, self._save_latents = seed, save_latents
+
+    def open(self, family: Family) -> None:
+        self._family, self._encodings = family, self._cache.open()
+
+    def batches(self, step: int, rank: int, handed: Sequence[Pair], values: Sequence[np.ndarray]) -> list[Batch]:
+        """handed: the rank's pairs; values: the latents of each one's winner and loser, in order."""
+        latents = iter(values)
+        pairs = [
+            replace(
+                pair,
+                winner=replace(pair.winner, latents=next(latents)),
+                loser=replace(pair.loser, latents=next(latents)),
+            )
+            for pair in handed
+        ]
+        first = rank * self._trainer.pairs_per_rank
+        encodings = [self._family.encodings(pair.prompt) for pair in pairs]
+        self._fence.check()
+        audit.write_pairs(
+            self._pairs / f"step_{step:06d}.rank_{rank}.parquet",
+            pairs,
+            [[self._encodings.key(encoding) for encoding in some] for some in encodings],
+            self._family.process,
+            seed=self._seed,
+            step=step,
+            first_index=first,
+            save_latents=self._save_latents,
+        )
+        examples = [
+            EncodedExample(
+                rows=[self._encodings.row(encoding) for encoding in some],
+                bucket=self._family.bucket(pair.prompt),
+                x0={
+                    "winner": latents_from_array(pair.winner.latents),
+                    "loser": latents_from_array(pair.loser.latents),
+                },
+            )
+            for pair, some in zip(pairs, encodings, strict=True)
+        ]
+        size = self._trainer.train_batch_size
+        return _micro_batches(self._family, examples, size=size, seed=self._seed, step=step, first_index=first)
+
+    def held_out(self, rank: int) -> list[Batch]:
+        return []
+
+
+# --- offline -----------------------------------------------------------------------------------------------------------
+
+
+class Examples(Protocol):
+    """Examples by visit, as tensors."""
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]: ...
+
+    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample: ...
+
+
+class IndexedExamples:
+    """The rows of an index: texts and media that are encodings."""
+
+    def __init__(self, family: Family, index: PairIndex, geometry: Geometry, roles: Sequence[str]):
+        """roles: those of the objective, the only media that are read."""
+        self.index = index
+        self._family, self._geometry, self._roles = family, geometry, tuple(roles)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return tuple(self.index.block_sizes().tolist())
+
+    def example(self, visit: Visit, pair: Preference | None = None) -> Example:
+        """The example of a visit, cropped and mirrored as that says; `pair`: its row, for whoever has read it."""
+        return self.index.example(pair or self.index[visit.row], visit, self._geometry, self._roles)
+
+    def _seen(self, visit: Visit, prompt: Prompt) -> tuple[Encoding, ...]:
+        """What the model is told of a visit's prompt: of one that is blank the unguided one's."""
+        seen = self._family.unguided(prompt) if visit.blank else prompt
+        assert seen is not None, "recipes refuse caption dropout for a family without an unguided prompt"
+        return self._family.encodings(seen)
+
+    def encodings(self, visit: Visit, pair: Preference | None = None) -> tuple[Encoding, ...]:
+        """Everything that is encoded of a visit."""
+        example = self.example(visit, pair)
+        targets = (self._family.target(source, self._geometry) for source in example.targets.values())
+        return (*self._seen(visit, example.prompt), *targets)
+
+    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample:
+        example, family = self.example(visit), self._family
+        return EncodedExample(
+            rows=[encodings.row(encoding) for encoding in self._seen(visit, example.prompt)],
+            bucket=family.bucket(example.prompt),
+            x0={
+                role: encodings.row(family.target(source, self._geometry))["latents"].float()
+                for role, source in example.targets.items()
+            },
+        )
+
+
+class RecordedExamples:
+    """The record of an online run, in the order trained, with the sampler's own latents."""
+
+    SIDES: ClassVar[Mapping[str, str]] = {"winner": "winner", "loser": "loser", "target": "winner"}
+    """Role → the side of a recorded pair."""
+
+    def __init__(self, family: Family, folder: Path, roles: Sequence[str]):
+        self._family, self._roles = family, tuple(roles)
+        places: list[tuple[tuple[int, int], Path, int]] = []
+        for file in sorted(folder.glob("*.parquet")):
+            table = audit.read_file(file, columns=["step", "index"])
+            trained = zip(table["step"].to_pylist(), table["index"].to_pylist(), strict=True)
+            places += [(when, file, row) for row, when in enumerate(trained)]
+        self._places = [(file, row) for _, file, row in sorted(places)]
+        self._rows = lru_cache(maxsize=64)(lambda file: audit.read_file(file).to_pylist())
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return (len(self._places),)
+
+    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample:
+        file, place = self._places[visit.row]
+        row = self._rows(file)[place]
+        prompt = audit.prompt_of(row)
+        return EncodedExample(
+            rows=[encodings.row(encoding) for encoding in self._family.encodings(prompt)],
+            bucket=self._family.bucket(prompt),
+            x0={role: _latents(row, self.SIDES[role]) for role in self._roles},
+        )
+
+
+def _latents(row: Mapping[str, Any], side: str) -> Tensor:
+    return latents_from_array(np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesPlace:
+    """Where examples are: the file of an index, or the folder of an online run's record."""
+
+    path: Path
+    geometry: Geometry
+    recorded: bool = False
+
+    def open(self, family: Family, roles: Sequence[str]) -> Examples:
+        if self.recorded:
+            return RecordedExamples(family, self.path, roles)
+        return IndexedExamples(family, read_index(self.path), self.geometry, roles)
+
+
+class OfflineWork:
+    """Examples that the rank finds itself: which ones follows from the number of the step."""
+
+    def __init__(
+        self,
+        trainer: TrainerConfig,
+        data: PairDataConfig,
+        evaluation: HeldOutConfig,
+        cache: CachePlace,
+        training: ExamplesPlace,
+        held_out: ExamplesPlace | None,
+        *,
+        roles: Sequence[str],
+        seed: int,
+    ):
+        self._trainer, self._data, self._evaluation, self._cache = trainer, data, evaluation, cache
+        self._places, self._roles, self._seed = (training, held_out), tuple(roles), seed
+
+    def open(self, family: Family) -> None:
+        training, held_out = self._places
+        self._family, self._encodings = family, self._cache.open()
+        self._training = training.open(family, self._roles)
+        self._held_out = held_out.open(family, self._roles) if held_out else None
+        self._stream = training_stream(self._data, self._training.block_sizes, self._seed)
+
+    def batches(self, step: int, rank: int, handed: None, values: Sequence[Handed]) -> list[Batch]:
+        """values: rows that encoders made beside the trainer; all others are in the cache."""
+        trainer = self._trainer
+        first = rank * trainer.pairs_per_rank
+        start = (step - 1) * trainer.pairs_per_step + first
+        visits = [self._stream[place] for place in range(start, start + trainer.pairs_per_rank)]
+        rows = {encoding: _tensors(arrays) for part in values for encoding, arrays in part.items()}
+        encodings = HandedEncodings(rows, self._encodings)
+        return self._batches(self._training, visits, encodings, step, first)
+
+    def held_out(self, rank: int) -> list[Batch]:
+        """The first pairs as they are, `eval.draws` times, at noise that never changes."""
+        if self._held_out is None:
+            return []
+        visits = held_out_visits(self._evaluation, self._trainer, sum(self._held_out.block_sizes))
+        mine = len(visits) // self._trainer.ranks
+        first, batches = rank * mine, list[Batch]()
+        for draw in range(self._evaluation.draws):
+            index = draw * self._evaluation.max_pairs + first
+            chosen = visits[first : first + mine]
+            batches += self._batches(self._held_out, chosen, self._encodings, HELD_OUT_STEP, index)
+        return batches
+
+    def _batches(
+        self, examples: Examples, visits: Sequence[Visit], encodings: Encodings, step: int, first_index: int
+    ) -> list[Batch]:
+        encoded = [examples.encoded(visit, encodings) for visit in visits]
+        size = self._trainer.train_batch_size
+        return _micro_batches(self._family, encoded, size=size, seed=self._seed, step=step, first_index=first_index)
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Copies: what comes out of the object store cannot be written to."""
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+# --- records -----------------------------------------------------------------------------------------------------------
+
+
+def is_record(path: Path) -> bool:
+    """Whether a folder holds the pairs of an online run."""
+    first = next(iter(sorted(path.glob("*.parquet"))), None) if path.is_dir() else None
+    return first is not None and "winner_latents" in pq.read_schema(first).names
+
+
+def record_size(folder: Path) -> int:
+    """Pairs in a record."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+
+
+def recorded_prompts(folder: Path) -> Iterator[Prompt]:
+    """The prompts of a record, in order."""
+    for file in sorted(folder.glob("*.parquet")):
+        columns = ["key", "instruction", "sources", "height", "width", "frames"]
+        yield from map(audit.prompt_of, audit.read_file(file, columns=columns).to_pylist())
+
+
+def check_record(
+    folder: Path, family: Family, encodings: CachedEncodings, known: Container[str], cache: str, geometry: Geometry
+) -> None:
+    """Raise BadInput with every recorded pair that this model cannot train on again. `known`: keys that are in the cache."""
+    problems: list[Problem] = []
+    latent_shape = list(family.latent_shape(geometry))
+    for file in sorted(folder.glob("*.parquet")):
+        without = _without_latents(file)
+        columns = ["key", "instruction", "sources", "encoding_keys", "height", "width", "frames", "latents_shape"]
+        for number, row in enumerate(audit.read_file(file, columns=columns).to_pylist(), start=1):
+
+            def problem(field: str, what: str, remedy: str) -> None:
+                problems.append(Problem(file=str(file), line=number, field=field, what=what, remedy=remedy))  # noqa: B023
+
+            if without:
+                problem("latents", "are missing", "only a run with run.save_latents = true can be replayed")
+            prompt = audit.prompt_of(row)
+            if prompt.geometry != geometry:
+                given = f"model.height × width × frames is {geometry.height} × {geometry.width} × {geometry.frames}"
+                what = f"are {row['height']} × {row['width']} × {row['frames']}, but {given}"
+                problem("height, width, frames", what, "give the run's own size")
+                continue
+            keys = [encodings.key(encoding) for encoding in family.encodings(prompt)]
+            if keys != row["encoding_keys"] or row["latents_shape"] != latent_shape:
+                problem("encoding_keys", "were made by another model", "set model.* to the run's own")
+            elif not all(key in known for key in keys):
+                problem("encoding_keys", f"are not all in data.cache = {cache}", "give the cache of that run")
+    if problems:
+        raise BadInput(problems)
+
+
+def _without_latents(file: Path) -> bool:
+    """Whether a file of a record has no latents, from its statistics alone: they are a megabyte a pair."""
+    groups = pq.ParquetFile(file)
+    column = groups.schema_arrow.get_field_index("winner_latents")
+    names = [groups.metadata.row_group(0).column(i).path_in_schema for i in range(groups.metadata.num_columns)]
+    place = names.index("winner_latents") if column >= 0 else -1
+    statistics = [groups.metadata.row_group(i).column(place).statistics for i in range(groups.num_row_groups)]
+    return any(found is not None and found.null_count for found in statistics)

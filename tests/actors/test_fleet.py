@@ -1,0 +1,67 @@
+"""What the fleet sends to its samplers: batches of one bucket, each picture at its own place. Samplers are real actors."""
+
+import time
+from types import SimpleNamespace
+
+import jobs  # isort: skip  (first: it makes settings that Ray reads when it is imported)  # noqa: F401
+import pytest
+import ray
+
+from actors.fleet import Fleet, Work
+from actors.publication import Publication
+from actors.sampler import SampleRequest
+from rlhf.types import Geometry, Prompt
+
+DEADLINE_S = 240.0
+
+
+class Echo:
+    """A sampler that holds anything and whose pictures are the requests."""
+
+    def ready(self):
+        return True
+
+    def load(self, version, manifests, *arrays):
+        return version, (), 0.0
+
+    def sample(self, requests):
+        return [0, *(part for request in requests for part in (request, len(requests)))]
+
+
+@pytest.fixture
+def fleet(cluster):
+    waiting = {}
+    actor = ray.remote(Echo).options(num_cpus=0.1)
+    made = Fleet(lambda index: actor.remote(), 1, max_restarts=0, timeout_s=DEADLINE_S, waiting=waiting)
+    made.load(Publication(version=0, buffers=()))
+    yield SimpleNamespace(fleet=made, waiting=waiting)
+    made.close()
+
+
+def run(world, queue, until):
+    deadline = time.monotonic() + DEADLINE_S
+    while not until():
+        assert time.monotonic() < deadline, "the fleet does not answer"
+        world.fleet.dispatch(queue)
+        ready, _ = ray.wait(list(world.waiting), timeout=1.0)
+        for reference in ready:
+            world.waiting.pop(reference)(reference)
+
+
+def work(ticket, slot, bucket, sent):
+    prompt = Prompt(key=str(ticket), instruction="", geometry=Geometry(height=16, width=16))
+    return Work(
+        ticket=ticket,
+        bucket=bucket,
+        request=SampleRequest(prompt=prompt, noise_seed=ticket, slot=slot),
+        done=lambda version, media, count: sent.append((ray.get(media).noise_seed, ray.get(count))),
+        lost=lambda reason: pytest.fail(reason),
+    )
+
+
+def test_a_batch_takes_the_first_waiter_of_every_slot_of_one_bucket(fleet):
+    sent = []
+    places = [("a", 0), ("a", 1), ("b", 2), ("a", 0), ("b", 2), ("a", 3)]
+    queue = [work(ticket, slot, bucket, sent) for ticket, (bucket, slot) in enumerate(places)]
+    run(fleet, queue, lambda: len(sent) == len(places))
+    assert sent == [(0, 3), (1, 3), (5, 3), (2, 1), (3, 1), (4, 1)] and not queue

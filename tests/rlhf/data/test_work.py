@@ -1,0 +1,196 @@
+"""From a place in the stream to tensors: the right latents for the right role, whichever way they come."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.data.batches import CachePlace, HandedEncodings, batch_of, draws
+from rlhf.data.cache import commit, write_part
+from rlhf.data.examples import blocks_of, check_block, gather, write_index
+from rlhf.data.stream import Visit
+from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
+from rlhf.diffusion.process import RectifiedFlow
+from rlhf.models.family import Kind, stacked
+from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
+from rlhf.types import Encoded, Encoding, Geometry
+from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
+
+SIZE = Geometry(height=16, width=16)
+KIND = Kind(folders=(), dtype=torch.float32)
+PAIR = ("winner", "loser")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What batches ask of a family: a text and each source is an encoding of its own."""
+
+    process = RectifiedFlow()
+    kinds = {"text": KIND, "picture": KIND}  # noqa: RUF012
+
+    def encodings(self, prompt):
+        return (Encoding(kind="text", text=prompt.instruction), *(self.target(s, SIZE) for s in prompt.sources))
+
+    def target(self, source, geometry):
+        return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def unguided(self, prompt):
+        return replace(prompt, instruction="")
+
+    def bucket(self, prompt):
+        return prompt.geometry, len(prompt.sources)
+
+    def condition(self, rows, bucket):
+        texts, *pictures = zip(*rows, strict=True)
+        sources = {f"source_{i}": stacked(some)["latents"] for i, some in enumerate(pictures)}
+        return stacked(texts) | sources
+
+
+FAMILY = Plain()
+
+
+def visit(row, mirrored=False, blank=False):
+    return Visit(row=row, mirrored=mirrored, blank=blank, crop=(0.5, 0.5))
+
+
+def examples_of(file, roles=PAIR, needs_source=False):
+    blocks = blocks_of(file)
+    loser = "loser" in roles
+    checked = [
+        check_block(i, b, needs_source=needs_source, items=None, needs_loser=loser) for i, b in enumerate(blocks)
+    ]
+    return IndexedExamples(FAMILY, gather(blocks, checked)[0], SIZE, roles)
+
+
+def number(key: str) -> float:
+    """A value that tells a key from every other."""
+    return int(key[:6], 16) / 1000
+
+
+def filled(folder, examples):
+    """A cache whose every row holds its key's number."""
+    place = CachePlace(folder=str(folder), fingerprints={"text": "t", "picture": "p"})
+    opened, rows = place.open(), {}
+    for i in range(len(examples.index)):
+        for mirrored in (False, True):
+            for blank in (False, True):
+                for encoding in examples.encodings(visit(i, mirrored, blank)):
+                    key = opened.key(encoding)
+                    name, shape = ("prompt_embeds", (3, 5)) if encoding.text is not None else ("latents", (4, 2, 2))
+                    rows[key] = Encoded(tensors={name: torch.full(shape, number(key))})
+    commit(folder, [write_part(folder, rows)])
+    return place
+
+
+def value(encodings, encoding) -> float:
+    return pytest.approx(number(encodings.key(encoding)))
+
+
+def test_roles_follow_the_label_and_mirrored_pairs_are_other_rows(tmp_path):
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i, label=i % 2) for i in range(4)]))
+    encodings = filled(tmp_path / "cache", examples).open()
+    for v in (visit(0), visit(1), visit(1, mirrored=True), visit(3, blank=True)):
+        encoded = examples.encoded(v, encodings)
+        pair = examples.index[v.row]
+        pictures = pair.pictures(examples.index.blocks[pair.block])
+        assert (pictures["winner"].cell.column == "jpg_0") == (v.row % 2 == 1)
+        for role in PAIR:
+            x0 = encoded.x0[role]
+            assert x0.shape == (4, 2, 2) and x0.dtype == torch.float32
+            shown = replace(pictures[role], mirrored=v.mirrored)
+            assert x0[0, 0, 0].item() == value(encodings, FAMILY.target(shown, SIZE))
+        text = Encoding(kind="text", text="" if v.blank else f"a dish {v.row}")
+        assert encoded.rows[0]["prompt_embeds"][0, 0].item() == value(encodings, text)
+
+
+def test_a_target_is_what_is_preferred_and_no_loser_is_touched(tmp_path):
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i, label=i % 2) for i in range(2)]), ("target",))
+    pairs = examples_of(write_parquet(tmp_path / "q.parquet", [row(i, label=i % 2) for i in range(2)]))
+    for i in range(2):
+        (target,) = examples.example(visit(i)).targets.values()
+        assert target.content == pairs.example(visit(i)).targets["winner"].content
+        assert len(examples.encodings(visit(i))) == 2, "a text and one picture"
+
+
+def test_edit_families_get_the_source_mirrored_with_its_pair(tmp_path):
+    examples = examples_of(write_jsonl(tmp_path, 2, source=True), needs_source=True)
+    encodings = filled(tmp_path / "cache", examples).open()
+    plain, mirrored = (examples.encoded(visit(1, way), encodings).rows[1]["latents"] for way in (False, True))
+    (source,) = examples.example(visit(1)).prompt.sources
+    assert plain[0, 0, 0].item() == value(encodings, FAMILY.target(source, SIZE))
+    assert mirrored[0, 0, 0].item() == value(encodings, FAMILY.target(replace(source, mirrored=True), SIZE))
+    assert not torch.equal(plain, mirrored)
+
+
+def test_handed_rows_take_the_place_of_cached_ones_and_texts_stay(tmp_path):
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(3)]))
+    cached = filled(tmp_path / "cache", examples).open()
+    _, *pictures = examples.encodings(visit(2))
+    rows = {encoding: {"latents": torch.full((4, 2, 2), float(i))} for i, encoding in enumerate(pictures)}
+    encoded = examples.encoded(visit(2), HandedEncodings(rows, cached))
+    assert [encoded.x0[role][0, 0, 0].item() for role in PAIR] == [0, 1]
+    text = examples.encoded(visit(2), cached).rows[0]["prompt_embeds"]
+    assert torch.equal(encoded.rows[0]["prompt_embeds"], text)
+
+
+def test_a_batch_has_the_noise_of_its_indices(tmp_path):
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(3)]))
+    encodings = filled(tmp_path / "cache", examples).open()
+    encoded = [examples.encoded(visit(i), encodings) for i in (0, 2)]
+    batch = batch_of(FAMILY, encoded, seed=5, step=3, first_index=4)
+    t, noise = draws(RectifiedFlow(), seed=5, step=3, indices=range(4, 6), shape=(4, 2, 2))
+    assert torch.equal(batch.t, t) and torch.equal(batch.noise, noise)
+    assert {role: tensor.tolist() for role, tensor in batch.weight.items()} == {role: [1, 1] for role in PAIR}
+
+
+def test_examples_of_two_buckets_are_no_batch(tmp_path):
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(2)]))
+    encodings = filled(tmp_path / "cache", examples).open()
+    first, second = (examples.encoded(visit(i), encodings) for i in range(2))
+    with pytest.raises(AssertionError, match="one bucket"):
+        batch_of(FAMILY, [first, replace(second, bucket="other")], seed=0, step=1, first_index=0)
+
+
+def work(tmp_path: Path, ranks: int, batch: int) -> OfflineWork:
+    examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(8)]))
+    place = filled(tmp_path / "cache", examples)
+    write_index(tmp_path / "index.arrow", examples.index)
+    there = ExamplesPlace(path=tmp_path / "index.arrow", geometry=SIZE)
+    trainer = TrainerConfig(ranks=ranks, train_batch_size=batch, gradient_accumulation_steps=4 // ranks // batch)
+    opened = OfflineWork(
+        trainer, PairDataConfig(path="p"), HeldOutConfig(draws=2), place, there, there, roles=PAIR, seed=3
+    )
+    opened.open(FAMILY)
+    return opened
+
+
+def test_an_update_has_the_same_examples_and_noise_however_it_is_split(tmp_path):
+    whole = work(tmp_path / "one", 1, 4).batches(2, 0, None, [])
+    split = work(tmp_path / "two", 2, 1)
+    parts = [batch for rank in range(2) for batch in split.batches(2, rank, None, [])]
+    assert [len(batch.t) for batch in (*whole, *parts)] == [4, 1, 1, 1, 1]
+    assert torch.equal(torch.cat([batch.noise for batch in parts]), whole[0].noise)
+    assert torch.equal(torch.cat([batch.x0["winner"] for batch in parts]), whole[0].x0["winner"])
+
+
+def test_what_is_held_out_is_always_the_same(tmp_path):
+    opened = work(tmp_path, 2, 1)
+    first, again = opened.held_out(1), opened.held_out(1)
+    assert len(first) == 2 * 4, "two draws of this rank's half of eight pairs"
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.noise, other.noise) and torch.equal(one.x0["loser"], other.x0["loser"])
+    assert not torch.equal(first[0].noise, first[4].noise), "the second draw has other noise"
+
+
+def test_rows_from_encoders_are_copied(tmp_path):
+    """What comes out of the object store cannot be written to."""
+    opened = work(tmp_path, 1, 4)
+    indexed = examples_of(tmp_path / "p.parquet")
+    v = opened._stream[4]
+    frozen = np.full((4, 2, 2), 7, np.float32)
+    frozen.setflags(write=False)
+    handed = {encoding: {"latents": frozen} for encoding in indexed.encodings(v) if encoding.sources}
+    (batch,) = opened.batches(2, 0, None, [handed])
+    assert (batch.x0["winner"][0] == 7).all() and (batch.x0["winner"][1] != 7).all()

@@ -1,0 +1,63 @@
+"""Model folders: what is wrong with one is said with its key, before anything loads; and the names of families."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlhf.errors import Refused
+from rlhf.models import load_family
+from rlhf.models.folder import latent_shape
+from rlhf.models.tiny import write_stable_diffusion
+from rlhf.tables import ModelTable
+from rlhf.types import Geometry
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, kontext):
+    diffusion = write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+    return {"flux_kontext": kontext, "stable_diffusion": diffusion}
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "stable_diffusion"])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [("vae", "is a AutoencoderKL, but the base model has a"), ("nowhere", "holds no config.json with")],
+)
+def test_a_trained_folder_of_something_else_is_refused(folders, family, place, what):
+    model = ModelTable(family=family, path=str(folders[family]), denoiser=str(folders[family] / place))
+    for use in (lambda found: found.check(), lambda found: found.empty_denoiser(torch.float32)):
+        with pytest.raises(Refused, match=rf"model.denoiser = .*{place}' {what}"):
+            use(load_family(model))
+
+
+def test_a_trained_folder_needs_its_weights(folders, tmp_path):
+    path = folders["flux_kontext"]
+    config = (path / "transformer" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    model = ModelTable(path=str(path), denoiser=str(tmp_path))
+    with pytest.raises(Refused, match=r"holds no config\.json with \*\.safetensors"):
+        load_family(model).check()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    load_family(model).check()
+
+
+def test_sizes_that_the_network_cannot_take_name_their_keys():
+    vae = {"block_out_channels": [1, 1, 1, 1], "latent_channels": 4}
+    assert latent_shape(vae, Geometry(height=48, width=32), patch=2) == (4, 6, 4)
+    for height, width in ((40, 32), (32, 40)):
+        with pytest.raises(Refused, match=rf"{height}×{width} pixels \(model.height, model.width\).*multiples of 16"):
+            latent_shape(vae, Geometry(height=height, width=width), patch=2)
+        assert latent_shape(vae, Geometry(height=height, width=width)) == (4, height // 8, width // 8)
+    with pytest.raises(Refused, match="3 frames: this model makes pictures"):
+        latent_shape(vae, Geometry(height=48, width=32, frames=3))
+
+
+def test_a_family_is_one_of_ours_or_importable(folders):
+    path = str(folders["stable_diffusion"])
+    ours = load_family(ModelTable(family="stable_diffusion", path=path, dtype="float16", guidance_scale=3.0))
+    named = load_family(ModelTable(family="rlhf.models.stable_diffusion:StableDiffusion", path=path))
+    assert type(named) is type(ours) and (ours.dtype, named.dtype) == (torch.float16, torch.bfloat16)
+    assert ours.guidance_scale == 3.0
+    for name in ("flux", "no.such.module:Family", "rlhf.models:Nothing"):
+        with pytest.raises(Refused, match=rf"model.family = '{name}' is neither one of flux_kontext, stable_diffusion"):
+            load_family(ModelTable(family=name, path=path))

@@ -1,0 +1,226 @@
+"""Trainables: which names they train, what they refuse, and what a table means. On ranks: `test_families.py`."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.errors import Refused
+from rlhf.models.trainable import Full, LoRA, Modules, Sided, Trainable, load_trainable
+from rlhf.tables import TrainableTable
+from rlhf.types import POLICY, REFERENCE, seed_from
+from tests import worlds
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(4, 4)
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        self.heads = 2
+
+    def forward(self, x):
+        return x + self.mlp(self.attn(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            assert block.heads == 2
+            x = block(x)
+        return self.out(x)
+
+
+def lora(*targets: str) -> LoRA:
+    return LoRA(rank=2, alpha=4.0, targets=targets)
+
+
+def added(*parts, sides=(REFERENCE,), dtype=torch.float32) -> tuple[Trainable, Net]:
+    torch.manual_seed(0)
+    trainable, net = Trainable(parts=parts), Net().to(torch.bfloat16)
+    trainable.add(net, sides, dtype)
+    return trainable, net
+
+
+CASES = {
+    "full": (Full(),),
+    "lora": (lora("attn"),),
+    "modules": (Modules(patterns=("blocks.*.mlp", "out")),),
+    "lora, then modules": (lora("attn", "mlp.0"), Modules(patterns=("blocks.*.mlp", "out"))),
+    "modules, then lora": (Modules(patterns=("blocks.*.mlp", "out")), lora("attn", "mlp.0")),
+}
+EVERY_CASE = pytest.mark.parametrize("parts", CASES.values(), ids=CASES)
+
+
+@EVERY_CASE
+def test_only_what_is_trained_has_a_gradient_and_is_in_single_precision(parts):
+    trainable, net = added(*parts)
+    trained = {id(p) for p in trainable.trained(net).values()}
+    assert trained
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in trained), name
+        assert id(parameter) not in trained or parameter.dtype == torch.float32, name
+
+
+@EVERY_CASE
+def test_a_sampler_a_trainer_and_a_side_have_the_same_names_in_the_networks_order(parts):
+    trainable, net = added(*parts)
+    published = list(trainable.trained(net))
+    _, sampler = added(*parts, sides=(), dtype=torch.bfloat16)
+    assert list(trainable.trained(sampler)) == list(trainable.trained(net, REFERENCE)) == published
+    assert all(p.dtype == torch.bfloat16 for p in sampler.parameters())
+    order = [id(p) for p in net.parameters()]
+    places = [order.index(id(p)) for p in trainable.trained(net).values()]
+    assert places == sorted(places)
+
+
+@EVERY_CASE
+def test_every_parameter_has_a_place_in_the_plain_checkpoint_or_a_start(parts):
+    trainable, net = added(*parts)
+    plain, stored = dict(Net().named_parameters()), trainable.stored(net)
+    found = set()
+    for name, parameter in net.named_parameters():
+        start = trainable.start(name, parameter.shape, 3)
+        if start is None:
+            assert plain[stored[name]].shape == parameter.shape
+            found.add(stored[name])
+        else:
+            assert start.shape == parameter.shape and start.dtype == torch.float32
+    assert found == plain.keys()
+
+
+def test_each_part_trains_its_own_and_lora_leaves_out_what_is_trained_whole():
+    for case in ("lora, then modules", "modules, then lora"):
+        trainable, net = added(*CASES[case])
+        names = set(trainable.trained(net))
+        mlp = {f"blocks.{i}.mlp.{j}.{kind}" for i in (0, 1) for j in (0, 2) for kind in ("weight", "bias")}
+        attn = {f"blocks.{i}.attn.lora_{ab}.policy.weight" for i in (0, 1) for ab in "AB"}
+        assert names == mlp | attn | {"out.weight", "out.bias"}
+
+
+def test_an_adapter_starts_with_values_that_its_name_decides():
+    trainable, net = added(lora("attn"))
+    for name, parameter in net.named_parameters():
+        if ".lora_B." in name:
+            assert not trainable.start(name, parameter.shape, 7).any()
+        elif ".lora_A." in name:
+            policy = name.replace(f".{REFERENCE}.", f".{POLICY}.")
+            generator = torch.Generator().manual_seed(seed_from(7, policy))
+            expected = torch.empty(2, 4).uniform_(-1, 1, generator=generator) / 2
+            assert torch.equal(trainable.start(name, parameter.shape, 7), expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "full"])
+def test_a_call_goes_to_the_side_in_use_and_after_it_to_the_policy(case):
+    trainable, net = added(*CASES[case])
+    net = net.float()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            start = trainable.start(name, parameter.shape, 7)
+            if start is not None:
+                parameter.copy_(start)
+        before = net(x)
+        for parameter in trainable.trained(net).values():
+            parameter.add_(0.1)
+        changed = net(x)
+        with trainable.using(net, REFERENCE):
+            reference = net(x)
+        assert torch.equal(reference, before) and torch.equal(net(x), changed) and not torch.equal(changed, before)
+
+
+def test_a_list_that_matches_is_trained_member_by_member_and_stays_a_list():
+    trainable, net = added(Modules(patterns=("blocks", "blocks.0.attn")))
+    assert [type(block) for block in net.blocks] == [Sided, Sided]
+    assert set(trainable.trained(net)) == {name for name, _ in Net().named_parameters() if name.startswith("blocks.")}
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (
+            Modules(patterns=("out", "blok.*", "head")),
+            r"trainable.patterns: 'blok.\*', 'head' matches no module .* blocks, out",
+        ),
+        (
+            Modules(patterns=("blocks.*.mlp.1",)),
+            r"trainable.patterns: 'blocks.\*.mlp.1' matches no module with parameters",
+        ),
+        (lora("to_q"), r"trainable.targets = \['to_q'\] does not fit this model: .*to_q"),
+        (lora("mlp.1"), r"trainable.targets = \['mlp.1'\] does not fit this model: "),
+    ],
+)
+def test_what_the_model_has_not_is_refused_by_name(part, says):
+    with pytest.raises(Refused, match=says):
+        added(part)
+
+
+def test_lora_targets_that_are_all_trained_whole_are_refused():
+    with pytest.raises(Refused, match=r"trainable.targets = \['attn'\] does not fit this model"):
+        added(Modules(patterns=("*.attn",)), lora("attn"))
+
+
+def test_full_goes_with_no_other_part():
+    with pytest.raises(ValueError, match="goes with no other part"):
+        Trainable(parts=(Full(), lora("attn")))
+
+
+def test_buffers_keep_their_dtype():
+    net = Net()
+    net.register_buffer("table", torch.ones(2))
+    Trainable(parts=(Full(),)).add(net, (), torch.bfloat16)
+    assert net.table.dtype == torch.float32 and net.out.weight.dtype == torch.bfloat16
+
+
+# --- from tables -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 4}, 'rank = 4 belongs to LoRA, but kind = "full": set kind = "lora" or leave rank out'),
+        ({"kind": "modules", "patterns": ["a"], "alpha": 2.0}, 'alpha = 2.0 belongs to LoRA, but kind = "modules"'),
+        ({"kind": "modules"}, 'kind = "modules" needs patterns'),
+        ({"patterns": ["a.*"]}, "patterns = ['a.*'] chooses modules, but kind = \"full\" trains every weight"),
+        ({"kind": "lora", "targets": []}, "should have at least 1 item"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named_with_their_kind(values, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        TrainableTable(**values)
+
+
+@pytest.mark.parametrize("how", worlds.TRAINABLES)
+def test_a_table_and_a_family_make_a_trainable(kontext, how):
+    family = worlds.family(kontext)
+    made = worlds.trainable(how, family)
+    assert made.folder(family) == {"full": "transformer"}.get(how, how)
+    assert {type(part) for part in made.parts} == {
+        "full": {Full},
+        "lora": {LoRA},
+        "modules": {Modules},
+        "lora_modules": {LoRA, Modules},
+    }[how]
+    if "lora" in how:
+        assert made.parts[0] == LoRA(rank=4, alpha=8.0, targets=family.lora_targets)
+    own = load_trainable(TrainableTable(kind="lora", targets=("attn.to_q",)), family)
+    assert own.parts == (LoRA(rank=16, alpha=16.0, targets=("attn.to_q",)),)
+
+
+def test_counts(kontext):
+    family = worlds.family(kontext)
+    whole = sum(p.numel() for p in family.load_denoiser("cpu").parameters())
+    full = worlds.trainable("full", family).counts(family, (REFERENCE,))
+    assert (full.trained, full.frozen_bytes, full.side_bytes) == (whole, 0, 2 * whole)
+    assert worlds.trainable("full", family).counts(family, ()).side_bytes == 0
+    for how in ("lora", "modules", "lora_modules"):
+        counts = worlds.trainable(how, family).counts(family, (REFERENCE, "old"))
+        assert 0 < counts.trained < whole and counts.side_bytes == 2 * 4 * counts.trained
+        base = whole if how == "lora" else whole - worlds.trainable("modules", family).counts(family, ()).trained
+        assert counts.frozen_bytes == 2 * base

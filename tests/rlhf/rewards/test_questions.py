@@ -1,0 +1,76 @@
+"""What judges are asked of a prompt: its text or what stands in for it, columns that are missing, sources at its size."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import xxhash
+from PIL import Image
+from pydantic import ValidationError
+
+from rlhf.data.media import load_image
+from rlhf.errors import Refused
+from rlhf.rewards.config import JudgesConfig, RewardConfig
+from rlhf.rewards.questions import check_prompt, reward_text, sources_of
+from rlhf.types import Geometry, Prompt, Source
+
+ITEM = {
+    "food_name": "红烧肉",
+    "food_type": "中式快餐",
+    "city_name": "上海",
+    "shop_name": "老王饭店",
+    "价格 in ¥": "12.5",
+}
+
+
+def prompt(instruction="make it warm", item=None, sources=()) -> Prompt:
+    geometry = Geometry(height=48, width=32)
+    return Prompt(key="0", instruction=instruction, sources=sources, item=item or {}, geometry=geometry)
+
+
+def test_an_empty_instruction_is_filled_from_the_item():
+    assert reward_text(prompt("warm"), "{food_name}") == "warm"
+    assert reward_text(prompt(" ", ITEM), "a photo of {food_name}") == "a photo of 红烧肉"
+    assert reward_text(prompt("", ITEM), "{food_name} for {价格 in ¥}, {{fresh}}") == "红烧肉 for 12.5, {fresh}"
+    assert reward_text(prompt(""), "a dish") == "a dish"
+    assert reward_text(prompt(""), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("item", "there"),
+    [({}, "it has no item metadata"), ({"price": "3"}, "its item has price")],
+)
+def test_a_column_that_is_missing_is_named_with_the_key_and_the_template(item, there):
+    message = rf"'0' has an empty instruction.*reward\.empty_prompt = '{{food_name}}' names food_name.*{there}"
+    with pytest.raises(Refused, match=message):
+        reward_text(prompt("", item), "{food_name}")
+
+
+@pytest.mark.parametrize("template", ["{", "}", "{}", "a {food_name!r}", "{price:.2f}"])
+def test_a_template_that_is_none_is_refused_in_the_recipe(template):
+    with pytest.raises(ValidationError, match="empty_prompt"):
+        RewardConfig(empty_prompt=template)
+
+
+def test_a_prompt_is_checked_for_all_that_its_judges_read():
+    judges = JudgesConfig()
+    check_prompt(judges, ["ctr", "hps"], "{food_name}", prompt("", ITEM))
+    check_prompt(judges, ["aesthetic"], "{food_name}", prompt(""))
+    with pytest.raises(Refused, match="empty_prompt"):
+        check_prompt(judges, ["hps"], "{food_name}", prompt(""))
+    with pytest.raises(Refused, match=r"prompt '0': the judge 'ctr' reads .*; missing: shop_name"):
+        check_prompt(judges, ["ctr"], "x", prompt(item={k: v for k, v in ITEM.items() if k != "shop_name"}))
+
+
+def test_sources_come_at_the_prompts_size_as_media(tmp_path):
+    file = tmp_path / "source.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(file)
+    cropped = Source(path=str(file), content=xxhash.xxh3_128_hexdigest(file.read_bytes()))
+    padded = replace(cropped, fit="pad", mirrored=True)
+    first, second = sources_of(prompt(sources=(cropped, padded)))
+    assert np.array_equal(first, load_image(file, 48, 32, "crop")[None])
+    assert np.array_equal(second, load_image(file, 48, 32, "pad")[None, :, ::-1])
+    assert not np.array_equal(second, first) and not first.flags.writeable
+    assert sources_of(prompt()) == ()
+    with pytest.raises(Refused, match=r"source\.png changed since it was checked"):
+        sources_of(prompt(sources=(replace(cropped, content="what was checked"),)))
