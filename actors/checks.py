@@ -6,6 +6,7 @@ check once. A JSONL is checked every time: its pictures are files of their own, 
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,17 +20,7 @@ import ray.data
 import xxhash
 
 from actors import streaming
-from rlhf.data.examples import (
-    FORMAT,
-    Checked,
-    PairIndex,
-    Preference,
-    blocks_of,
-    check_block,
-    gather,
-    read_index,
-    write_index,
-)
+from rlhf.data.examples import FORMAT, Checked, PairIndex, blocks_of, check_block, gather, read_index, write_index
 from rlhf.data.files import find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem
@@ -48,17 +39,14 @@ class CheckedPairs:
     """A data set that was checked."""
 
     file: Path
-    """Its index."""
     index: PairIndex
+    """What lies in `file`."""
     problems: tuple[Problem, ...]
 
     def report(self) -> str:
         """What is in it and what was left out, a line per problem."""
-        index = self.index
-        lines = [
-            f"{len(index)} pairs in {len(index.blocks)} blocks; without a preference: {index.ties} ties, "
-            f"{index.unlabelled} unlabelled"
-        ]
+        index, others = self.index, f"{self.index.ties} ties, {self.index.unlabelled} unlabelled"
+        lines = [f"{len(index)} pairs in {len(index.blocks)} blocks; without a preference: {others}"]
         if self.problems:
             lines.append(f"left out: {len(self.problems)} problems; going on with {len(index)} pairs")
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
@@ -76,13 +64,11 @@ def check_pairs(
     items: Mapping[str, Item] | None,
     check_all: CheckAll,
 ) -> CheckedPairs:
-    """The index of a data set. `key` is the configuration key of `path`, for messages; `check_all` does the work.
-
-    Raises: BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
+    """The index of a data set. key: the configuration key of `path`, for messages. check_all: does the work. Raises: BadInput
+    with every problem, unless on_bad_row is "skip" and some pairs are good.
     """
     files = find_files(path, split, key)
-    blocks: list[Block] = []
-    problems: list[Problem] = []
+    blocks, problems = list[Block](), list[Problem]()
     for file in files:
         try:
             blocks += blocks_of(file)
@@ -90,7 +76,9 @@ def check_pairs(
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    folder = cache / "pairs" / _digest(files, needs_source, needs_loser, items)
+    places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    about = json.dumps([FORMAT, places, needs_source, needs_loser, sorted(items or ())])
+    folder = cache / "pairs" / xxhash.xxh3_128_hexdigest(about.encode())
     index_file, problems_file = folder / "index.arrow", folder / "problems.json"
     if not index_file.exists() or any(file.suffix == ".jsonl" for file in files):
         check = partial(check_block, needs_source=needs_source, needs_loser=needs_loser, items=items)
@@ -104,17 +92,9 @@ def check_pairs(
         raise BadInput(problems)
     if not len(index):
         what = f"holds no pair: it has {index.ties} ties, {index.unlabelled} unlabelled rows"
-        raise BadInput(
-            [Problem(file=str(path), line=None, field=None, what=what, remedy=f"set {key} to labelled pairs")]
-        )
+        remedy = f"set {key} to labelled pairs"
+        raise BadInput([Problem(file=str(path), line=None, field=None, what=what, remedy=remedy)])
     return CheckedPairs(file=index_file, index=index, problems=tuple(problems))
-
-
-def _digest(files: Sequence[Path], needs_source: bool, needs_loser: bool, items: Mapping[str, Item] | None) -> str:
-    places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return xxhash.xxh3_128_hexdigest(
-        json.dumps([FORMAT, places, needs_source, needs_loser, sorted(items or ())]).encode()
-    )
 
 
 def in_threads(log: Callable[[str], None], blocks: Sequence[Block], check: Check) -> list[Checked]:
@@ -124,7 +104,6 @@ def in_threads(log: Callable[[str], None], blocks: Sequence[Block], check: Check
 
 
 def _told(log: Callable[[str], None], blocks: Sequence[Block], found: Iterable[T]) -> Iterator[T]:
-    """What is `found`, one per block, with a line of progress now and then."""
     log(f"checking {sum(block.count for block in blocks)} rows in {len(blocks)} blocks")
     shown = monotonic()
     for done, one in enumerate(found, start=1):
@@ -138,29 +117,20 @@ def on_cluster(
     settings: PreprocessConfig, log: Callable[[str], None], blocks: Sequence[Block], check: Check
 ) -> list[Checked]:
     """By tasks of Ray Data, on every node that sees the files. Raises: PreprocessFailed, StreamBroken."""
+    if not blocks:
+        return []
     streaming.prepare()
-    rows = [{"number": number, "block": json.dumps(asdict(block))} for number, block in enumerate(blocks)]
+    rows = [{"number": number, "block": pickle.dumps(block)} for number, block in enumerate(blocks)]
 
     def task(row: dict[str, Any]) -> dict[str, Any]:
-        found = check(row["number"], Block(**json.loads(row["block"])))
-        return {"number": row["number"], "found": json.dumps(asdict(found)), "error": ""}
+        found = check(row["number"], pickle.loads(row["block"]))
+        return {"number": row["number"], "found": pickle.dumps(found), "error": ""}
 
-    if not rows:
-        return []
     # As many at once as there are CPUs, though each asks for little: a checker does nothing but decode.
     cpus = int(ray.cluster_resources().get("CPU", 1))
     tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(rows))))
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-    dataset = dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks)
-    stream = streaming.stream(dataset, "the check of the pairs", settings.timeout_s)
+    checked = dataset.map(task, num_cpus=CHECKER_CPUS, compute=tasks)
+    stream = streaming.stream(checked, "the check of the pairs", settings.timeout_s)
     answers = {row["number"]: row["found"] for row in _told(log, blocks, stream)}
-    return [_checked(json.loads(answers[number])) for number in range(len(blocks))]
-
-
-def _checked(values: dict[str, Any]) -> Checked:
-    return Checked(
-        pairs=tuple(Preference(**pair) for pair in values["pairs"]),
-        problems=tuple(Problem(**problem) for problem in values["problems"]),
-        ties=values["ties"],
-        unlabelled=values["unlabelled"],
-    )
+    return [pickle.loads(answers[number]) for number in range(len(blocks))]

@@ -1,11 +1,11 @@
-"""The CTR training as ranks: one `rlhf.rewards.ctr.training.Learner` each, driven by `ctr_training.fit` from the driver.
+"""The CTR training as ranks: one `rlhf.rewards.ctr.training.Learner` each, driven by its `fit` from the driver.
 
 Left out: going on after a lost rank. Training takes minutes to hours, and the same command starts it again.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
@@ -19,32 +19,17 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 class CTRWorker(Rank):
-    """One rank. Each public method is called on every rank at once."""
-
     def __init__(self, rank: int, config: TrainCTRConfig, rows: Rows):
         self.rank, self.config, self.rows = rank, config, rows
 
     def join(self, host: str, port: int) -> None:
         """Join the process group, where there is more than one rank, and build the model."""
         train = self.config.train
-        device = "cuda" if train.num_gpus else "cpu"
         if train.ranks > 1:
-            distributed.start(
-                rank=self.rank,
-                world=train.ranks,
-                store=self.rendezvous(host, port),
-                device=device,
-                timeout_s=min(train.timeout_s, COLLECTIVE_TIMEOUT_S),
-            )
-        self.learner = Learner(
-            self.rows,
-            self.config.model,
-            train,
-            seed=self.config.seed,
-            device=device,
-            rank=self.rank,
-            world=train.ranks,
-        )
+            store, timeout_s = self.rendezvous(host, port), min(train.timeout_s, COLLECTIVE_TIMEOUT_S)
+            world, device = train.ranks, train.device
+            distributed.start(rank=self.rank, world=world, store=store, device=device, timeout_s=timeout_s)
+        self.learner = Learner(self.rows, self.config.model, train, self.config.seed, self.rank)
 
     def epoch(self, index: int) -> dict[str, float]:
         return self.learner.epoch(index)
@@ -54,42 +39,26 @@ class CTRWorker(Rank):
 
     def finish(self, folder: Path) -> dict[str, float]:
         """Rank 0: write checkpoint and plots into `folder`. Returns the figures of the held-out rows."""
-        if self.rank:
-            return {}
-        trained = self.learner.finish()
-        trained.write(folder)
-        return trained.metrics
+        return {} if self.rank else self.learner.finish(folder)
 
 
 class CTRGroup:
-    """The ranks, as the driver sees them: the `Epochs` that `fit` drives. `train.timeout_s` is for all calls together."""
+    """The ranks, as the driver sees them: `fit` drives `epoch` and `keep`. `train.timeout_s` is for all calls together."""
 
     def __init__(self, config: TrainCTRConfig, rows: Rows, placement: PlacementGroup):
-        train = config.train
-        self._deadline = monotonic() + train.timeout_s
-        self.group = RankGroup(
-            CTRWorker,
-            lambda rank: (rank, config, rows),
-            ranks=train.ranks,
-            num_cpus=train.num_cpus,
-            num_gpus=train.num_gpus,
-            placement=placement,
-            timeout_s=train.timeout_s,
-            name="CTR rank",
-        )
+        self._deadline = monotonic() + config.train.timeout_s
+        self._group = RankGroup(CTRWorker, config.train, placement, config, rows, name="CTR rank")
+        self.kill = self._group.kill
 
     def epoch(self, index: int) -> dict[str, float]:
-        return self._all("epoch", lambda rank: (index,))[0]
+        return self._all("epoch", index)[0]
 
     def keep(self) -> None:
         self._all("keep")
 
     def finish(self, folder: Path) -> dict[str, float]:
         """See `CTRWorker.finish`; every rank must see `folder`'s parent."""
-        return self._all("finish", lambda rank: (folder,))[0]
+        return self._all("finish", folder)[0]
 
-    def _all(self, method: str, arguments: Callable[[int], tuple] = lambda rank: ()) -> list:
-        return self.group.all(method, arguments, timeout_s=max(1.0, self._deadline - monotonic()))
-
-    def kill(self) -> None:
-        self.group.kill()
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._group.all(method, *arguments, timeout_s=max(1.0, self._deadline - monotonic()))

@@ -1,11 +1,10 @@
 """AI feedback: a judge of the reward tier decides which picture of a pair wins (Diffusion-DPO's `choice_model`).
 
-Pictures are read and decoded in tasks and go to the judge by reference, at their own size; its replicas batch them. Scores are
-kept beside the index as they come, so that an interrupted relabelling goes on. Left out: scores from more than one judge.
+Pictures are read in tasks and go to the judge by reference, at their own size. Scores are kept beside the index as they come,
+so that an interrupted relabelling goes on. Left out: scores from more than one judge.
 """
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.judges import Answer
+from actors import reading
 from actors.judging import Judging, Read, judge_all
-from actors.reading import start_sources
 from rlhf.data.examples import PairIndex, Preference
 from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
-from rlhf.types import Geometry, Item, Prompt, Source
+from rlhf.runs.durable import durable
+from rlhf.types import Geometry, Item, Prompt
 
 PAIRS_PER_READ = 16
 KEEP_EVERY_S = 30.0
@@ -52,8 +51,6 @@ def read_scores(kept: Path, index: PairIndex) -> Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """What follows from a judge's scores."""
-
     scores: Scores
     winners: np.ndarray
     """int8 (pairs,): the picture with the higher score; at a tie, or without scores, the human's."""
@@ -86,8 +83,8 @@ def score_pairs(
 ) -> Scores:
     """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is logged and marked.
 
-    judging: of a judging actor that asks `judge` alone, and no filter. Raises: JudgeUnreliable above `max_failure_rate`,
-    and then all marks are taken back, to be asked again of a judge that was mended; what `judge_all` does.
+    judging: asks `judge` alone, and no filter. Raises: JudgeUnreliable above `max_failure_rate`, and then all marks are taken
+    back, to be asked again of a judge that was mended; what `judge_all` does.
     """
     scores, rates = read_scores(kept, index), FailureRates(max_failure_rate)
     todo = scores.unasked()
@@ -95,14 +92,14 @@ def score_pairs(
     saved = monotonic()
     try:
         for done, (row, answer) in enumerate(_answers(index, todo, judge, judging, items), start=1):
+            reason = None
             if isinstance(answer, str):
-                pair = index[row]
-                answer = f"{index.blocks[pair.block].file} row {pair.number}: {answer}"
-                log(f"feedback: left out: {answer}")
-                scores.failed[row] = True
+                pair, scores.failed[row] = index[row], True
+                reason = f"{index.blocks[pair.block].file} row {pair.number}: {answer}"
+                log(f"feedback: left out: {reason}")
             else:
                 scores.values[row] = answer
-            rates.add(judge, answer if isinstance(answer, str) else None)
+            rates.add(judge, reason)
             if monotonic() - saved > KEEP_EVERY_S:
                 saved = monotonic()
                 log(f"feedback: {done}/{len(todo)} pairs")
@@ -118,33 +115,27 @@ def score_pairs(
 
 def _answers(
     index: PairIndex, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
-) -> Iterator[tuple[int, tuple[float, float] | str]]:
+) -> Iterator[tuple[int, tuple[float, ...] | str]]:
     """(row of the index, its two scores or why it has none), as they come. Raises: what `judge_all` does."""
     with closing(judge_all(judging, _reads(index, rows, items))) as judged:
         for some in judged:
-            for row, both in zip(some.key, zip(some.answers[::2], some.answers[1::2], strict=True), strict=True):
-                yield row, _both(judge, *both)
+            for row, *both in zip(some.key, some.answers[::2], some.answers[1::2], strict=True):
+                reasons = [failure.reason for answer in both for failure in answer.failures]
+                yield row, reasons[0] if reasons else tuple(answer.rewards[judge] for answer in both)
 
 
 def _reads(index: PairIndex, rows: np.ndarray, items: Mapping[str, Item]) -> Iterator[Read[list[int]]]:
-    """Some pairs of one block at a time, by their rows in the index."""
+    """Some pairs of one block at a time: both pictures of each, a lone one twice, so that nothing is swapped."""
     blocks = index.table["block"].to_numpy()
     for block in np.unique(blocks[rows]):
-        inside = [int(row) for row in rows[blocks[rows] == block]]
+        inside = rows[blocks[rows] == block].tolist()
         for start in range(0, len(inside), PAIRS_PER_READ):
             part = inside[start : start + PAIRS_PER_READ]
             pairs = [index[row] for row in part]
-            yield Read(
-                key=part,
-                start=partial(start_sources, _pictures(index, pairs)),
-                prompts=partial(_prompts, pairs, items),
-            )
-
-
-def _pictures(index: PairIndex, pairs: Sequence[Preference]) -> list[Source]:
-    """The first and second picture of every pair; one that is compared with no other twice, so that nothing is swapped."""
-    pictures = [list(pair.pictures(index.blocks[pair.block]).values()) for pair in pairs]
-    return [picture for some in pictures for picture in (some[0], some[-1])]
+            given = [list(pair.pictures(index.blocks[block]).values()) for pair in pairs]
+            pictures = [picture for some in given for picture in (some[0], some[-1])]
+            read = partial(reading.start, reading.of_data_set, pictures)
+            yield Read(key=part, start=read, prompts=partial(_prompts, pairs, items))
 
 
 def _prompts(pairs: Sequence[Preference], items: Mapping[str, Item], sizes: Sequence[tuple[int, int]]) -> list[Prompt]:
@@ -162,39 +153,24 @@ def _prompts(pairs: Sequence[Preference], items: Mapping[str, Item], sizes: Sequ
     ]
 
 
-def _both(judge: str, first: Answer, second: Answer) -> tuple[float, float] | str:
-    for answer in (first, second):
-        if answer.failures:
-            return answer.failures[0].reason
-    return first.rewards[judge], second.rewards[judge]
-
-
 def _keep(file: Path, scores: Scores, index: PairIndex) -> None:
     """Write the scores, and those that another job has written meanwhile."""
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        theirs = read_scores(file, index).values
-        values = np.where(np.isnan(scores.values), theirs, scores.values)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        with partial.open("wb") as out:
+        values = np.where(np.isnan(scores.values), read_scores(file, index).values, scores.values)
+        with durable(file) as partial, partial.open("wb") as out:
             np.savez(out, values=values, failed=scores.failed)
-        partial.rename(file)
 
 
 def write_record(file: Path, index: PairIndex, feedback: Feedback) -> None:
-    """Parquet: of every pair its file and row, the human's winner, both scores, and the winner it trains with.
-
-    A pair that the judge failed on has no scores and no winner: it is left out.
-    """
-    blocks = index.table["block"].to_pylist()
-    table = pa.table(
-        {
-            "file": [index.blocks[block].file for block in blocks],
-            "row": index.table["number"],
-            "human": index.table["winner"],
-            "score_0": pa.array(feedback.scores.values[:, 0], mask=~feedback.scored),
-            "score_1": pa.array(feedback.scores.values[:, 1], mask=~feedback.scored),
-            "winner": pa.array(feedback.winners, mask=~feedback.scored),
-        }
-    )
-    pq.write_table(table, file)
+    """Parquet: of every pair its file and row, the human's winner and, where the judge did not fail, what it made of it."""
+    failed = feedback.scores.failed
+    columns = {
+        "file": [index.blocks[block].file for block in index.table["block"].to_pylist()],
+        "row": index.table["number"],
+        "human": index.table["winner"],
+        "score_0": pa.array(feedback.scores.values[:, 0], mask=failed),
+        "score_1": pa.array(feedback.scores.values[:, 1], mask=failed),
+        "winner": pa.array(feedback.winners, mask=failed),
+    }
+    pq.write_table(pa.table(columns), file)

@@ -1,26 +1,23 @@
 """The judging actor: it asks the filter, then the rewards of what passed, and gathers one answer per medium.
 
-A judge is a deployment handle in this cluster or, with a `url`, an HTTP service. Each call is retried with backoff; what still
-fails is a `Failure` with its reason, never a number and never a PASS. Media pass through as references; sources are loaded
-here, where a judge reads them.
-
-Left out: batching (Serve's), what a failure means for whoever asked, and the driver's side (`actors.judging`).
+Each call is retried with backoff; what still fails is a `Failure` with its reason, never a number and never a PASS. Media pass
+through as references; sources are loaded here, where a judge reads them. Left out: batching (Serve's), what a failure means for
+whoever asked, and the driver's side (`actors.judging`).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import serve
 
 from rlhf.errors import last_line
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, ModelJudgeConfig
-from rlhf.rewards.protocols import Sources
 from rlhf.rewards.questions import reward_text, sources_of
 from rlhf.rewards.remote import RemoteJudge
-from rlhf.types import Item, Prompt, Score, Verdict
+from rlhf.types import Prompt, Score, Verdict
 
 FIRST_BACKOFF_S = 0.5
 ACCEPTED = Verdict(valid=True, reason="no filter", raw_response="")
@@ -74,63 +71,41 @@ class Judges:
         ask_filter: bool,
         empty_prompt: str | None,
     ):
-        """rewards: the reward judges to ask. apps: judge → Serve application, for those that this cluster runs; the others
-        are asked at their `url`.
+        """rewards: the reward judges to ask. apps: judge → Serve application; who has none is asked at its `url`.
 
         empty_prompt: what rewards read where an instruction is empty (see `reward_text`).
         """
         self._judges, self._rewards, self._empty_prompt = judges, tuple(rewards), empty_prompt
         names = [*rewards, *(["filter"] if ask_filter else [])]
-        self._services = {name: _service(judges[name], apps.get(name), judges.timeout_s) for name in names}
+        self._services = {name: _Service(judges[name], apps.get(name), judges.timeout_s) for name in names}
         # As many calls at once as replicas take, so that waiting here never counts as their time.
-        self._places = {name: asyncio.Semaphore(judges[name].calls_at_once) for name in names}
+        most = {name: (judges[name].max_replicas or judges[name].replicas) for name in names}
+        self._places = {name: asyncio.Semaphore(most[name] * judges[name].max_ongoing_requests) for name in names}
 
     async def judge(self, medium: list[ray.ObjectRef], prompt: Prompt) -> Answer | PixelsLost:
         """`medium` is a list of one reference, so that Ray hands it on instead of fetching it here."""
         try:
-            verdict = await self._verdict(medium[0], prompt) if "filter" in self._services else ACCEPTED
+            verdict = await self._ask("filter", medium[0], prompt) if "filter" in self._services else ACCEPTED
             if isinstance(verdict, Failure):
                 return Answer(verdict=None, failures=(verdict,))
             if not verdict.valid:
                 return Answer(verdict=verdict)
-            given = await asyncio.gather(*(self._reward(name, medium[0], prompt) for name in self._rewards))
+            given = await asyncio.gather(*(self._ask(name, medium[0], prompt) for name in self._rewards))
         except _PIXELS_LOST as error:
             return PixelsLost(reason=str(error))
-        return Answer(
-            verdict=verdict,
-            rewards={n: one for n, one in zip(self._rewards, given, strict=True) if not isinstance(one, Failure)},
-            failures=tuple(one for one in given if isinstance(one, Failure)),
-        )
+        rewards = {n: one for n, one in zip(self._rewards, given, strict=True) if not isinstance(one, Failure)}
+        failures = tuple(one for one in given if isinstance(one, Failure))
+        return Answer(verdict=verdict, rewards=rewards, failures=failures)
 
-    async def _verdict(self, medium: ray.ObjectRef, prompt: Prompt) -> Verdict | Failure:
-        async def call() -> Verdict:
-            sources = await self._sources(prompt) if self._judges.filter.send_source else ()
-            return await self._services["filter"].judge(medium, sources, prompt.instruction)
-
-        return await self._ask("filter", call)
-
-    async def _reward(self, name: str, medium: ray.ObjectRef, prompt: Prompt) -> float | Failure:
-        async def call() -> float:
-            service, reads_prompt = self._services[name], self._judges[name].reads_prompt
-            text = reward_text(prompt, self._empty_prompt) if reads_prompt else prompt.instruction
-            sources = await self._sources(prompt) if await service.reads_sources() else ()
-            return await service.score(medium, text, sources, prompt.item)
-
-        return await self._ask(name, call)
-
-    async def _sources(self, prompt: Prompt) -> Sources:
-        """Decoded off the event loop; the last used are kept."""
-        return await asyncio.to_thread(sources_of, prompt)
-
-    async def _ask(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        judges = self._judges
-        reason = ""
+    async def _ask(self, name: str, medium: ray.ObjectRef, prompt: Prompt) -> Any:
+        """The filter's Verdict, a reward's float, or a Failure."""
+        judges, reason = self._judges, ""
         for attempt in range(judges.retries + 1):
             if attempt:
                 await asyncio.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
                 async with self._places[name]:
-                    return await asyncio.wait_for(call(), judges.timeout_s)
+                    return await asyncio.wait_for(self._call(name, medium, prompt), judges.timeout_s)
             except _PIXELS_LOST:
                 raise
             except TimeoutError:
@@ -139,57 +114,34 @@ class Judges:
                 reason = last_line(error)
         return Failure(judge=name, reason=f"{reason} (after {judges.retries + 1} tries)")
 
-
-# --- where a judge is --------------------------------------------------------------------------------------------------
-
-
-class _Service(Protocol):
-    """One judge, wherever it is. Raises whatever goes wrong."""
-
-    async def reads_sources(self) -> bool: ...
-
-    async def score(self, medium: ray.ObjectRef, text: str, sources: Sources, item: Item) -> float: ...
-
-    async def judge(self, medium: ray.ObjectRef, sources: Sources, text: str) -> Verdict: ...
+    async def _call(self, name: str, medium: ray.ObjectRef, prompt: Prompt) -> Any:
+        service = self._services[name]
+        if name == "filter":
+            sources = await asyncio.to_thread(sources_of, prompt) if self._judges.filter.send_source else ()
+            return await service.call("judge", medium, sources, prompt.instruction)
+        text = reward_text(prompt, self._empty_prompt) if self._judges[name].reads_prompt else prompt.instruction
+        sources = await asyncio.to_thread(sources_of, prompt) if await service.reads_sources() else ()
+        return await service.call("score", medium, text, sources, prompt.item)
 
 
-class _Deployment:
-    """A Serve application of this cluster. Whether it reads sources follows from its code, so its replica is asked, once."""
+class _Service:
+    """One judge: a Serve application of this cluster or, without one, what is at `judges.NAME.url`."""
 
-    def __init__(self, app: str):
-        self._handle = serve.get_app_handle(app)
+    def __init__(self, judge: JudgeConfig, app: str | None, timeout_s: float):
+        self._handle = serve.get_app_handle(app) if app is not None else None
         self._reads_sources: bool | None = None
+        if self._handle is None:
+            assert isinstance(judge, ModelJudgeConfig)  # the only kind that is asked elsewhere
+            self._remote, self._reads_sources = RemoteJudge(judge, timeout_s=timeout_s), judge.reads_sources
 
     async def reads_sources(self) -> bool:
-        if self._reads_sources is None:
+        """Of an application it follows from its code, so its replica is asked, once."""
+        if self._handle is not None and self._reads_sources is None:
             self._reads_sources = await self._handle.reads_sources.remote()
-        return self._reads_sources
+        return bool(self._reads_sources)
 
-    async def score(self, medium: ray.ObjectRef, text: str, sources: Sources, item: Item) -> float:
-        return await self._handle.score.remote(medium, text, sources, item)
-
-    async def judge(self, medium: ray.ObjectRef, sources: Sources, text: str) -> Verdict:
-        return await self._handle.judge.remote(medium, sources, text)
-
-
-class _Elsewhere:
-    """A service at `judges.NAME.url`."""
-
-    def __init__(self, judge: ModelJudgeConfig, timeout_s: float):
-        self._reads_sources, self._remote = judge.reads_sources, RemoteJudge(judge, timeout_s=timeout_s)
-
-    async def reads_sources(self) -> bool:
-        return self._reads_sources
-
-    async def score(self, medium: ray.ObjectRef, text: str, sources: Sources, item: Item) -> float:
-        return await self._remote.score(await medium, text, sources, item)
-
-    async def judge(self, medium: ray.ObjectRef, sources: Sources, text: str) -> Verdict:
-        return await self._remote.judge(await medium, sources, text)
-
-
-def _service(judge: JudgeConfig, app: str | None, timeout_s: float) -> _Service:
-    if app is not None:
-        return _Deployment(app)
-    assert isinstance(judge, ModelJudgeConfig)  # the only kind that is asked elsewhere
-    return _Elsewhere(judge, timeout_s)
+    async def call(self, method: str, medium: ray.ObjectRef, *about: Any) -> Any:
+        """`score` (text, sources, item) or `judge` (sources, text) of a medium. Raises whatever goes wrong."""
+        if self._handle is not None:
+            return await getattr(self._handle, method).remote(medium, *about)
+        return await getattr(self._remote, method)(await medium, *about)

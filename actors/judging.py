@@ -1,16 +1,15 @@
 """The driver's side of judging: media are asked about by reference, the answers come back, and no pixel passes through here.
 
-`Judging` keeps a judging actor: it bounds the calls in flight, and replaces the actor when it dies or does not answer. A caller
-with an event loop, like rollouts, gives the table of what it waits for, and pumps it. `judge_all` is the loop for callers
-without one: media in files are read by tasks beside the data and judged, and the answers are yielded as they come.
-
-Left out: what a failed judge means (`rlhf.rollouts`), and reading itself (`actors.reading`).
+`Judging` replaces the judging actor when it dies or does not answer. A caller with an event loop, like rollouts, gives the
+table of what it waits for, and pumps it. `judge_all` is the loop for callers without one, whose media are in files. Left out:
+what a failed judge means (`rlhf.rollouts`), and reading (`actors.reading`).
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +27,7 @@ SILENT = 3.0
 START_S = 300.0
 """What a new actor is given on top, until its first answer."""
 ASKED_AT_ONCE = 1000
-"""Media that the judging actor works on at a time; further ones wait here."""
+"""Media that the judging actor works on at a time."""
 READS_AT_ONCE = 4
 """Tasks that read media, or whose media are being judged, at a time: a bound on what is in the object store."""
 READ_TIMEOUT_S = 600.0
@@ -46,78 +45,56 @@ class JudgesDied:
     reason: str
 
 
+Outcome = Answer | PixelsLost | JudgesDied
+
+
 class JudgingFailed(RuntimeError):
     """The judging actor failed again and again, or media could not be read: a fault of the machine."""
 
 
-def judging_actor(
-    judges: JudgesConfig,
-    rewards: Sequence[str],
-    apps: Mapping[str, str],
-    *,
-    ask_filter: bool = False,
-    empty_prompt: str | None = None,
-) -> Callable[[], ray.actor.ActorHandle]:
-    """What starts a judging actor, and starts another in its place. The arguments are those of `actors.judges.Judges`."""
-    actor = ray.remote(Judges).options(num_cpus=JUDGES_CPUS, max_concurrency=ASKED_AT_ONCE)
-    return lambda: actor.remote(judges, rewards, apps, ask_filter=ask_filter, empty_prompt=empty_prompt)
-
-
 class Judging:
-    """Asks a judging actor. `waiting` is the driver's table; `pending` counts the media whose answer is not there yet."""
+    """Asks a judging actor. `waiting` is the driver's table."""
 
     def __init__(
         self,
         judges: JudgesConfig,
-        new_actor: Callable[[], ray.actor.ActorHandle],
+        rewards: Sequence[str],
+        apps: Mapping[str, str],
         waiting: Waiting | None = None,
         *,
+        ask_filter: bool = False,
+        empty_prompt: str | None = None,
         max_restarts: int = 4,
     ):
-        """new_actor: see `judging_actor`. waiting: unset, `judge_all` pumps one of its own."""
+        """rewards, apps, ask_filter, empty_prompt: see `Judges`. waiting: unset, `judge_all` pumps one of its own."""
         self.waiting: Waiting = {} if waiting is None else waiting
-        self._new_actor, self._max_restarts = new_actor, max_restarts
-        backoffs_s = FIRST_BACKOFF_S * 2**judges.retries
-        self._silent_s = SILENT * (judges.timeout_s * (judges.retries + 1) + backoffs_s)
-        self._actor = new_actor()
-        self._answered, self._started = monotonic(), False
-        self._queue: deque[tuple[ray.ObjectRef, Prompt, Callable[[Any], None]]] = deque()
-        self._asked = self._restarts = 0
+        actor = ray.remote(Judges).options(num_cpus=JUDGES_CPUS, max_concurrency=ASKED_AT_ONCE)
+        self._new_actor = partial(actor.remote, judges, rewards, apps, ask_filter=ask_filter, empty_prompt=empty_prompt)
+        self._max_restarts = max_restarts
+        self._silent_s = SILENT * (judges.timeout_s * (judges.retries + 1) + FIRST_BACKOFF_S * 2**judges.retries)
+        self._actor = self._new_actor()
+        self._answered, self._started, self._restarts = monotonic(), False, 0
+        self.pending = 0
+        """Media whose answer is not there yet."""
 
-    @property
-    def pending(self) -> int:
-        return self._asked + len(self._queue)
-
-    def ask(
-        self, medium: ray.ObjectRef, prompt: Prompt, done: Callable[[Answer | PixelsLost | JudgesDied], None]
-    ) -> None:
+    def ask(self, medium: ray.ObjectRef, prompt: Prompt, done: Callable[[Outcome], None]) -> None:
         """Judge one medium; `done` gets what became of it, from whoever pumps the table."""
         if not self.pending:
             self._answered = monotonic()
-        self._queue.append((medium, prompt, done))
-        self._send()
+        self.pending += 1
+        self.waiting[self._actor.judge.remote([medium], prompt)] = partial(self._came, self._actor, done)
 
-    def _send(self) -> None:
-        while self._queue and self._asked < ASKED_AT_ONCE:
-            medium, prompt, done = self._queue.popleft()
-            self._asked += 1
-            self.waiting[self._actor.judge.remote([medium], prompt)] = self._answer(self._actor, done)
-
-    def _answer(self, actor: ray.actor.ActorHandle, done: Callable[[Any], None]) -> Callable[[ray.ObjectRef], None]:
-        def answered(reference: ray.ObjectRef) -> None:
-            self._asked -= 1
-            self._answered = monotonic()
-            try:
-                answer = ray.get(reference, timeout=FETCH_TIMEOUT_S)
-                self._started = self._started or actor is self._actor
-            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-                if actor is self._actor:
-                    self._replace(last_line(error))
-                answer = JudgesDied(reason=last_line(error))
-            self._send()
-            done(answer)
-
-        return answered
+    def _came(self, actor: ray.actor.ActorHandle, done: Callable[[Outcome], None], reference: ray.ObjectRef) -> None:
+        self.pending -= 1
+        self._answered = monotonic()
+        try:
+            outcome = ray.get(reference, timeout=FETCH_TIMEOUT_S)
+            self._started = self._started or actor is self._actor
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            outcome = JudgesDied(reason=last_line(error))
+            if actor is self._actor:
+                self._replace(outcome.reason)
+        done(outcome)
 
     def watch(self) -> None:
         """Replace an actor that has answered nothing for longer than its slowest medium can take."""
@@ -137,123 +114,91 @@ class Judging:
         ray.kill(self._actor)
 
 
-# --- media that lie in files -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
 class Read(Generic[K]):
-    """Some media that one task reads and that are then judged."""
+    """Some media that one task reads and that are then judged; `judge_all` gives it back with `about` and `answers`."""
 
-    key: K
-    """The caller's own name for them."""
-    start: Callable[[], list[ray.ObjectRef]]
-    """Starts the task: a reference to what it found out about the media (small), then one to each medium."""
-    prompts: Callable[[Any], Sequence[Prompt]]
-    """From what was found out: what each medium is judged for."""
+    def __init__(self, *, key: K, start: Callable[[], list[ray.ObjectRef]], prompts: Callable[[Any], Sequence[Prompt]]):
+        """key: the caller's own name for them. start: starts the task, gives a reference to `about` (small) and one to each
+        medium. prompts: from `about`, what each medium is judged for.
+        """
+        self.key, self._start, self._prompts = key, start, prompts
+        self.about: Any = None
+        self.deadline = math.inf
+        """Of reading; infinite afterwards."""
+        self._answers: dict[int, Answer] = {}
 
+    def begin(self, judging: Judging) -> None:
+        self._judging, self.deadline = judging, monotonic() + READ_TIMEOUT_S
+        self._reading, *media = self._start()
+        self._count = len(media)
+        judging.waiting[self._reading] = partial(self._was_read, media)
 
-@dataclass(frozen=True, kw_only=True)
-class Judged(Generic[K]):
-    """The media of one task, judged."""
-
-    key: K
-    about: Any
-    """What the task found out."""
-    answers: Sequence[Answer]
-    """One per medium."""
-
-
-def judge_all(judging: Judging, reads: Iterable[Read[K]]) -> Generator[Judged[K], None, None]:
-    """Judge the media of every task, as they come; a few tasks at a time, whose media stay in the object store.
-
-    What one judge fails on is in the answers. Raises: Refused for a medium that has changed; JudgingFailed for one that cannot
-    be read, and for a judging actor that does not stay alive. Tasks that are not done when the iterator is closed are
-    cancelled.
-    """
-    todo, batches = iter(reads), _Batches[K](judging)
-    try:
-        while True:
-            while len(batches.running) < READS_AT_ONCE and (read := next(todo, None)) is not None:
-                batches.start(read)
-            if not batches.running:
-                return
-            pump(judging)
-            yield from batches.take()
-    finally:
-        batches.cancel()
-
-
-@dataclass(kw_only=True, eq=False)
-class _Batch(Generic[K]):
-    """The media of one task on their way."""
-
-    read: Read[K]
-    about: ray.ObjectRef
-    media: list[ray.ObjectRef]
-    deadline: float
-    """Until which it must be read; infinite afterwards."""
-    found: Any = None
-    answers: dict[int, Answer] = field(default_factory=dict)
-    """By place in `media`."""
-
-
-class _Batches(Generic[K]):
-    """The tasks of `judge_all` that are not done, as handlers in the table of what is waited for."""
-
-    def __init__(self, judging: Judging):
-        self._judging = judging
-        self.running: list[_Batch[K]] = []
-
-    def start(self, read: Read[K]) -> None:
-        about, *media = read.start()
-        batch = _Batch(read=read, about=about, media=media, deadline=monotonic() + READ_TIMEOUT_S)
-        self.running.append(batch)
-        self._judging.waiting[about] = lambda _: self._found_out(batch)
-
-    def _found_out(self, batch: _Batch[K]) -> None:
+    def _was_read(self, media: list[ray.ObjectRef], reading: ray.ObjectRef) -> None:
         try:
-            batch.found = ray.get(batch.about, timeout=FETCH_TIMEOUT_S)
+            self.about = ray.get(reading, timeout=FETCH_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             kind = Refused if isinstance(cause, Refused) else JudgingFailed
             raise kind(f"media cannot be read: {cause}") from error
-        batch.deadline = math.inf
-        for place, (medium, prompt) in enumerate(zip(batch.media, batch.read.prompts(batch.found), strict=True)):
-            self._ask(batch, place, medium, prompt)
+        self.deadline = math.inf
+        for place, (medium, prompt) in enumerate(zip(media, self._prompts(self.about), strict=True)):
+            self._ask(place, medium, prompt)
 
-    def _ask(self, batch: _Batch[K], place: int, medium: ray.ObjectRef, prompt: Prompt) -> None:
-        def done(answer: Answer | PixelsLost | JudgesDied) -> None:
+    def _ask(self, place: int, medium: ray.ObjectRef, prompt: Prompt) -> None:
+        def done(answer: Outcome) -> None:
             if isinstance(answer, JudgesDied):
-                self._ask(batch, place, medium, prompt)
+                self._ask(place, medium, prompt)
             elif isinstance(answer, PixelsLost):
                 raise JudgingFailed(f"a medium is gone from the object store: {answer.reason}")
             else:
-                batch.answers[place] = answer
+                self._answers[place] = answer
 
         self._judging.ask(medium, prompt, done)
 
-    def take(self) -> list[Judged[K]]:
-        """Those that are done. Raises: JudgingFailed where one was not read in time."""
-        if any(monotonic() > batch.deadline for batch in self.running):
-            raise JudgingFailed(f"media were not read in {READ_TIMEOUT_S:.0f} s; free: {ray.available_resources()}")
-        done = [batch for batch in self.running if len(batch.answers) == len(batch.media)]
-        self.running = [batch for batch in self.running if batch not in done]
-        return [
-            Judged(key=batch.read.key, about=batch.found, answers=[batch.answers[i] for i in range(len(batch.media))])
-            for batch in done
-        ]
+    @property
+    def done(self) -> bool:
+        return len(self._answers) == self._count
+
+    @property
+    def answers(self) -> list[Answer]:
+        """One per medium."""
+        return [self._answers[place] for place in range(self._count)]
 
     def cancel(self) -> None:
-        for batch in self.running:
-            self._judging.waiting.pop(batch.about, None)
-            ray.cancel(batch.about)
+        self._judging.waiting.pop(self._reading, None)
+        ray.cancel(self._reading)
 
 
-def pump(judging: Judging) -> None:
-    """Wait a little for the first of what is waited for, then handle all that is there."""
-    references = list(judging.waiting)
-    ray.wait(references, timeout=POLL_S)
-    ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
-    for reference in ready:
-        judging.waiting.pop(reference)(reference)
-    judging.watch()
+def judge_all(judging: Judging, reads: Iterable[Read[K]]) -> Generator[Read[K], None, None]:
+    """Judge the media of every task, as they come; a few tasks at a time, whose media are in the object store.
+
+    What one judge fails on is in the answers. Raises: Refused for a medium that has changed; JudgingFailed for one that cannot
+    be read (in time), and for a judging actor that does not stay alive. Closing the iterator cancels what is not read yet.
+    """
+    todo, running = iter(reads), list[Read[K]]()
+    try:
+        while True:
+            for read in islice(todo, READS_AT_ONCE - len(running)):
+                read.begin(judging)
+                running.append(read)
+            if not running:
+                return
+            handle_ready(judging.waiting, POLL_S)
+            judging.watch()
+            if any(monotonic() > read.deadline for read in running):
+                raise JudgingFailed(f"media were not read in {READ_TIMEOUT_S:.0f} s; free: {ray.available_resources()}")
+            done = [read for read in running if read.done]
+            running = [read for read in running if not read.done]
+            yield from done
+    finally:
+        for read in running:
+            read.cancel()
+
+
+def handle_ready(waiting: Waiting, timeout_s: float) -> None:
+    """Wait at most `timeout_s` for the first of what is waited for, then handle all that is there."""
+    if references := list(waiting):
+        ray.wait(references, timeout=timeout_s)
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        for reference in ready:
+            waiting.pop(reference)(reference)

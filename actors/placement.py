@@ -1,8 +1,7 @@
 """Where everything runs: what each role needs, what the cluster has, and a refusal with a table when it is not enough.
 
-Every trainer rank, sampler, Serve replica and encoder of a run takes its CPUs and GPUs from the configuration; the judging
-actor's share is the constant below, and contact sheets take none. Memory is arithmetic from the checkpoint's own shapes,
-read without loading anything.
+Every trainer rank, sampler, Serve replica and encoder takes its CPUs and GPUs from its table; the judging actor's share is the
+constant below, and contact sheets take none. Memory is arithmetic from the checkpoint's own shapes: nothing is loaded.
 """
 
 import math
@@ -15,10 +14,11 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.reading import READER_CPUS
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.models.trainable import Counts
-from rlhf.rewards.config import JudgesConfig
+from rlhf.rewards.config import JudgeConfig, JudgesConfig
 from rlhf.section import local_paths
 from rlhf.tables import PreprocessConfig, SamplersConfig, TrainerConfig
 from rlhf.types import Geometry, Source
@@ -26,6 +26,10 @@ from rlhf.types import Geometry, Source
 GIB = 2**30
 OVERHEAD = 1.0 * GIB
 """Bytes of an actor process itself: interpreter, torch, diffusers (about 0.9 GB measured)."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
+"""Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
+JUDGES_CPUS = 0.05
+Table = TrainerConfig | SamplersConfig | PreprocessConfig | JudgeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +51,10 @@ class NotEnoughResources(Refused):
     """The cluster cannot hold the run; the message is a table."""
 
 
-def _folder_bytes(folder: Path) -> float:
-    return float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-
-
-def _judge_bytes(path: str) -> float:
-    if not Path(path).exists():
-        return 0.0
-    return float(Path(path).stat().st_size) if Path(path).is_file() else _folder_bytes(Path(path))
+def _weight_bytes(path: Path) -> float:
+    """Of a file, or of the safetensors in a folder; 0 where there is none."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return float(sum(file.stat().st_size for file in files))
 
 
 class ModelSizes:
@@ -67,91 +67,63 @@ class ModelSizes:
         self.block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
         self.compute_bytes = family.dtype.itemsize
         folders = {kind: set(what.folders) for kind, what in family.kinds.items()}
-        decoder = family.target(ANY_SOURCE, Geometry(height=1, width=1)).kind
-        self.decoder = _bytes_of(Path(family.path), folders[decoder])
+        sizes = {name: _weight_bytes(Path(family.path) / name) for name in set().union(*folders.values())}
+        # The kind of a target is the VAE's, whatever its size.
+        decoder = family.target(Source(path="", content=""), Geometry(height=1, width=1)).kind
+        self.decoder = sum(sizes[name] for name in folders[decoder])
         """What a sampler needs of the codec."""
-        self.codec = _bytes_of(Path(family.path), set().union(*folders.values()))
+        self.codec = sum(sizes.values())
 
 
-ANY_SOURCE = Source(path="", content="")
-
-
-def _bytes_of(path: Path, folders: set[str]) -> float:
-    return sum(_folder_bytes(path / name) for name in folders)
+def _role(name: str, table: Table, count: int, nbytes: float, before: bool = False, judge: str | None = None) -> Role:
+    cpus, gpus = table.num_cpus, table.num_gpus
+    return Role(name=name, count=count, num_cpus=cpus, num_gpus=gpus, nbytes=nbytes, before=before, judge=judge)
 
 
 def trainer_role(model: ModelSizes, trainer: TrainerConfig, counts: Counts) -> Role:
     """State per rank, T = trained parameters, R = ranks: 4T (master) + optimizer + 4T (gradient) [+ 4T EMA], the frozen base
-    and the frozen sides over R, and one gathered block. Activations are not counted: they depend on the picture size and on
-    gradient checkpointing.
+    and the frozen sides over R, and one gathered block. Left out: activations, which gradient checkpointing changes.
     """
-    ema = 4 if trainer.ema_decay is not None else 0
-    each = 4 + OPTIMIZER_BYTES[trainer.optimizer] + 4 + ema
-    shard = each * counts.trained + counts.frozen_bytes + counts.side_bytes
-    return Role(
-        name="trainer rank",
-        count=trainer.ranks,
-        num_cpus=trainer.num_cpus,
-        num_gpus=trainer.num_gpus,
-        nbytes=shard / trainer.ranks + 2 * model.compute_bytes * model.block,
-    )
+    shard = (_kept_bytes(trainer) + 4) * counts.trained + counts.frozen_bytes + counts.side_bytes
+    nbytes = shard / trainer.ranks + 2 * model.compute_bytes * model.block
+    return _role("trainer rank", trainer, trainer.ranks, nbytes)
 
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
-"""Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
+def _kept_bytes(trainer: TrainerConfig) -> int:
+    """Per trained parameter: master, optimizer, EMA."""
+    return 4 + OPTIMIZER_BYTES[trainer.optimizer] + (4 if trainer.ema_decay is not None else 0)
 
 
 def sampler_role(model: ModelSizes, samplers: SamplersConfig, *, encodes: bool) -> Role:
     """encodes: conditions are not in a cache, so the text encoders are loaded too."""
-    return Role(
-        name="sampler",
-        count=samplers.count,
-        num_cpus=samplers.num_cpus,
-        num_gpus=samplers.num_gpus,
-        nbytes=model.compute_bytes * model.parameters + (model.codec if encodes else model.decoder),
-    )
+    nbytes = model.compute_bytes * model.parameters + (model.codec if encodes else model.decoder)
+    return _role("sampler", samplers, samplers.count, nbytes)
 
 
 def encoder_role(model: ModelSizes, preprocess: PreprocessConfig, *, before: bool) -> Role:
     """The encoders of `preprocess`, at work before the trainer or beside it."""
-    return Role(
-        name="encoder (preprocess, before the rest)" if before else "encoder",
-        before=before,
-        count=preprocess.encoders,
-        num_cpus=preprocess.num_cpus,
-        num_gpus=preprocess.num_gpus,
-        nbytes=model.codec,
-    )
+    name = "encoder (preprocess, before the rest)" if before else "encoder"
+    return _role(name, preprocess, preprocess.encoders, model.codec, before)
 
 
-JUDGES_CPUS = 0.05
-
-
-def judging_role() -> Role:
-    """The judging actor."""
-    return Role(name="judging actor", count=1, num_cpus=JUDGES_CPUS, num_gpus=0, nbytes=0)
+def judging_role(readers: int = 0) -> Role:
+    """The judging actor, and how many tasks at a time read media for it."""
+    name, cpus = "judging actor and readers" if readers else "judging actor", JUDGES_CPUS + readers * READER_CPUS
+    return Role(name=name, count=1, num_cpus=cpus, num_gpus=0, nbytes=0)
 
 
 def judge_roles(judges: JudgesConfig, names: Sequence[str], *, before: bool = False) -> list[Role]:
     """The Serve replicas of those judges of `names` that are deployed here, at their most."""
-    return [
-        Role(
-            name=f"judge {name}",
-            judge=name,
-            before=before,
-            count=judge.most_replicas,
-            num_cpus=judge.num_cpus,
-            num_gpus=judge.num_gpus,
-            nbytes=sum(_judge_bytes(path) for _, path in local_paths(judge)),
-        )
-        for name, judge in judges.to_deploy(names).items()
-    ]
+    roles = []
+    for name, judge in judges.to_deploy(names).items():
+        nbytes = sum(_weight_bytes(Path(path)) for _, path in local_paths(judge))
+        roles.append(_role(f"judge {name}", judge, judge.max_replicas or judge.replicas, nbytes, before, name))
+    return roles
 
 
 def checkpoint_bytes(trainer: TrainerConfig, counts: Counts) -> float:
     """Bytes of one committed checkpoint: masters, optimizer, EMA, frozen sides."""
-    ema = 4 if trainer.ema_decay is not None else 0
-    return float(counts.trained * (4 + OPTIMIZER_BYTES[trainer.optimizer] + ema) + counts.side_bytes)
+    return float(counts.trained * _kept_bytes(trainer) + counts.side_bytes)
 
 
 def export_bytes(trainer: TrainerConfig, counts: Counts, dtype: str) -> float:
@@ -162,68 +134,57 @@ def export_bytes(trainer: TrainerConfig, counts: Counts, dtype: str) -> float:
 
 def check_shared(key: str, folder: Path, timeout_s: float = 60.0) -> None:
     """Raise Refused unless every node of the cluster sees the folder of recipe `key`: actors on other nodes write there."""
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def sees() -> bool:
+        return folder.is_dir()
+
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def sees(path: Path) -> bool:
-        return path.is_dir()
-
-    answers = ray.get(
-        [
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(folder)
-            for node in nodes
-        ],
-        timeout=timeout_s,
-    )
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = ray.get([sees.options(scheduling_strategy=place).remote() for place in places], timeout=timeout_s)
     blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, answers, strict=True) if not seen]
     if blind:
         raise Refused(f"{key}: {folder} is not visible on {', '.join(blind)}; use a folder shared by all nodes")
 
 
-def at_once(needed: Sequence[Role]) -> list[Role]:
-    """The roles that run at the same time."""
-    return [role for role in needed if not role.before]
-
-
 def table(needed: Sequence[Role], available: dict[str, float] | None) -> str:
     """Needed by role, and below it the totals against what the cluster has free (unknown in a dry run without one)."""
+
+    def line(name: str, cpus: float, gpus: float, gib: float, count: object = "", each: str = "") -> str:
+        return f"{name:<40}{count:>6}{cpus:>8.2f}{gpus:>8.2f}{each:>10}{gib:>10.2f}"
+
     lines = [f"{'role':<40}{'count':>6}{'CPU':>8}{'GPU':>8}{'GiB each':>10}{'GiB all':>10}"]
     for role in needed:
-        each = (role.nbytes + OVERHEAD) / GIB
-        cpus, gpus = role.count * role.num_cpus, role.count * role.num_gpus
-        lines.append(f"{role.name:<40}{role.count:>6}{cpus:>8.2f}{gpus:>8.2f}{each:>10.2f}{role.count * each:>10.2f}")
-    together = at_once(needed)
-    total = sum(role.count * (role.nbytes + OVERHEAD) for role in together) / GIB
-    cpus, gpus = totals(together)
-    lines.append(f"{'needed at once':<46}{cpus:>8.2f}{gpus:>8.2f}{'':>10}{total:>10.2f}")
+        lines.append(line(role.name, *totals([role]), role.count, f"{(role.nbytes + OVERHEAD) / GIB:.2f}"))
+    lines.append(line("needed at once", *totals([role for role in needed if not role.before])))
     if available is not None:
         free = available.get("memory", 0.0) / GIB
-        lines.append(
-            f"{'free in the cluster':<46}{available.get('CPU', 0):>8.2f}{available.get('GPU', 0):>8.2f}{'':>10}{free:>10.2f}"
-        )
+        lines.append(line("free in the cluster", available.get("CPU", 0), available.get("GPU", 0), free))
     return "\n".join(lines)
 
 
-def totals(needed: Sequence[Role]) -> tuple[float, float]:
-    """(CPUs, GPUs) of all roles."""
-    return sum(r.count * r.num_cpus for r in needed), sum(r.count * r.num_gpus for r in needed)
+def totals(needed: Sequence[Role]) -> tuple[float, float, float]:
+    """(CPUs, GPUs, GiB) of all roles."""
+    nbytes = sum(role.count * (role.nbytes + OVERHEAD) for role in needed)
+    return sum(r.count * r.num_cpus for r in needed), sum(r.count * r.num_gpus for r in needed), nbytes / GIB
 
 
 def check(needed: Sequence[Role], available: dict[str, float]) -> None:
-    """Raise NotEnoughResources, with the table, unless everything fits now."""
-    together = at_once(needed)
+    """Raise NotEnoughResources, with the table, unless CPUs and GPUs of every stage fit now, and the memory of the roles
+    without a GPU that run together."""
+    together = [role for role in needed if not role.before]
     stages = [totals(together), *(totals([role]) for role in needed if role.before)]
-    cpus, gpus = (max(stage) for stage in zip(*stages, strict=True))
     short = []
-    for name, need in (("CPU", cpus), ("GPU", gpus)):
+    for name, need in (("CPU", max(cpus for cpus, _, _ in stages)), ("GPU", max(gpus for _, gpus, _ in stages))):
         have = available.get(name, 0.0)
         if need > have + 1e-6:
             short.append(f"{need:g} {name} needed, {have:g} free")
-    memory = sum(role.count * (role.nbytes + OVERHEAD) for role in together if not role.num_gpus)
-    if memory > available.get("memory", math.inf):
-        short.append(f"{memory / GIB:.1f} GiB of memory needed, {available['memory'] / GIB:.1f} GiB free")
+    _, _, memory = totals([role for role in together if not role.num_gpus])
+    free = available.get("memory", math.inf) / GIB
+    if memory > free:
+        short.append(f"{memory:.1f} GiB of memory needed, {free:.1f} GiB free")
     if short:
         raise NotEnoughResources(
             f"the cluster is too small: {'; '.join(short)}. Lower num_cpus, num_gpus or the counts of "
@@ -234,7 +195,7 @@ def check(needed: Sequence[Role], available: dict[str, float]) -> None:
 def reserve(roles: Sequence[Role], timeout_s: float = 120.0) -> PlacementGroup:
     """A placement group with one bundle for each process of `roles`, in their order. Raises when it is not granted in time."""
     each = [{"CPU": role.num_cpus, "GPU": role.num_gpus} for role in roles for _ in range(role.count)]
-    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in each]
+    bundles = [{name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001} for bundle in each]
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(timeout_s):
         ray.util.remove_placement_group(group)

@@ -12,13 +12,8 @@ import ray
 from rlhf.shards.buffers import BufferManifest, pack
 from rlhf.shards.files import Shard
 
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedBuffer:
-    """One buffer in the object store and what lies in it."""
-
-    reference: ray.ObjectRef
-    manifest: BufferManifest
+Published = tuple[ray.ObjectRef, BufferManifest]
+"""One buffer in the object store and what lies in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +21,14 @@ class Publication:
     """One version of the trained weights, complete over all ranks."""
 
     version: int
-    buffers: tuple[PublishedBuffer, ...]
+    buffers: tuple[Published, ...]
 
     @property
     def checksum(self) -> tuple[int, ...]:
         """What a sampler must read back from its own weights after loading: one xxh3-64 per buffer."""
-        return tuple(buffer.manifest.checksum for buffer in self.buffers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.manifest.nbytes for buffer in self.buffers)
+        return tuple(manifest.checksum for _, manifest in self.buffers)
 
 
-def put(shards: Iterable[Shard]) -> list[PublishedBuffer]:
+def put(shards: Iterable[Shard]) -> list[Published]:
     """Put one rank's rows into the object store, a buffer at a time."""
-    return [PublishedBuffer(reference=ray.put(buffer), manifest=manifest) for buffer, manifest in pack(shards)]
+    return [(ray.put(buffer), manifest) for buffer, manifest in pack(shards)]

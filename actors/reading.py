@@ -1,13 +1,13 @@
-"""Tasks that read pictures for the judges, beside the data: what they found out first, then the pictures one by one.
+"""Tasks that read pictures for the judges, beside the data.
 
-Kept apart from those who start them because a task's process imports this module: it comes without diffusers and the
-families.
+A module of its own because a task's process imports it: it comes without diffusers and the families.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import ray
 
 from rlhf.data.media import decode_image
@@ -16,29 +16,28 @@ from rlhf.evaluation.duels import source_distance
 from rlhf.types import Source
 
 READER_CPUS = 0.1
+P = TypeVar("P")
 
 
-def start_painted(files: Sequence[tuple[Path, Path | None]]) -> list[ray.ObjectRef]:
-    """Start reading (picture, source or none) files: a reference to their source distances, then one to each picture."""
-    return _painted.options(num_returns=1 + len(files)).remote(list(files))
-
-
-def start_sources(sources: Sequence[Source]) -> list[ray.ObjectRef]:
-    """Start reading pictures of a data set at their own size: their (H, W), then the pictures."""
-    return _sources.options(num_returns=1 + len(sources)).remote(list(sources))
+def start(read: Callable[[P], tuple[Any, np.ndarray]], places: Sequence[P]) -> list[ray.ObjectRef]:
+    """Start a task: a reference to what `read` found out at each place, then one to each picture."""
+    return _read.options(num_returns=1 + len(places)).remote(read, list(places))
 
 
 @ray.remote(num_cpus=READER_CPUS, max_retries=2)
-def _painted(files: list[tuple[Path, Path | None]]) -> tuple[Any, ...]:
-    pictures, distances = [], []
-    for file, source in files:
-        picture = decode_image(file.read_bytes())
-        pictures.append(picture)
-        distances.append(None if source is None else source_distance(picture, decode_image(source.read_bytes())))
-    return distances, *pictures
+def _read(read: Callable[[P], tuple[Any, np.ndarray]], places: list[P]) -> tuple[Any, ...]:
+    found, pictures = zip(*map(read, places), strict=True)
+    return found, *pictures
 
 
-@ray.remote(num_cpus=READER_CPUS, max_retries=2)
-def _sources(sources: list[Source]) -> tuple[Any, ...]:
-    pictures = [decode_image(file_bytes(source)) for source in sources]
-    return [picture.shape[:2] for picture in pictures], *pictures
+def painted(place: tuple[Path, Path | None]) -> tuple[float | None, np.ndarray]:
+    """A picture, and its distance from its source where there is one."""
+    file, source = place
+    picture = decode_image(file.read_bytes())
+    return (None if source is None else source_distance(picture, decode_image(source.read_bytes()))), picture
+
+
+def of_data_set(source: Source) -> tuple[tuple[int, int], np.ndarray]:
+    """A picture at its own size, and its (H, W)."""
+    picture = decode_image(file_bytes(source))
+    return picture.shape[:2], picture

@@ -14,11 +14,12 @@ import ray
 from ray.util.metrics import Gauge
 
 from rlhf.data.sources import seen_source
-from rlhf.runs.sheets import Cell, contact_sheet
-from rlhf.runs.tracking import FileTracker
+from rlhf.errors import last_line
+from rlhf.runs.tracking import FileTracker, contact_sheet
 from rlhf.types import Pair, Prompt, Score
 
 SHEET_ROWS = 8
+FETCH_TIMEOUT_S = 60.0
 SHOWN = {
     "reward/mean": ("reward", ".4f"),
     "train/loss": ("loss", ".4f"),
@@ -36,49 +37,41 @@ class Reporter:
         self._files = FileTracker(folder, resumed_at=resumed_at)
         self._folder, self._total = folder, total_steps
         self._gauges: dict[str, Gauge] = {}
-        self._started, self._first = monotonic(), resumed_at or 0
-        self._last = self._started
+        self._started = self._last = monotonic()
+        self._first = resumed_at or 0
         self._sheets: list[ray.ObjectRef] = []
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars; those of an update are also printed as one line."""
         now = monotonic()
         if "train/lr" in scalars:
-            scalars = {**scalars, "time/step": now - self._last}
-            self._last = now
+            scalars, self._last = {**scalars, "time/step": now - self._last}, now
             self._say(self._line(step, scalars, now))
         elif any(name.startswith("eval/") for name in scalars):
             self._say(f"  eval at step {step}: " + ", ".join(f"{n[5:]} {v:.4f}" for n, v in scalars.items()))
         self._files.log(step, scalars)
         for name, value in scalars.items():
-            gauge = self._gauges.get(name)
-            if gauge is None:
-                gauge = self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
-            gauge.set(value, tags={"run": str(self._folder)})
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": str(self._folder)})
 
     def _say(self, line: str) -> None:
-        """On the terminal and in run.log, with the time."""
         print(line, flush=True)
         with (self._folder / "run.log").open("a", encoding="utf-8") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def _line(self, step: int, scalars: Mapping[str, float], now: float) -> str:
-        left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+        left = int((now - self._started) / max(step - self._first, 1) * (self._total - step))
+        eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         shown = [f"{word} {scalars[name]:{form}}" for name, (word, form) in SHOWN.items() if name in scalars]
-        return (
-            f"step {step}/{self._total}  {'  '.join(shown)}  {scalars['time/step']:.1f} s  "
-            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-        )
+        return f"step {step}/{self._total}  {'  '.join(shown)}  {scalars['time/step']:.1f} s  {eta}"
 
     def pairs(self, step: int, pairs: Sequence[Pair]) -> None:
         """samples/step_NNNNNN.png: source | winner | loser."""
-        rows = [
-            (
-                pair.prompt,
-                [("winner", pair.winner.media, pair.winner_score), ("loser", pair.loser.media, pair.loser_score)],
-            )
-            for pair in pairs[:SHEET_ROWS]
-        ]
+        rows = []
+        for pair in pairs[:SHEET_ROWS]:
+            winner = ("winner", pair.winner.media, pair.winner_score)
+            rows.append((pair.prompt, [winner, ("loser", pair.loser.media, pair.loser_score)]))
         self._draw(f"step_{step:06d}", step, rows)
 
     def edits(self, step: int, name: str, prompts: Sequence[Prompt], answers: Sequence[tuple[Any, Any]]) -> None:
@@ -87,25 +80,23 @@ class Reporter:
         self._draw(f"eval_{name}_step_{step:06d}", step, rows[:SHEET_ROWS])
 
     def _draw(self, name: str, step: int, rows: list[Any]) -> None:
-        done, self._sheets = (
-            ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0) if self._sheets else ([], [])
-        )
-        self._collect(done)
+        if self._sheets:
+            done, self._sheets = ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0)
+            self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
         self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows))
 
-    def _collect(self, drawn: list[ray.ObjectRef], timeout_s: float = 60.0) -> None:
+    def _collect(self, drawn: list[ray.ObjectRef]) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""
         for sheet in drawn:
             try:
-                ray.get(sheet, timeout=timeout_s)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                self._say(f"  a contact sheet could not be drawn: {str(error).strip().splitlines()[-1]}")
+                ray.get(sheet, timeout=FETCH_TIMEOUT_S)
+            except ray.exceptions.RayError as error:
+                self._say(f"  a contact sheet could not be drawn: {last_line(error)}")
 
     def close(self) -> None:
         """Wait for the last sheets. For the end of a run; one that fails or is stopped does not wait."""
         self._collect(self._sheets)
-        self._sheets = []
         self._files.close()
 
 
@@ -117,21 +108,19 @@ def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
     cells = []
     for prompt, entries in rows:
         caption = f"source {prompt.key}\n{prompt.instruction}"
-        row = [Cell(image=seen_source(source, prompt.geometry)[0], caption=caption) for source in prompt.sources]
+        row = [(seen_source(source, prompt.geometry)[0], caption) for source in prompt.sources]
         for label, media, answer in entries:
-            row.append(Cell(image=np.asarray(ray.get(media, timeout=60))[0], caption=f"{label}\n{describe(answer)}"))
+            row.append((np.asarray(ray.get(media, timeout=FETCH_TIMEOUT_S))[0], f"{label}\n{describe(answer)}"))
         cells.append(row)
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(cells)
     sheet.save(file)
+    shows = file.stem.split("step")[0].strip("_") or "pairs"
     with SummaryWriter(str(board), filename_suffix=f".{file.stem}") as writer:
-        writer.add_image(
-            f"samples/{file.stem.split('step')[0].strip('_') or 'pairs'}", np.asarray(sheet), step, dataformats="HWC"
-        )
+        writer.add_image(f"samples/{shows}", np.asarray(sheet), step, dataformats="HWC")
 
 
 def describe(answer: Any) -> str:
-    """A score in words, for a caption."""
     if not isinstance(answer, Score):
         return f"not judged: {answer.reason}"
     verdict = "PASS" if answer.verdict.valid else "FAIL"

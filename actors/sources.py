@@ -13,7 +13,7 @@ from actors.trainer import Handed, TrainerLost
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples
 from rlhf.tables import ModelTable, PreprocessConfig, TrainerConfig
-from rlhf.types import Encoding, Pair
+from rlhf.types import Pair
 
 STEPS_AHEAD = 2
 RESTARTS = 3
@@ -25,6 +25,7 @@ class OnlineSource:
     def __init__(self, rollouts: Rollouts, publish: Callable[[int, str], Publication], pairs_per_rank: int):
         """publish: (version, side) → the trainer's weights in the object store."""
         self._rollouts, self._publish, self._per_rank = rollouts, publish, pairs_per_rank
+        self.metrics, self.snapshot = rollouts.metrics, rollouts.snapshot
         self.pairs: tuple[Pair, ...] = ()
         """What the last step trained on."""
 
@@ -38,12 +39,6 @@ class OnlineSource:
         """Make the samplers hold the `policy` or `ema` weights; step None: no pair may come of them."""
         self._rollouts.load(self._publish(self._rollouts.version + 1, side), step)
 
-    def metrics(self) -> dict[str, float]:
-        return self._rollouts.metrics()
-
-    def snapshot(self) -> dict[str, Any]:
-        return self._rollouts.snapshot()
-
     def restore(self, step: int, saved: Mapping[str, Any] | None) -> None:
         """Publishes the restored weights under the version that they had."""
         version = self._rollouts.restore(dict(saved) if saved else None)
@@ -52,16 +47,8 @@ class OnlineSource:
 
 def _handed(pairs: Sequence[Pair]) -> Handed:
     """Latents go apart from the pairs, so that the rank fetches them all at once; it needs no pictures."""
-    sides = [side for pair in pairs for side in (pair.winner, pair.loser)]
-    bare = [
-        replace(
-            pair,
-            winner=replace(pair.winner, media=None, latents=None),
-            loser=replace(pair.loser, media=None, latents=None),
-        )
-        for pair in pairs
-    ]
-    return Handed(work=bare, references=tuple(side.latents for side in sides))
+    work = [pair.with_candidates(lambda side: replace(side, media=None, latents=None)) for pair in pairs]
+    return work, [side.latents for pair in pairs for side in (pair.winner, pair.loser)]
 
 
 class OfflineSource:
@@ -84,10 +71,8 @@ class OfflineSource:
 
 
 class Feed:
-    """Rows of the coming steps, as references: for data sets too large to encode ahead, and for random crops.
-
-    Encoders are stateless, so Ray restarts one that dies and repeats its calls. The driver hands out places of the stream and
-    hands on references: some steps ahead of the trainer, never more.
+    """Rows of the coming steps, as references: for data sets too large to encode ahead, and for random crops. Encoders are
+    stateless, so Ray restarts one that dies and repeats its calls.
     """
 
     def __init__(
@@ -102,54 +87,41 @@ class Feed:
         """blocks_held: row groups that every encoder keeps."""
         self._preprocess, self._trainer, self._examples, self._stream = preprocess, trainer, examples, stream
         self._blocks = examples.index.table["block"].to_numpy()
-        actor = ray.remote(CallEncoder).options(
-            num_cpus=preprocess.num_cpus,
-            num_gpus=preprocess.num_gpus,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )
+        shares = {"num_cpus": preprocess.num_cpus, "num_gpus": preprocess.num_gpus}
+        actor = ray.remote(CallEncoder).options(**shares, max_restarts=RESTARTS, max_task_retries=RESTARTS)
         self._encoders = [actor.remote(model, preprocess, blocks_held) for _ in range(preprocess.encoders)]
         self._ahead: dict[int, list[list[tuple[ray.ObjectRef, ray.ObjectRef]]]] = {}
 
     def take(self, step: int) -> list[Handed]:
-        """For every rank, references to rows of update `step` (from 1). Waits until they are done.
-
-        Raises: what an encoder raised, Refused for a picture that has changed; TrainerLost where one is gone or past
-        `trainer.timeout_s`, so that all are built anew from the last checkpoint.
+        """For every rank, references to rows of update `step` (from 1), which are done. Raises: what an encoder raised, Refused
+        for a picture that has changed; TrainerLost where one is gone or late, so that all are built anew.
         """
         for ahead in range(step, min(step + STEPS_AHEAD, self._trainer.max_train_steps) + 1):
             if ahead not in self._ahead:
                 self._ahead[ahead] = [self._submit(ahead, rank) for rank in range(self._trainer.ranks)]
         parts = self._ahead.pop(step)
-        waiting = [done for part in parts for done, _ in part]
         try:
-            ray.get(waiting, timeout=self._trainer.timeout_s)
+            ray.get([done for part in parts for done, _ in part], timeout=self._trainer.timeout_s)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
-            raise TrainerLost(
-                f"step {step}: an encoder is gone, or gave nothing in trainer.timeout_s: {error}"
-            ) from error
+            what = f"step {step}: an encoder is gone, or gave nothing in trainer.timeout_s: {error}"
+            raise TrainerLost(what) from error
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
-        return [Handed(references=tuple(rows for _, rows in part)) for part in parts]
+        return [(None, [rows for _, rows in part]) for part in parts]
 
     def _submit(self, step: int, rank: int) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
         first = (step - 1) * self._trainer.pairs_per_step + rank * self._trainer.pairs_per_rank
         visits = [self._stream[place] for place in range(first, first + self._trainer.pairs_per_rank)]
-        calls = []
+        calls, size = [], self._preprocess.batch_size
         for number, encoder in enumerate(self._encoders):
             # A block has one encoder, so that it is read once and not by all of them.
             own = [visit for visit in visits if self._blocks[visit.row] % len(self._encoders) == number]
-            size = self._preprocess.batch_size
             for start in range(0, len(own), size):
-                wanted = [e for visit in own[start : start + size] for e in with_media(self._examples.encodings(visit))]
+                encodings = [e for visit in own[start : start + size] for e in self._examples.encodings(visit)]
+                wanted = [encoding for encoding in encodings if encoding.sources]  # texts alone are always cached
                 calls.append(tuple(encoder.encode.options(num_returns=2).remote(wanted)))
         return calls
 
     def close(self) -> None:
         for encoder in self._encoders:
             ray.kill(encoder)
-
-
-def with_media(encodings: Sequence[Encoding]) -> list[Encoding]:
-    """Those that read media: texts alone are always cached."""
-    return [encoding for encoding in encodings if encoding.sources]

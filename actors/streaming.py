@@ -1,9 +1,8 @@
 """Ray Data with a deadline, without its progress bars, and with a stop that ends what it started.
 
-Ray Data waits without a limit, and has no call to end an execution: a consumer that goes away leaves its operators waiting,
-and a later `ray.shutdown` finds them still at work. Its execution loop does call back at every step, also while tasks hang,
-and an exception there ends it in order. Left out: two executions at once in one driver; the request is one flag for the
-process.
+Ray Data waits without a limit, and has no call to end an execution: a consumer that goes away leaves its operators at work. Its
+execution loop does call back at every step, also while tasks hang, and an exception there ends it in order. Left out: two
+executions at once in one driver; the request is one flag for the process.
 """
 
 import logging
@@ -15,11 +14,11 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from rlhf.errors import Refused
 
 STOP_TIMEOUT_S = 30.0
-
 requested = threading.Event()
 
 
@@ -35,26 +34,18 @@ class Stopped(RuntimeError):
     """Raised inside the execution that was asked to stop."""
 
 
-class StopOnRequest:
-    """A Ray Data execution callback (`DataContext.custom_execution_callback_classes`); workers unpickle it by name."""
-
-    def before_execution_starts(self, executor: Any) -> None: ...
+class StopOnRequest(ExecutionCallback):
+    """Workers unpickle it by name."""
 
     def on_execution_step(self, executor: Any) -> None:
         if requested.is_set():
             raise Stopped
 
-    def after_execution_succeeds(self, executor: Any) -> None: ...
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
-
 
 def stream(dataset: ray.data.Dataset, what: str, timeout_s: float) -> Iterator[dict[str, Any]]:
-    """The dataset's rows as they come; a row with an `error` ends it. Ray Data runs in a thread and the deadline is here.
+    """The dataset's rows as they come; `what`: what is done, for messages. Ray Data runs in a thread and the deadline is here.
 
-    `what`: what is done, for messages.
-
-    Raises: PreprocessFailed for such a row and at the deadline; StreamBroken.
+    Raises: PreprocessFailed for a row with an `error` and at the deadline; StreamBroken.
     """
     results: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 

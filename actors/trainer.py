@@ -1,13 +1,12 @@
 """The trainer actor group: N ranks of one `rlhf.training.trainer.Trainer`, driven together by a `RankGroup`.
 
 What a rank trains on is its `Work`'s business (`rlhf.data.work`); what it is handed for a step comes from the driver's half of
-the source (`sources.py`). When one rank fails, all are killed and `TrainerLost` is raised: the caller builds a new group, which
-restores the last committed checkpoint.
+the source (`sources.py`). Left out: building a new group after `TrainerLost`, which is the caller's.
 """
 
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,7 +15,7 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup
 
-from actors.publication import Publication, PublishedBuffer, put
+from actors.publication import Publication, Published, put
 from actors.ranks import FETCH_TIMEOUT_S, Rank, RankGroup, RankLost
 from rlhf.data.work import Work
 from rlhf.diffusion.objectives import Objective
@@ -24,7 +23,7 @@ from rlhf.models import load_family
 from rlhf.models.trainable import Trainable
 from rlhf.runs.folder import Fence
 from rlhf.shards import distributed
-from rlhf.tables import ModelTable, TrainerConfig
+from rlhf.tables import ModelTable, RunConfig, TrainerConfig
 from rlhf.training.trainer import Trainer
 
 
@@ -32,67 +31,47 @@ class TrainerLost(RankLost):
     """A rank died or hung; the group is gone and training goes on from the last committed checkpoint."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Handed:
-    """What the driver hands one rank for a step."""
-
-    work: Any = None
-    references: tuple[ray.ObjectRef, ...] = ()
-    """Fetched in the rank: `Work.batches` gets what they stand for."""
+Handed = tuple[Any, Sequence[ray.ObjectRef]]
+"""What the driver hands one rank for a step: work, and references whose values the rank fetches for `Work.batches`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSetup:
-    """What every rank is made of."""
-
     model: ModelTable
     trainer: TrainerConfig
     trainable: Trainable
     objective: Objective
     work: Work
+    run: RunConfig
     fence: Fence
-    seed: int
-    export_dtype: str
 
 
 class TrainerWorker(Rank):
-    """One rank. Each public method is called on every rank at once."""
-
     def __init__(self, rank: int, setup: RankSetup):
         self.rank, self._setup = rank, setup
 
-    def join(self, host: str, port: int) -> str:
-        """Join the process group, load this rank's shard and open its work. Returns the host's name."""
-        setup = self._setup
+    def join(self, host: str, port: int) -> None:
+        """Join the process group, load this rank's shard and open its work."""
+        setup, table = self._setup, self._setup.trainer
+        store, device = self.rendezvous(host, port), "cuda" if table.num_gpus else "cpu"
         mesh = distributed.start(
-            rank=self.rank,
-            world=setup.trainer.ranks,
-            store=self.rendezvous(host, port),
-            device="cuda" if setup.trainer.num_gpus else "cpu",
-            timeout_s=setup.trainer.timeout_s,
+            rank=self.rank, world=table.ranks, store=store, device=device, timeout_s=table.timeout_s
         )
-        family = load_family(setup.model)
+        family, trainable, objective = load_family(setup.model), setup.trainable, setup.objective
         self.trainer = Trainer(
-            family=family,
-            config=setup.trainer,
-            trainable=setup.trainable,
-            objective=setup.objective,
-            mesh=mesh,
-            seed=setup.seed,
+            family=family, config=table, trainable=trainable, objective=objective, mesh=mesh, seed=setup.run.seed
         )
         setup.work.open(family)
-        return socket.gethostname()
 
-    def step(self, step: int, handed: Handed) -> dict[str, float]:
-        """One optimizer update on this rank's work."""
-        values = ray.get(list(handed.references), timeout=FETCH_TIMEOUT_S)
-        return self.trainer.step(self._setup.work.batches(step, self.rank, handed.work, values))
+    def step(self, step: int, handed: Handed = (None, ())) -> dict[str, float]:
+        work, references = handed
+        values = ray.get(list(references), timeout=FETCH_TIMEOUT_S)
+        return self.trainer.step(self._setup.work.batches(step, self.rank, work, values))
 
     def evaluate(self) -> dict[str, float]:
-        """The objective on this rank's share of what is held out."""
         return self.trainer.evaluate(self._setup.work.held_out(self.rank))
 
-    def publish(self, side: str) -> list[PublishedBuffer]:
+    def publish(self, side: str) -> list[Published]:
         self._setup.fence.check()
         return put(self.trainer.shards(side))
 
@@ -102,14 +81,12 @@ class TrainerWorker(Rank):
     def save(self, folder: Path) -> None:
         self.trainer.save(folder)
 
-    def restore(self, folder: Path) -> int:
+    def restore(self, folder: Path) -> None:
         self.trainer.restore(folder)
-        return self.trainer.steps
 
     def export(self, folder: Path) -> None:
         """`transformer/` and `ema_transformer/` (of a LoRA `lora/` and `ema_lora/`, and so on) inside `folder`."""
-        dtype = getattr(torch, self._setup.export_dtype)
-        kind = self.trainer.trainable.folder(self.trainer.family)
+        dtype, kind = getattr(torch, self._setup.run.export_dtype), self.trainer.trainable.folder(self.trainer.family)
         self.trainer.export(folder / kind, dtype=dtype)
         if self.trainer.ema:
             self.trainer.export(folder / f"ema_{kind}", which="ema", dtype=dtype)
@@ -120,28 +97,17 @@ class TrainerGroup:
 
     def __init__(self, setup: RankSetup, placement: PlacementGroup, meanwhile: Callable[[], None] = lambda: None):
         """`meanwhile` is called again and again while ranks work, so that rollouts go on."""
-        trainer = setup.trainer
-        self._publish_s: float | None = None
+        self._published: dict[str, float] = {}
         self._group = RankGroup(
-            TrainerWorker,
-            lambda rank: (rank, setup),
-            ranks=trainer.ranks,
-            num_cpus=trainer.num_cpus,
-            num_gpus=trainer.num_gpus,
-            placement=placement,
-            timeout_s=trainer.timeout_s,
-            meanwhile=meanwhile,
-            name="trainer rank",
-            lost=TrainerLost,
+            TrainerWorker, setup.trainer, placement, setup, meanwhile=meanwhile, name="trainer rank", lost=TrainerLost
         )
+        self.kill = self._group.kill
 
     def step(self, step: int, handed: Sequence[Handed] | None) -> dict[str, float]:
         """One optimizer update: `train/…` scalars over all ranks, the seconds of this step and of the last publish."""
         started = monotonic()
-        scalars = self._group.all("step", lambda rank: (step, handed[rank] if handed else Handed()))[0]
-        seconds = {"time/train": monotonic() - started}
-        if self._publish_s is not None:
-            seconds["time/publish"] = self._publish_s
+        scalars = self._group.all("step", step, each=handed or ())[0]
+        seconds = {"time/train": monotonic() - started} | self._published
         return {f"train/{name}": value for name, value in scalars.items()} | seconds
 
     def evaluate(self) -> dict[str, float]:
@@ -151,25 +117,19 @@ class TrainerGroup:
     def publish(self, version: int, side: str = "policy") -> Publication:
         """`policy` or `ema` weights of all ranks in the object store."""
         started = monotonic()
-        buffers = self._group.all("publish", lambda rank: (side,))
-        self._publish_s = monotonic() - started
-        return Publication(version=version, buffers=tuple(buffer for rank in buffers for buffer in rank))
+        buffers = self._group.all("publish", side)
+        self._published = {"time/publish": monotonic() - started}
+        return Publication(version=version, buffers=tuple(chain(*buffers)))
 
     def refresh(self, side: str, decay: float = 0.0) -> None:
         """side ← decay · side + (1 − decay) · policy."""
-        self._group.all("refresh", lambda rank: (side, decay))
+        self._group.all("refresh", side, decay)
 
     def save(self, folder: Path) -> None:
-        """The exact training state, by rows of whole tensors."""
-        self._group.all("save", lambda rank: (folder,))
+        self._group.all("save", folder)
 
-    def restore(self, folder: Path) -> int:
-        """Read what `save` wrote; returns the number of steps done."""
-        return self._group.all("restore", lambda rank: (folder,))[0]
+    def restore(self, folder: Path) -> None:
+        self._group.all("restore", folder)
 
     def export(self, folder: Path) -> None:
-        """Weights that diffusers loads."""
-        self._group.all("export", lambda rank: (folder,))
-
-    def kill(self) -> None:
-        self._group.kill()
+        self._group.all("export", folder)

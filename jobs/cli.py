@@ -14,16 +14,15 @@ import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from jobs import schema_keys
-from jobs.schema_keys import Key
 from rlhf.errors import Refused
 from rlhf.section import Section, local_paths
 
@@ -85,20 +84,26 @@ RENAMED = {
 }
 """Keys that recipes once had, and what they are called now."""
 
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+RELATIVE = (
+    "is relative, but the working directory of a submitted job is a temporary copy; "
+    "give an absolute path that every node sees, e.g. --{name} /shared/{file}"
+)
 C = TypeVar("C", bound=Section)
+Say = Callable[[str], None]
 
 
 class ConfigError(Refused):
     """Everything that is wrong with a recipe and its overrides, a line per problem."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Generic[C]):
+class Arguments(NamedTuple, Generic[C]):
     """A parsed command line."""
 
     config: C
     dry_run: bool
-    config_path: Path | None
 
 
 def parse(schema: type[C], argv: list[str] | None = None, description: str = "") -> Arguments[C]:
@@ -117,42 +122,37 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-
+    known, rest = parser.parse_known_args(argv)
     keys = schema_keys.keys(schema)
     tree = _read_toml(known.config) if known.config else {}
-    problems: list[str] = []
     source = str(known.config) if known.config else COMMAND_LINE
-    origin: dict[str, str] = {}
-    for name in list(schema_keys.unknown(schema, tree)):
-        problems.append(_problem(source, name, schema_keys.remove(tree, name), f"unknown key; {_nearest(name, keys)}"))
+    problems = [
+        _problem(source, name, value, f"unknown key; {_nearest(name, keys)}")
+        for name, value in schema_keys.take_unknown(schema, tree)
+    ]
+    overridden = set()
     for name, text in _overrides(rest, keys, problems):
-        key = schema_keys.find(keys, name)
-        if key is None:
+        if key := schema_keys.find(keys, name):
+            schema_keys.assign(tree, name, schema_keys.value_of(text, key))
+            overridden.add(name)
+        else:
             problems.append(_problem(COMMAND_LINE, name, text, f"unknown key; {_nearest(name, keys)}"))
-            continue
-        schema_keys.assign(tree, name, schema_keys.value_of(text, key))
-        origin[name] = COMMAND_LINE
     try:
         config = schema.model_validate(tree)
     except ValidationError as error:
-        problems += _validation_problems(error, keys, source, origin)
-        raise ConfigError(_message(problems)) from error
+        problems += _validation_problems(error, keys, source, overridden)
+        raise _config_error(problems) from error
     if SUBMITTED_JOB in os.environ:
         for name, path in local_paths(config):
             if not os.path.isabs(path):
-                problems.append(
-                    _problem(
-                        origin.get(name, source if schema_keys.contains(tree, name) else "default"),
-                        name,
-                        path,
-                        "is relative, but the working directory of a submitted job is a temporary copy; "
-                        f"give an absolute path that every node sees, e.g. --{name} /shared/{Path(path).name}",
-                    )
-                )
+                given = source if schema_keys.has(tree, name) else "default"
+                given = COMMAND_LINE if name in overridden else given
+                problems.append(_problem(given, name, path, RELATIVE.format(name=name, file=Path(path).name)))
     if problems:
-        raise ConfigError(_message(problems))
-    return Arguments(config=schema_keys.with_absolute_paths(config), dry_run=known.dry_run, config_path=known.config)
+        raise _config_error(problems)
+    for name, path in local_paths(config):
+        schema_keys.assign(tree, name, os.path.abspath(os.path.expanduser(path)))
+    return Arguments(schema.model_validate(tree), known.dry_run)
 
 
 def resolved_toml(config: Section) -> str:
@@ -160,16 +160,27 @@ def resolved_toml(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def run_main(job: Callable[[], None]) -> NoReturn:
-    """Run a job's main. A `Refused` is printed without a traceback, and the status is then 2; all else goes through."""
+def run_main(job: Callable[[], None], stopped: str = "") -> NoReturn:
+    """Run a job's main. A `Refused` is printed without a traceback, and the status is then 2.
+
+    stopped: what a line says after a stop by signal, with status 130. All else goes through.
+    """
     try:
         job()
     except Refused as error:
-        print(
-            getattr(error, "cause", error), file=sys.stderr
-        )  # one that was raised in a worker holds its traceback too
+        print(getattr(error, "cause", error), file=sys.stderr)  # a worker's holds its traceback too
         sys.exit(2)
+    except KeyboardInterrupt:  # SIGTERM too: see jobs.launch
+        if not stopped:
+            raise
+        print(f"stopped; {stopped}", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)
+
+
+def say(line: str) -> None:
+    """Print at once, also into a file."""
+    print(line, flush=True)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -183,7 +194,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}; see https://toml.io for the syntax") from error
 
 
-def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -> Iterator[tuple[str, str]]:
+def _overrides(rest: Sequence[str], keys: dict[str, FieldInfo], problems: list[str]) -> Iterator[tuple[str, str]]:
     """(key, text) of each `--key VALUE` or `--key=VALUE`; what is neither goes to `problems`."""
     words = list(rest)
     while words:
@@ -195,22 +206,22 @@ def _overrides(rest: Sequence[str], keys: dict[str, Key], problems: list[str]) -
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
-            elif (key := schema_keys.find(keys, name)) and key.is_bool:
+            elif (key := schema_keys.find(keys, name)) and schema_keys.takes(key, bool):
                 text = "true"
             elif key:
-                remedy = f"write --{name} VALUE ({key.type_text})"
+                remedy = f"write --{name} VALUE ({schema_keys.type_text(key.annotation)})"
                 problems.append(f"{COMMAND_LINE}: --{name}: has no value; {remedy}")
                 continue
         yield name, text
 
 
-def _nearest(name: str, keys: dict[str, Key]) -> str:
+def _nearest(name: str, keys: dict[str, FieldInfo]) -> str:
     moved = {old: new for old, new in RENAMED.items() if f"{old}.".startswith(f"{name}.") and new in keys}
     if moved:
         return "; ".join(f"{'it' if old == name else old} is now {new}" for old, new in moved.items())
     if OLD_FLAGS.get(name) in keys:
         return f"did you mean {OLD_FLAGS[name]}?"
-    leaves = [key for key in keys if keys[key].section is None]
+    leaves = schema_keys.leaves(keys)
     section, _, last = name.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in leaves if section and key.rpartition(".")[0] == section}
     near = [siblings[tail] for tail in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
@@ -222,12 +233,13 @@ def _nearest(name: str, keys: dict[str, Key]) -> str:
 
 
 def _validation_problems(
-    error: ValidationError, keys: dict[str, Key], source: str, origin: dict[str, str]
+    error: ValidationError, keys: dict[str, FieldInfo], source: str, overridden: Collection[str]
 ) -> Iterator[str]:
     for detail in error.errors(include_url=False):
         location = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "missing":
-            for name in schema_keys.required(keys, location):
+            inside = [name for name in schema_keys.leaves(keys) if name.startswith(f"{location}.")]
+            for name in [name for name in inside if keys[name].is_required()] or [location]:
                 yield _problem(source, name, None, f"is required; add it to the recipe or pass --{name} VALUE")
             continue
         what = detail["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
@@ -235,7 +247,7 @@ def _validation_problems(
             choices = [choice.strip("'") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             near = difflib.get_close_matches(str(detail["input"]), choices, n=1, cutoff=0.4)
             what += f"; did you mean {near[0]!r}?" if near else ""
-        where = next((origin[name] for name in origin if f"{location}.".startswith(f"{name}.")), source)
+        where = COMMAND_LINE if any(f"{location}.".startswith(f"{name}.") for name in overridden) else source
         if isinstance(detail["input"], dict | Section) or not location:
             yield f"{where}: [{location}]: {what}" if location else f"{source}: {what}"
         else:
@@ -244,10 +256,11 @@ def _validation_problems(
 
 def _problem(source: str, name: str, value: Any, what: str) -> str:
     section, _, key = name.rpartition(".")
-    shown = "" if value is None else f" = {value!r}" if not isinstance(value, bool) else f" = {str(value).lower()}"
-    return f"{source}: {f'[{section}] ' if section else ''}{key}{shown}: {what}"
+    value = str(value).lower() if isinstance(value, bool) else repr(value) if value is not None else ""
+    table, shown = f"[{section}] " if section else "", f" = {value}" if value else ""
+    return f"{source}: {table}{key}{shown}: {what}"
 
 
-def _message(problems: Sequence[str]) -> str:
+def _config_error(problems: Sequence[str]) -> ConfigError:
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    return "\n".join([f"the configuration has {count}:", *(f"  {problem}" for problem in problems)])
+    return ConfigError("\n".join([f"the configuration has {count}:", *(f"  {problem}" for problem in problems)]))

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from actors.sampler import Sampler, SampleRequest
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.launch import say
-from jobs.recipes.edit import EditRecipe
+from jobs.cli import parse, resolved_toml, run_main, say
+from jobs.recipes import EditRecipe
 from rlhf.data.media import picture_file
-from rlhf.data.prompts import Row, prompts_of, read_rows
+from rlhf.data.prompts import prompt_of, read_prompts
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.tables import SamplingTable
@@ -32,25 +31,22 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
         return Geometry(height=height, width=width)
 
-    rows = read_rows(edit.data).rows if edit.data is not None else (_one_picture(Path(str(edit.image)), edit.prompt),)
-    return prompts_of(rows, edit.fit, geometry)
-
-
-def _one_picture(path: Path, instruction: str) -> Row:
+    if edit.data is not None:
+        return [*read_prompts(edit.data, edit.fit, geometry).prompts]
+    path = Path(str(edit.image))
     if not path.is_file():
         raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
     found = picture_file(path.read_bytes(), str(path))
     if isinstance(found, tuple):
         what, remedy = found
         raise Refused(f"edit.image = {str(path)!r} {what}; {remedy}")
-    return Row(image_id=path.stem, instruction=instruction, images=(found,), item={})
+    return [prompt_of(path.stem, edit.prompt, [found], {}, edit.fit, geometry)]
 
 
 def main() -> None:
-    arguments = parse(EditRecipe, description=__doc__ or "")
-    recipe = arguments.config
+    recipe, is_dry = parse(EditRecipe, description=__doc__ or "")
     edit, todo = recipe.edit, prompts(recipe)
-    if arguments.dry_run:
+    if is_dry:
         say(resolved_toml(recipe))
         say(f"{len(todo)} pictures × {edit.variants} variants → {edit.out}")
         return
@@ -62,7 +58,7 @@ def main() -> None:
         for variant in range(edit.variants):
             file = out / f"{prompt.key}_{variant}.png"
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)
-            sampler.paint(recipe.tuned, [request], [file], [])
+            sampler.paint(recipe.tuned, [(request, file, None)])
             say(str(file))
 
 

@@ -15,14 +15,11 @@ from pathlib import Path
 import xxhash
 
 from actors import placement
-from actors.judging import Judging, judging_actor
-from actors.painting import paint_all
-from actors.placement import Role
-from actors.scoring import judge_pictures, judging_role
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster, free_resources
-from jobs.launch import guarded, say
-from jobs.recipes.evaluate import EvaluateRecipe
+from actors.judging import READS_AT_ONCE, Judging
+from actors.pictures import judge_pictures, paint_all
+from jobs.cli import parse, resolved_toml, run_main, say
+from jobs.launch import cluster, free_resources
+from jobs.recipes import EvaluateRecipe
 from rlhf.data.records import BadInput, Problem
 from rlhf.errors import Refused
 from rlhf.evaluation.duels import Duel, Evaluation, FailedScore, judge_result, source_result
@@ -32,15 +29,14 @@ from rlhf.evaluation.prompts import Prompts, read_evaluation
 from rlhf.models import load_family
 from rlhf.rewards.questions import check_prompt
 from rlhf.rollouts.reliability import JudgeUnreliable
-from rlhf.runs.folder import write_durably
+from rlhf.runs.durable import write_durably
 from serve_apps import deploy
 
 
 def main() -> None:
-    arguments = parse(EvaluateRecipe, description=__doc__ or "")
-    recipe = arguments.config
+    recipe, is_dry = parse(EvaluateRecipe, description=__doc__ or "")
     prompts = checked(recipe)
-    if arguments.dry_run:
+    if is_dry:
         say(resolved_toml(recipe))
         say(f"{len(prompts.prompts)} prompts × {recipe.sampling.seeds} seeds × (base, tuned) → {recipe.out}")
         check_placement(recipe)
@@ -54,13 +50,12 @@ def checked(recipe: EvaluateRecipe) -> Prompts:
     found = read_evaluation(recipe.model, recipe.tuned, recipe.data)
     for problem in found.left_out:
         say(f"left out: {problem}")
-    mute = []
+    mute, remedy = [], "write a prompt, or give what is missing"
     for prompt in found.prompts:
         try:
             check_prompt(recipe.judges, recipe.reward.names, recipe.reward.empty_prompt, prompt)
         except Refused as error:
             what = f"{prompt.key!r} leaves the judges nothing to read: {error}"
-            remedy = "write a prompt, or give what is missing"
             mute.append(Problem(file=recipe.data.path, line=None, field="prompt", what=what, remedy=remedy))
     if mute:
         raise BadInput(mute)
@@ -68,24 +63,20 @@ def checked(recipe: EvaluateRecipe) -> Prompts:
     return found
 
 
-def stages(recipe: EvaluateRecipe) -> list[list[Role]]:
-    """What painting needs, and then judging."""
-    sizes = placement.ModelSizes(load_family(recipe.model))
-    painting_roles = [placement.sampler_role(sizes, recipe.samplers, encodes=True)]
-    return [painting_roles, [judging_role(), *placement.judge_roles(recipe.judges, recipe.reward.names)]]
-
-
 def check_placement(recipe: EvaluateRecipe) -> None:
     """Print what painting and then judging need; raise NotEnoughResources, with the table, where either does not fit."""
-    free, needed = free_resources(recipe.cluster), stages(recipe)
-    for roles in needed:
+    sizes = placement.ModelSizes(load_family(recipe.model))
+    paints = [placement.sampler_role(sizes, recipe.samplers, encodes=True)]
+    judges = [placement.judging_role(READS_AT_ONCE), *placement.judge_roles(recipe.judges, recipe.reward.names)]
+    free = free_resources(recipe.cluster)
+    for roles in (paints, judges):
         say(placement.table(roles, free))
-    for roles in needed:
+    for roles in (paints, judges):
         placement.check(roles, free)
 
 
 def evaluate(recipe: EvaluateRecipe, prompts: Prompts) -> Path:
-    """Run (or go on) to the end; returns `out`."""
+    """Run (or go on) to the end; returns `out`. Raises JudgeUnreliable, JudgingFailed."""
     out = Path(recipe.out)
     with ExitStack() as stack:
         ours = painting(recipe.model, recipe.tuned, recipe.sampling, prompts.prompts, recipe.seed)
@@ -96,7 +87,22 @@ def evaluate(recipe: EvaluateRecipe, prompts: Prompts) -> Path:
         placement.check_shared("out", out)
         tables = (recipe.model, recipe.tuned, recipe.sampling, recipe.samplers)
         paint_all(*tables, prompts.prompts, out, recipe.seed, say)
-        duels, failed = judge(recipe, prompts, name, stack)
+        judges, names = recipe.judges, recipe.reward.names
+        stack.callback(deploy.undeploy, name, names)
+        judges_up = deploy.deploy(judges, recipe.serve, names, name)
+        say(f"judges: {', '.join(deploy.addresses(judges, names, judges_up).values())}")
+        judging = Judging(judges, names, judges_up.apps, empty_prompt=recipe.reward.empty_prompt)
+        stack.callback(judging.close)
+        duels, failed = judge_pictures(
+            out,
+            prompts.prompts,
+            judging,
+            names,
+            seeds=recipe.sampling.seeds,
+            edits=load_family(recipe.model).sees_source,
+            max_failure_rate=judges.max_failure_rate,
+            log=say,
+        )
         found = results(recipe, prompts, duels, failed)
         (out / "index.html").write_text(page(found), encoding="utf-8")
         document = asdict(found) | {"config": recipe.model_dump(mode="json")}
@@ -104,29 +110,6 @@ def evaluate(recipe: EvaluateRecipe, prompts: Prompts) -> Path:
     for name, result in found.judges.items():
         say(f"{name}: win rate {result.win_rate.value:.3f}, mean difference {result.difference.value:+.4g}")
     return out
-
-
-def judge(
-    recipe: EvaluateRecipe, prompts: Prompts, name: str, stack: ExitStack
-) -> tuple[list[Duel], list[FailedScore]]:
-    """Deploy the judges under `name` and have them score every picture. Raises JudgeUnreliable, JudgingFailed."""
-    judges, names = recipe.judges, recipe.reward.names
-    stack.callback(deploy.undeploy, name, names)
-    judges_up = deploy.deploy(judges, recipe.serve, names, name)
-    say(f"judges: {', '.join(deploy.addresses(judges, names, judges_up).values())}")
-    new_actor = judging_actor(judges, names, judges_up.apps, empty_prompt=recipe.reward.empty_prompt)
-    judging = Judging(judges, new_actor)
-    stack.callback(judging.close)
-    return judge_pictures(
-        Path(recipe.out),
-        prompts.prompts,
-        judging,
-        names,
-        seeds=recipe.sampling.seeds,
-        edits=load_family(recipe.model).sees_source,
-        max_failure_rate=judges.max_failure_rate,
-        log=say,
-    )
 
 
 def results(recipe: EvaluateRecipe, prompts: Prompts, duels: list[Duel], failed: list[FailedScore]) -> Evaluation:
@@ -149,4 +132,4 @@ def results(recipe: EvaluateRecipe, prompts: Prompts, duels: list[Duel], failed:
 
 
 if __name__ == "__main__":
-    run_main(guarded(main, "with the pictures that are painted"))
+    run_main(main, "the same command goes on with the pictures that are painted")

@@ -1,29 +1,97 @@
-"""How a run starts and goes on: cluster, folder, placement, disk, in this order and once for every job that trains.
+"""How jobs start: a Ray cluster of their own, on loopback, or a running one, and a stop that leaves nothing behind.
 
-Also here: beginning again after lost ranks, and a stop that is told in one line.
+And how a run starts and goes on: cluster, folder, placement, disk, in this order and once for every job that trains; then
+beginning again after lost ranks.
 """
 
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import ray
+import torch
 import xxhash
 from ray import serve
 
 from actors import placement
 from actors.placement import Role
 from actors.trainer import TrainerLost
-from jobs.cluster import cluster, dashboard, free_resources
+from jobs.cli import say
+from rlhf.errors import Refused
+from rlhf.models.trainable import Counts
 from rlhf.runs.folder import RunFolder
 from rlhf.section import ClusterConfig
-from rlhf.tables import RunConfig
+from rlhf.tables import RunConfig, TrainerConfig
 from serve_apps import deploy
 
 TRAINER_REBUILDS = 3
 """Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
+
+
+def address(config: ClusterConfig) -> str:
+    """`cluster.address`, else RAY_ADDRESS, else "local": a cluster of the job's own."""
+    return config.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextmanager
+def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
+    """Connect to the configured cluster, or start one; disconnect or end it on the way out, whatever happened.
+
+    Within the block SIGTERM (`ray job stop`, a scheduler) unwinds as Ctrl-C does, the only thing that Ray's waits let through,
+    so that `finally` clauses run within the seconds before SIGKILL.
+    """
+    if ray.is_initialized():  # a job inside another, as in the demo: the outer one's cluster
+        yield
+        return
+    target = address(config)
+    # Workers import the project by its installed (editable) name; PYTHONPATH also serves a plain checkout, and modules of
+    # the user's that a recipe names (judges.python).
+    places = [str(Path(__file__).resolve().parents[1]), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(":")]
+    environment = {"env_vars": {"PYTHONPATH": ":".join(filter(None, places)), "HF_HUB_OFFLINE": "1"}}
+    sizes = {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_memory}
+    loopback = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
+    own = sizes | loopback if target == "local" else {}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        # Workers' own output stays in their log files, which the dashboard shows; a failure comes as an exception.
+        try:
+            ray.init(address=target, namespace=namespace, runtime_env=environment, log_to_driver=False, **own)
+        except (ConnectionError, ray.exceptions.RaySystemError) as error:
+            raise Refused(
+                f"no Ray cluster at {target!r} (cluster.address, RAY_ADDRESS): {error}; start one with `ray start`, or unset "
+                "both for a cluster of the job's own"
+            ) from error
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after init, whose handler ends the process at once
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ray.shutdown()
+
+
+def dashboard() -> str | None:
+    """The address of the running cluster's dashboard, if it has one."""
+    url = ray._private.worker.global_worker.node.webui_url if ray.is_initialized() else None
+    return f"http://{url}" if url else None
+
+
+def free_resources(config: ClusterConfig) -> dict[str, float]:
+    """What a job could reserve now: of the connected cluster, or of this machine where the job would start its own."""
+    if ray.is_initialized():
+        return ray.available_resources()
+    if address(config) != "local":
+        with cluster(config, "dry-run"):
+            return ray.available_resources()
+    return {
+        "CPU": float(config.num_cpus or os.cpu_count() or 1),
+        "GPU": float(torch.cuda.device_count()),
+        "memory": float(psutil.virtual_memory().available),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +99,8 @@ class Plan:
     """What a run needs of the machines."""
 
     roles: Sequence[Role]
-    checkpoint_bytes: float
-    export_bytes: float
-    steps: int
+    trainer: TrainerConfig
+    counts: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +123,33 @@ def dry_run(run: RunConfig, plan: Plan, config: ClusterConfig) -> None:
 
 
 @contextmanager
-def launch(
-    run: RunConfig, plan: Plan, config: ClusterConfig, recipe: str, before: Callable[[], None] = lambda: None
-) -> Iterator[Started]:
+def launch(run: RunConfig, plan: Plan, config: ClusterConfig, recipe: str) -> Iterator[Started]:
     """Connect to the cluster or start one, claim the run's folder, and refuse what does not fit.
 
-    recipe: the resolved configuration, which the folder keeps; before: checks that need the cluster and not the folder.
-    Raises Refused.
+    recipe: the resolved configuration, which the folder keeps. Raises Refused.
     """
     with cluster(config, namespace=run.name), ExitStack() as stack:
-        before()
         folder = RunFolder.claim(run.dir, run.name, recipe, run.resume)
         stack.callback(folder.release)
         say(f"run folder: {folder.path}{' (resumed)' if folder.resumed else ''}; dashboard: {dashboard()}")
         name = f"{run.name}-{folder.path.name}-{xxhash.xxh3_64_hexdigest(str(folder.path).encode())[:6]}"
-        check_placement(plan.roles, config, name)
+        running = serve.status().applications if any(role.judge for role in plan.roles) else {}
+        # Not the judges that an earlier start of this run left behind.
+        needed = [role for role in plan.roles if not (role.judge and deploy.app_name(name, role.judge) in running)]
+        free = free_resources(config)
+        say(placement.table(needed, free))
+        placement.check(needed, free)
         placement.check_shared("run.dir", folder.path)
         check_disk(run, plan, folder.path)
         yield Started(folder=folder, name=name, stack=stack)
 
 
-def check_placement(roles: Sequence[Role], config: ClusterConfig, name: str) -> None:
-    """Refuse, with a table, a run that does not fit; judges that an earlier start left running are not counted twice."""
-    judges = {role.judge for role in roles if role.judge}
-    running = serve.status().applications if judges else {}
-    orphans = {judge for judge in judges if deploy.app_name(name, judge) in running}
-    needed = [role for role in roles if role.judge not in orphans]
-    free = free_resources(config)
-    say(placement.table(needed, free))
-    placement.check(needed, free)
-
-
 def check_disk(run: RunConfig, plan: Plan, folder: Path | None = None) -> None:
     """Print what checkpoints and exports need, less what the run's `folder` has of them. Raises NotEnoughResources."""
-    existing = next(p for p in (Path(run.dir), *Path(run.dir).parents) if p.exists())
-    disk = shutil.disk_usage(existing).free
-    exports = 1 + (plan.steps // run.export_every if run.export_every else 0)
-    need = plan.checkpoint_bytes * (run.keep_checkpoints + 1) + plan.export_bytes * exports
+    disk = shutil.disk_usage(next(p for p in (Path(run.dir), *Path(run.dir).parents) if p.exists())).free
+    exports = 1 + (plan.trainer.max_train_steps // run.export_every if run.export_every else 0)
+    need = placement.checkpoint_bytes(plan.trainer, plan.counts) * (run.keep_checkpoints + 1)
+    need += placement.export_bytes(plan.trainer, plan.counts, run.export_dtype) * exports
     there = [file for kind in ("checkpoint_*", "exports") for file in folder.glob(f"{kind}/**/*")] if folder else []
     need = max(0, need - sum(file.stat().st_size for file in there if file.is_file()))
     say(
@@ -123,21 +180,3 @@ def train_until_done(folder: RunFolder, attempt: Callable[[ExitStack], None]) ->
             if rebuilds > TRAINER_REBUILDS:
                 raise
             print(f"trainer lost ({error}); going on from step {committed or 0}", file=sys.stderr, flush=True)
-
-
-def guarded(job: Callable[[], None], goes_on: str = "from the last checkpoint") -> Callable[[], None]:
-    """A job whose stop by signal is told in one line that also says from where it `goes_on`."""
-
-    def guarded_job() -> None:
-        try:
-            job()
-        except KeyboardInterrupt:  # SIGTERM too, as Stopped
-            print(f"stopped; the same command goes on {goes_on}", file=sys.stderr)
-            sys.exit(130)
-
-    return guarded_job
-
-
-def say(line: str) -> None:
-    """Print at once, also into a file."""
-    print(line, flush=True)

@@ -8,6 +8,7 @@ runs the loop of `rlhf.loops.train`. The same command goes on where a stopped ru
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import placement
 from actors.fleet import Fleet
-from actors.judging import Judging, Waiting, judging_actor
+from actors.judging import Judging, Waiting
 from actors.reporting import Reporter
 from actors.rollouts import Rollouts
 from actors.sampler import Sampler
 from actors.sources import OnlineSource
 from actors.trainer import RankSetup, TrainerGroup
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.launch import Plan, Started, dry_run, guarded, launch, say, train_until_done
+from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
+from jobs.launch import Plan, Started, dry_run, launch, train_until_done
 from jobs.preprocess import Data, preprocess, read_data
-from jobs.recipes.online_dpo import OnlineDPORecipe
-from rlhf.data.batches import CachePlace, check_buckets
+from jobs.recipes import OnlineDPORecipe
+from rlhf.data.batches import check_buckets
+from rlhf.data.cache import EncodingCache
 from rlhf.data.prompts import PromptStream
 from rlhf.data.work import OnlineWork
 from rlhf.diffusion.objectives import DPO
-from rlhf.loops.evaluation import evaluation
-from rlhf.loops.train import Duty, commit, export, train
+from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompt
@@ -41,12 +42,11 @@ from serve_apps import deploy
 
 
 def main() -> None:
-    arguments = parse(OnlineDPORecipe, description=__doc__ or "")
-    recipe = arguments.config
+    recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
     data = read_data(recipe.data, recipe.eval, recipe.model)
-    if data.left_out():
-        say(data.left_out())
-    if arguments.dry_run:
+    if data.left_out:
+        say(data.left_out)
+    if is_dry:
         say(resolved_toml(recipe))
         check(recipe, data)
         dry_run(recipe.run, plan(recipe), recipe.cluster)
@@ -68,18 +68,14 @@ def plan(recipe: OnlineDPORecipe) -> Plan:
     """What the run needs beside its driver."""
     family = load_family(recipe.model)
     sizes, counts = placement.ModelSizes(family), load_trainable(recipe.trainable, family).counts(family, DPO.sides)
-    return Plan(
-        roles=[
-            placement.trainer_role(sizes, recipe.trainer, counts),
-            placement.sampler_role(sizes, recipe.samplers, encodes=False),
-            placement.encoder_role(sizes, recipe.preprocess, before=True),
-            placement.judging_role(),
-            *placement.judge_roles(recipe.judges, recipe.judge_names),
-        ],
-        checkpoint_bytes=placement.checkpoint_bytes(recipe.trainer, counts),
-        export_bytes=placement.export_bytes(recipe.trainer, counts, recipe.run.export_dtype),
-        steps=recipe.trainer.max_train_steps,
-    )
+    roles = [
+        placement.trainer_role(sizes, recipe.trainer, counts),
+        placement.sampler_role(sizes, recipe.samplers, encodes=False),
+        placement.encoder_role(sizes, recipe.preprocess, before=True),
+        placement.judging_role(),
+        *placement.judge_roles(recipe.judges, recipe.judge_names),
+    ]
+    return Plan(roles=roles, trainer=recipe.trainer, counts=counts)
 
 
 def run(recipe: OnlineDPORecipe, data: Data) -> Path:
@@ -87,28 +83,27 @@ def run(recipe: OnlineDPORecipe, data: Data) -> Path:
     check(recipe, data)
     needed = plan(recipe)
     with launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe)) as started:
-        if data.left_out():
-            (started.folder.path / "left_out.txt").write_text(data.left_out() + "\n", encoding="utf-8")
+        if data.left_out:
+            (started.folder.path / "left_out.txt").write_text(data.left_out + "\n", encoding="utf-8")
         cache = preprocess(recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache, data.all, say)
         group = placement.reserve(needed.roles[:2])  # trainer ranks, then samplers
         started.stack.callback(ray.util.remove_placement_group, group)
         rollouts = start_rollouts(recipe, started, data, cache, group)
         started.stack.callback(rollouts.close)
-
-        def attempt(stack: ExitStack) -> None:
-            train_once(recipe, started, data.held_out[: recipe.eval.max_prompts], cache, group, rollouts, stack)
-
-        train_until_done(started.folder, attempt)
+        held_out = data.held_out[: recipe.eval.max_prompts]
+        train_until_done(started.folder, partial(train_once, recipe, started, held_out, cache, group, rollouts))
         return started.folder.path
 
 
 def start_rollouts(
-    recipe: OnlineDPORecipe, started: Started, data: Data, cache: CachePlace, group: PlacementGroup
+    recipe: OnlineDPORecipe, started: Started, data: Data, cache: EncodingCache, group: PlacementGroup
 ) -> Rollouts:
     """Deploy the judges and start the samplers, in what the trainer's ranks leave of the placement group."""
-    samplers, judges = recipe.samplers, recipe.judges
+    samplers, judges, reward = recipe.samplers, recipe.judges, recipe.reward
+    family = load_family(recipe.model)
+    trainable, device = load_trainable(recipe.trainable, family), "cuda" if samplers.num_gpus else "cpu"
     started.stack.callback(deploy.undeploy, started.name, recipe.judge_names)
-    judges_up = deploy.start(judges, recipe.serve, recipe.judge_names, started.name)
+    judges_up = deploy.deploy(judges, recipe.serve, recipe.judge_names, started.name)
 
     def new_sampler(index: int) -> ray.actor.ActorHandle:
         bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=recipe.trainer.ranks + index)
@@ -119,43 +114,29 @@ def start_rollouts(
             max_task_retries=0,
             scheduling_strategy=bundle,
         )
-        device = "cuda" if samplers.num_gpus else "cpu"
-        trainable = load_trainable(recipe.trainable, load_family(recipe.model))
         return actor.remote(recipe.model, recipe.sampling, device, trainable=trainable, cache=cache)
 
-    deploy.wait(judges_up, judges.deploy_timeout_s)
     say(f"judges: {', '.join(deploy.addresses(judges, recipe.judge_names, judges_up).values())}")
     waiting: Waiting = {}
     return Rollouts(
         recipe.rollout,
         recipe.sampling,
-        recipe.reward,
+        reward,
         judges,
-        pairs_per_step=recipe.trainer.pairs_per_step,
-        steps=recipe.trainer.max_train_steps,
+        recipe.trainer,
         seed=recipe.run.seed,
         prompts=PromptStream(data.training, recipe.run.seed),
-        family=load_family(recipe.model),
-        fleet=Fleet(
-            new_sampler,
-            samplers.count,
-            max_restarts=samplers.max_restarts,
-            timeout_s=samplers.timeout_s,
-            waiting=waiting,
-        ),
+        family=family,
+        fleet=Fleet(new_sampler, samplers, waiting),
         judging=Judging(
             judges,
-            judging_actor(
-                judges,
-                recipe.reward.names,
-                judges_up.apps,
-                ask_filter=judges.filter.enabled,
-                empty_prompt=recipe.reward.empty_prompt,
-            ),
+            reward.names,
+            judges_up.apps,
             waiting,
+            ask_filter=judges.filter.enabled,
+            empty_prompt=reward.empty_prompt,
             max_restarts=samplers.max_restarts,
         ),
-        waiting=waiting,
     )
 
 
@@ -163,7 +144,7 @@ def train_once(
     recipe: OnlineDPORecipe,
     started: Started,
     held_out: Sequence[Prompt],
-    cache: CachePlace,
+    cache: EncodingCache,
     group: PlacementGroup,
     rollouts: Rollouts,
     stack: ExitStack,
@@ -179,9 +160,8 @@ def train_once(
         work=OnlineWork(
             trainer_table, cache, folder.path / "pairs", folder.fence, seed=run.seed, save_latents=run.save_latents
         ),
+        run=run,
         fence=folder.fence,
-        seed=run.seed,
-        export_dtype=run.export_dtype,
     )
     trainer = TrainerGroup(setup, group, meanwhile=rollouts.pump)
     stack.callback(trainer.kill)
@@ -201,12 +181,11 @@ def train_once(
         Duty(every=recipe.dpo.reference_refresh_every, do=lambda step: trainer.refresh(REFERENCE)),
         Duty(every=recipe.rollout.publish_every, do=lambda step: source.publish("policy", step)),
         *([Duty(every=recipe.eval.every, do=evaluate, at_start=True)] if held_out else []),
-        Duty(every=run.export_every, do=export(folder, trainer)),
-        Duty(every=run.save_every, do=commit(folder, source, trainer, run.keep_checkpoints)),
+        *saving(run, folder, source, trainer),
     ]
     train(trainer_table.max_train_steps, folder, source, trainer, tracker, duties)
     tracker.close()
 
 
 if __name__ == "__main__":
-    run_main(guarded(main))
+    run_main(main, GOES_ON)

@@ -5,18 +5,18 @@ calls `read_data` and `preprocess` itself, so running this job is only worth it 
 example on another machine.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from actors.encoders import encode
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster
-from jobs.launch import say
-from jobs.recipes.online_dpo import OnlineDPORecipe
-from rlhf.data.batches import CachePlace
-from rlhf.data.cache import Manifest, read_manifest
+from jobs.cli import Say, parse, resolved_toml, run_main, say
+from jobs.launch import cluster
+from jobs.recipes import OnlineDPORecipe
+from rlhf.data.cache import EncodingCache, Manifest, read_manifest
 from rlhf.data.fingerprint import fingerprints
-from rlhf.data.prompts import Rows, prompts_of, read_rows
+from rlhf.data.prompts import Prompts, read_prompts
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
 from rlhf.models import load_family
@@ -33,16 +33,12 @@ class Data:
 
     training: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
-    rows: tuple[Rows, ...]
-    """What they were read from."""
+    left_out: str
+    """The bad rows that `data.on_bad_row = "skip"` went on without, a line per problem; empty if there are none."""
 
     @property
     def all(self) -> tuple[Prompt, ...]:
         return self.training + self.held_out
-
-    def left_out(self) -> str:
-        """The bad rows that `data.on_bad_row = "skip"` went on without, a line per problem; empty if there are none."""
-        return "\n".join(rows.report() for rows in self.rows if rows.left_out)
 
 
 def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelTable) -> Data:
@@ -55,36 +51,52 @@ def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelT
         height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
         return Geometry(height=height, width=width, frames=model.frames)
 
-    found: list[Rows] = []
+    read = partial(
+        read_prompts,
+        fit=data.fit,
+        geometry=geometry,
+        item_metadata=data.item_metadata,
+        prompt_column=data.prompt_column,
+        on_bad_row=data.on_bad_row,
+    )
+    found: list[Prompts] = []
     problems: dict[Problem, None] = {}
     for path in filter(None, (data.path, evaluation.path)):
         try:
-            found.append(
-                read_rows(
-                    path,
-                    item_metadata=data.item_metadata,
-                    prompt_column=data.prompt_column,
-                    on_bad_row=data.on_bad_row,
-                )
-            )
+            found.append(read(path))
         except BadInput as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise BadInput(tuple(problems))
-    training, *held_out = (tuple(prompts_of(rows.rows, data.fit, geometry)) for rows in found)
-    return Data(training=training, held_out=held_out[0] if held_out else (), rows=tuple(found))
+    training, *held_out = (prompts.prompts for prompts in found)
+    left_out = "\n".join(prompts.report() for prompts in found if prompts.left_out)
+    return Data(training=training, held_out=held_out[0] if held_out else (), left_out=left_out)
 
 
-def missing(cache: CachePlace, encodings: Iterable[Encoding], manifest: Manifest) -> dict[str, Encoding]:
+def missing(cache: EncodingCache, encodings: Iterable[Encoding], manifest: Manifest) -> dict[str, Encoding]:
     """What the cache lacks, by key, each once."""
-    opened = cache.open()
-    wanted = {opened.key(encoding): encoding for encoding in encodings}
+    wanted = {cache.key(encoding): encoding for encoding in encodings}
     return {key: encoding for key, encoding in wanted.items() if key not in manifest.places}
 
 
-def cache_place(model: ModelTable, folder: str) -> CachePlace:
+def encode_missing(
+    model: ModelTable, table: PreprocessConfig, cache: EncodingCache, wanted: Iterable[Encoding], what: str, log: Say
+) -> Manifest:
+    """Encode what the cache lacks, and say so where that is nothing; returns what is in it.
+
+    what: the name of all that is wanted. Raises: PreprocessFailed, StreamBroken, CacheError.
+    """
+    manifest = read_manifest(cache.folder)
+    if todo := missing(cache, wanted, manifest):
+        encode(model, table, str(cache.folder), todo, log)
+        return read_manifest(cache.folder)
+    log(f"preprocess: all {what} are in {cache.folder}")
+    return manifest
+
+
+def cache_place(model: ModelTable, folder: str) -> EncodingCache:
     """The cache of a recipe's model. Reads the encoders' files once to fingerprint them. Raises: IncompleteModel."""
-    return CachePlace(folder=folder, fingerprints=fingerprints(load_family(model)))
+    return EncodingCache(folder, fingerprints(load_family(model)))
 
 
 def wanted_encodings(model: ModelTable, sampling: SamplingTable, prompts: Sequence[Prompt]) -> list[Encoding]:
@@ -99,68 +111,45 @@ def preprocess(
     table: PreprocessConfig,
     folder: str,
     prompts: Sequence[Prompt],
-    log: Callable[[str], None],
-) -> CachePlace:
+    log: Say,
+) -> EncodingCache:
     """All that is encoded of `prompts` is in the cache when this returns. Ray must be initialised if anything is missing.
 
-    Raises: PreprocessFailed, StreamBroken, CacheError, IncompleteModel.
+    Also warns of instructions that the text encoder does not know well enough, by the largest share of unknown tokens in
+    anything that is encoded of them: families add words of their own. Raises: what `encode_missing` does, IncompleteModel.
     """
     cache, wanted = cache_place(model, folder), wanted_encodings(model, sampling, prompts)
-    manifest = read_manifest(folder)
-    if todo := missing(cache, wanted, manifest):
-        encode(model, table, folder, todo, log)
-        manifest = read_manifest(folder)
-    else:
-        log(f"preprocess: all {len(prompts)} prompts are in {folder}")
-    warning = unknown_report([prompt.instruction for prompt in prompts], _unknown(model, prompts, cache, manifest))
-    if warning:
-        log(warning)
+    manifest = encode_missing(model, table, cache, wanted, f"{len(prompts)} prompts", log)
+    family, shares = load_family(model), dict[str, float]()
+    for prompt in prompts:
+        found = (manifest.places[cache.key(encoding)].unknown or 0.0 for encoding in family.encodings(prompt))
+        shares[prompt.instruction] = max([shares.get(prompt.instruction, 0.0), *found])
+    bad = sorted(((share, text) for text, share in shares.items() if share >= UNKNOWN_SHARE), reverse=True)
+    if bad:
+        count = sum(shares[prompt.instruction] >= UNKNOWN_SHARE for prompt in prompts)
+        head = (
+            f"WARNING: the text encoder does not know {UNKNOWN_SHARE:.0%} or more of the tokens of {len(bad)} "
+            f"instructions ({count} of {len(prompts)} prompts) and edits will ignore them; T5 has no Chinese: translate "
+            "the instructions"
+        )
+        log("\n".join([head, *(f"  {share:4.0%} unknown: {text}" for share, text in bad)]))
     return cache
 
 
-def _unknown(model: ModelTable, prompts: Sequence[Prompt], cache: CachePlace, manifest: Manifest) -> dict[str, float]:
-    """Of every instruction, the largest share of unknown tokens in what is encoded of it: families add words of their own."""
-    family, opened, shares = load_family(model), cache.open(), dict[str, float]()
-    for prompt in prompts:
-        found = (manifest.places[opened.key(encoding)].unknown or 0.0 for encoding in family.encodings(prompt))
-        shares[prompt.instruction] = max([shares.get(prompt.instruction, 0.0), *found])
-    return shares
-
-
-def unknown_report(instructions: Sequence[str], shares: Mapping[str, float]) -> str:
-    """Share of unknown tokens per instruction, worst first; empty if the text encoder knows them all well enough."""
-    bad = sorted(((share, text) for text, share in shares.items() if share >= UNKNOWN_SHARE), reverse=True)
-    if not bad:
-        return ""
-    count = sum(shares[instruction] >= UNKNOWN_SHARE for instruction in instructions)
-    head = (
-        f"WARNING: the text encoder does not know {UNKNOWN_SHARE:.0%} or more of the tokens of {len(bad)} instructions "
-        f"({count} of {len(instructions)} prompts) and edits will ignore them; T5 has no Chinese: translate the instructions"
-    )
-    return "\n".join([head, *(f"  {share:4.0%} unknown: {text}" for share, text in bad)])
-
-
 def main() -> None:
-    """Check, then encode what is missing."""
-    arguments = parse(OnlineDPORecipe, description=__doc__ or "")
-    recipe = arguments.config
+    recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
     data = read_data(recipe.data, recipe.eval, recipe.model)
-    if data.left_out():
-        say(data.left_out())
-    cache = cache_place(recipe.model, recipe.data.cache)
+    if data.left_out:
+        say(data.left_out)
     wanted = wanted_encodings(recipe.model, recipe.sampling, data.all)
-    todo = missing(cache, wanted, read_manifest(recipe.data.cache))
-    if arguments.dry_run:
+    todo = missing(cache_place(recipe.model, recipe.data.cache), wanted, read_manifest(recipe.data.cache))
+    if is_dry:
         say(resolved_toml(recipe))
         texts = sum(not encoding.sources for encoding in todo.values())
         say(f"{len(data.all)} prompts; to encode: {texts} texts, {len(todo) - texts} pictures")
         return
-    tables = (recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache)
-    if todo:
-        with cluster(recipe.cluster, namespace="preprocess"):
-            preprocess(*tables, data.all, say)
-    else:
-        preprocess(*tables, data.all, say)
+    with cluster(recipe.cluster, namespace="preprocess") if todo else nullcontext():
+        preprocess(recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache, data.all, say)
 
 
 if __name__ == "__main__":

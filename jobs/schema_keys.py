@@ -5,123 +5,90 @@ table whose entries the user names (`dict[str, Section]`), NAME stands for any o
 Left out: sections inside lists, which no recipe has.
 """
 
-import os
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic_core import PydanticUndefined
+from pydantic.fields import FieldInfo
 
-from rlhf.section import Section, is_local_path
-
-C = TypeVar("C", bound=Section)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """One key: its type as written for people, and what texts mean for it."""
-
-    type_text: str
-    default: Any
-    description: str
-    is_bool: bool
-    is_text: bool
-    """Takes strings, so `5` means "5"."""
-    is_optional: bool
-    is_local_path: bool
-    section: type[Section] | None
-
+from rlhf.section import Section
 
 NAME = "NAME"
 """Part of a key that stands for a name the user gives."""
 
 
-def keys(schema: type[Section], prefix: str = "") -> dict[str, Key]:
+def keys(schema: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
     """Every key of `schema` by dotted name, sections before what is in them."""
-    found: dict[str, Key] = {}
-    for name, field in schema.model_fields.items():
-        options = _options(field.annotation)
-        section = next((option for option in options if _is_section(option)), None)
-        if (named := _named_section(options)) is not None:
-            found |= keys(named, f"{prefix}{name}.{NAME}.")
-            continue
-        found[prefix + name] = Key(
-            type_text=" | ".join(_type_text(option) for option in options),
-            default=field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined,
-            description=" ".join((field.description or "").split()),
-            is_bool=bool in options,
-            is_text=any(option is str or _all_text(option) for option in options),
-            is_optional=type(None) in options,
-            is_local_path=is_local_path(field),
-            section=section,
-        )
+    found: dict[str, FieldInfo] = {}
+    for name, key in schema.model_fields.items():
+        section, named = _section(key.annotation)
+        if not named:
+            found[prefix + name] = key
         if section is not None:
-            found |= keys(section, f"{prefix}{name}.")
+            found |= keys(section, f"{prefix}{name}.{NAME}." if named else f"{prefix}{name}.")
     return found
 
 
-def find(keys: dict[str, Key], name: str) -> Key | None:
+def find(keys: dict[str, FieldInfo], name: str) -> FieldInfo | None:
     """The key that a dotted name means, where NAME in a key matches any one part."""
-    parts = name.split(".")
-    for pattern, key in keys.items():
-        wanted = pattern.split(".")
-        if len(wanted) == len(parts) and all(want in (NAME, part) for want, part in zip(wanted, parts, strict=True)):
-            return key
-    return None
+    named = {
+        pattern.replace(".", r"\.").replace(NAME, "[^.]*"): key for pattern, key in keys.items() if NAME in pattern
+    }
+    return keys.get(name) or next((key for pattern, key in named.items() if re.fullmatch(pattern, name)), None)
+
+
+def leaves(keys: dict[str, FieldInfo]) -> list[str]:
+    """The keys that hold no tables."""
+    return [name for name, key in keys.items() if _section(key.annotation)[0] is None]
+
+
+def takes(key: FieldInfo, kind: type | None) -> bool:
+    """Whether values of a type, or None, are among a key's."""
+    return (type(None) if kind is None else kind) in _options(key.annotation)
 
 
 def describe(schema: type[Section]) -> str:
     """A line per key: name, type, default, what it is."""
     lines = []
     for name, key in keys(schema).items():
-        if key.section is not None and not key.is_optional:
-            continue
-        unset = {None: "none", PydanticUndefined: "required"}
-        default = next((text for value, text in unset.items() if key.default is value), repr(key.default))
-        lines.append(f"  --{name}  {key.type_text}  ({default})".replace("%", "%%"))
-        if key.description:
-            lines.append(f"      {key.description}".replace("%", "%%"))
-    return "\n".join(lines)
+        if _section(key.annotation)[0] is None or takes(key, None):
+            default = "required" if key.is_required() else repr(key.get_default(call_default_factory=True))
+            lines.append(f"  --{name}  {type_text(key.annotation)}  ({'none' if default == 'None' else default})")
+            if key.description:
+                lines.append(f"      {' '.join(key.description.split())}")
+    return "\n".join(lines).replace("%", "%%")
 
 
-def required(keys: dict[str, Key], name: str) -> list[str]:
-    """What must be given where `name` is missing: itself, or the keys without a default of that section."""
-    if name not in keys or keys[name].section is None:
-        return [name]
-    inside = [key for key in keys if key.startswith(f"{name}.") and keys[key].section is None]
-    return [key for key in inside if keys[key].default is PydanticUndefined] or [name]
-
-
-def value_of(text: str, key: Key) -> Any:
+def value_of(text: str, key: FieldInfo) -> Any:
     """The value that `text` of a command line stands for; a text that is no TOML stays text and pydantic judges it."""
-    if key.is_optional and text.lower() in ("none", "null"):
+    if takes(key, None) and text.lower() in ("none", "null"):
         return None
-    if key.is_bool and text.lower() in ("true", "false"):
+    if takes(key, bool) and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         return text
-    return text if key.is_text and not isinstance(value, str) else value
+    choices = [typing.get_args(option) for option in _options(key.annotation) if typing.get_origin(option) is Literal]
+    takes_text = takes(key, str) or any(all(isinstance(one, str) for one in several) for several in choices)
+    return text if takes_text and not isinstance(value, str) else value  # `5` means "5"
 
 
-def unknown(schema: type[Section], tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names in `tree` that `schema` does not have."""
-    for name, value in tree.items():
+def take_unknown(schema: type[Section], tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Take what `schema` does not have out of nested tables: (dotted name, value)."""
+    for name, value in list(tree.items()):
         if name not in schema.model_fields:
-            yield prefix + name
+            yield prefix + name, tree.pop(name)
             continue
-        options = _options(schema.model_fields[name].annotation)
-        section = next((o for o in options if _is_section(o)), None)
+        section, named = _section(schema.model_fields[name].annotation)
         if section is not None and isinstance(value, dict):
-            yield from unknown(section, value, f"{prefix}{name}.")
-        elif (named := _named_section(options)) is not None and isinstance(value, dict):
-            for own, table in value.items():
+            tables = {f"{name}.{own}": table for own, table in value.items()} if named else {name: value}
+            for place, table in tables.items():
                 if isinstance(table, dict):
-                    yield from unknown(named, table, f"{prefix}{name}.{own}.")
+                    yield from take_unknown(section, table, f"{prefix}{place}.")
 
 
 def assign(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -134,34 +101,31 @@ def assign(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[last] = value
 
 
-def remove(tree: dict[str, Any], name: str) -> Any:
-    """Take a dotted name out of nested tables and return its value."""
+def has(tree: dict[str, Any], name: str) -> bool:
+    """Whether a dotted name is set in nested tables."""
     *path, last = name.split(".")
     for part in path:
-        tree = tree[part]
-    return tree.pop(last)
+        tree = tree.get(part, {})
+    return last in tree
 
 
-def contains(tree: dict[str, Any], name: str) -> bool:
-    """Whether nested tables have a dotted name."""
-    value: Any = tree
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False
-        value = value[part]
-    return True
-
-
-def with_absolute_paths(config: C) -> C:
-    """The same configuration with every local path absolute: `~` expanded, the rest from the current directory."""
-    changes: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if isinstance(value, Section):
-            changes[name] = with_absolute_paths(value)
-        elif isinstance(value, str) and is_local_path(field):
-            changes[name] = os.path.abspath(os.path.expanduser(value))
-    return config.model_copy(update=changes)
+def type_text(annotation: Any) -> str:
+    """A type as written for people."""
+    option, *others = _options(annotation)
+    origin, arguments = typing.get_origin(option), typing.get_args(option)
+    if others:
+        return " | ".join(map(type_text, (option, *others)))
+    if option is type(None):
+        return "none"
+    if _section(option)[0] is not None:
+        return "table"
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (tuple, list):
+        return f"list of {type_text(arguments[0])}"
+    if origin is dict:
+        return f"table of {type_text(_options(arguments[1])[0])}"
+    return getattr(option, "__name__", str(option))
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -173,29 +137,11 @@ def _options(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _is_section(option: Any) -> bool:
-    return isinstance(option, type) and issubclass(option, Section)
-
-
-def _named_section(options: tuple[Any, ...]) -> type[Section] | None:
-    """The Section of a `dict[str, Section]`, or None."""
-    values = [typing.get_args(option)[1] for option in options if typing.get_origin(option) is dict]
-    return next((value for value in values if _is_section(value)), None)
-
-
-def _all_text(option: Any) -> bool:
-    return typing.get_origin(option) is Literal and all(isinstance(value, str) for value in typing.get_args(option))
-
-
-def _type_text(option: Any) -> str:
-    if option is type(None):
-        return "none"
-    if typing.get_origin(option) is Literal:
-        return " | ".join(repr(value) for value in typing.get_args(option))
-    if typing.get_origin(option) in (tuple, list):
-        return f"list of {_type_text(typing.get_args(option)[0])}"
-    if _is_section(option):
-        return "table"
-    if typing.get_origin(option) is dict:
-        return f"table of {_type_text(_options(typing.get_args(option)[1])[0])}"
-    return getattr(option, "__name__", str(option))
+def _section(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """The Section that a key holds, if it does, and whether in a table whose entries the user names."""
+    for option in _options(annotation):
+        named = typing.get_origin(option) is dict
+        table = typing.get_args(option)[1] if named else option
+        if isinstance(table, type) and issubclass(table, Section):
+            return table, named
+    return None, False

@@ -15,18 +15,20 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from actors import checks, placement
+from actors.feedback import write_record
 from actors.reporting import Reporter
 from actors.sources import Feed, OfflineSource
 from actors.trainer import RankSetup, TrainerGroup
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.example_sets import ExampleSets, encode_missing, read_example_sets, refuse_other_examples, refuse_too_few
-from jobs.feedback import relabel_by_judge
-from jobs.launch import Plan, Started, dry_run, guarded, launch, say, train_until_done
-from jobs.recipes.train import TrainRecipe
-from rlhf.data.stream import training_stream
+from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
+from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
+from jobs.feedback import Labelled, relabel_by_judge
+from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
+from jobs.preprocess import encode_missing
+from jobs.recipes import TrainRecipe
+from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples, OfflineWork
 from rlhf.diffusion.objectives import DPO, SFT, Objective
-from rlhf.loops.train import Duty, commit, export, train
+from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
 from rlhf.models.trainable import load_trainable
 from rlhf.tables import TrainerConfig
@@ -35,9 +37,8 @@ from serve_apps import deploy
 
 
 def main() -> None:
-    arguments = parse(TrainRecipe, description=__doc__ or "")
-    recipe = arguments.config
-    if arguments.dry_run:
+    recipe, is_dry = parse(TrainRecipe, description=__doc__ or "")
+    if is_dry:
         say(resolved_toml(recipe))
         say(batch_in_words(recipe.trainer))
         deploy.check_sources(recipe.judges, recipe.judge_names)
@@ -48,8 +49,7 @@ def main() -> None:
 
 
 def objective(recipe: TrainRecipe) -> Objective:
-    objectives: dict[str, Objective] = {"dpo": DPO(beta=recipe.dpo.beta), "sft": SFT()}
-    return objectives[recipe.objective]
+    return SFT() if recipe.objective == "sft" else DPO(beta=recipe.dpo.beta)
 
 
 def plan(recipe: TrainRecipe) -> Plan:
@@ -57,48 +57,40 @@ def plan(recipe: TrainRecipe) -> Plan:
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
     sizes, counts = placement.ModelSizes(family), trainable.counts(family, objective(recipe).sides)
-    return Plan(
-        roles=[
-            placement.trainer_role(sizes, recipe.trainer, counts),
-            placement.encoder_role(sizes, recipe.preprocess, before=recipe.data.latents == "cached"),
-            *placement.judge_roles(recipe.judges, recipe.judge_names, before=True),
-        ],
-        checkpoint_bytes=placement.checkpoint_bytes(recipe.trainer, counts),
-        export_bytes=placement.export_bytes(recipe.trainer, counts, recipe.run.export_dtype),
-        steps=recipe.trainer.max_train_steps,
-    )
+    roles = [
+        placement.trainer_role(sizes, recipe.trainer, counts),
+        placement.encoder_role(sizes, recipe.preprocess, before=recipe.data.latents == "cached"),
+        *placement.judge_roles(recipe.judges, recipe.judge_names, before=True),
+    ]
+    return Plan(roles=roles, trainer=recipe.trainer, counts=counts)
 
 
 def run(recipe: TrainRecipe) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
     deploy.check_sources(recipe.judges, recipe.judge_names)
     needed, roles = plan(recipe), objective(recipe).roles
-    found: list[ExampleSets] = []
-
-    def read() -> None:
-        found.append(read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say)))
-        say(found[0].report())
-
-    with launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe), before=read) as started:
+    with ExitStack() as stack:
+        stack.enter_context(cluster(recipe.cluster, namespace=recipe.run.name))  # the check needs it, and no folder yet
+        examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))
+        say(examples.report())
+        started = stack.enter_context(launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe)))
         say(batch_in_words(recipe.trainer))
-        examples, folder, labelled = found[0], started.folder, None
-        if recipe.data.choice_model:
-            labelled = relabel_by_judge(
-                recipe.judges, recipe.serve, recipe.data.choice_model, examples, started.name, say
-            )
+        folder, labelled = started.folder, Labelled(examples=examples)
+        if judge := recipe.data.choice_model:
+            labelled = relabel_by_judge(recipe.judges, recipe.serve, judge, examples, started.name, say)
             examples = labelled.examples
             if examples.evaluation:
                 refuse_too_few(recipe, examples.evaluation)
         refuse_other_examples(examples, folder)
         if examples.left_out():
             (folder.path / "left_out.txt").write_text(examples.left_out() + "\n", encoding="utf-8")
-        if labelled:
-            labelled.write_records(folder.path)
-        encode_missing(recipe, roles, examples, say)
+        for name, answer in labelled.records.items():
+            write_record(folder.path / name, *answer)
+        encodings = wanted(recipe, roles, examples)
+        encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, "captions and pictures", say)
         group = placement.reserve(needed.roles[:1])
         started.stack.callback(ray.util.remove_placement_group, group)
-        about_data = labelled.swapped if labelled else {}
-        train_until_done(folder, partial(train_once, recipe, started, examples, about_data, group))
+        train_until_done(folder, partial(train_once, recipe, started, examples, labelled.swapped, group))
         return folder.path
 
 
@@ -131,22 +123,20 @@ def train_once(
             roles=learns.roles,
             seed=run.seed,
         ),
+        run=run,
         fence=folder.fence,
-        seed=run.seed,
-        export_dtype=run.export_dtype,
     )
     trainer = TrainerGroup(setup, group)
     stack.callback(trainer.kill)
+
+    def evaluate(step: int) -> None:
+        tracker.log(step, trainer.evaluate())
+
     refresh_every = recipe.dpo.reference_refresh_every if REFERENCE in learns.sides else 0
     duties = [
         Duty(every=refresh_every, do=lambda step: trainer.refresh(REFERENCE)),
-        *(
-            [Duty(every=recipe.eval.every, do=lambda step: tracker.log(step, trainer.evaluate()), at_start=True)]
-            if examples.evaluation
-            else []
-        ),
-        Duty(every=run.export_every, do=export(folder, trainer)),
-        Duty(every=run.save_every, do=commit(folder, source, trainer, run.keep_checkpoints)),
+        *([Duty(every=recipe.eval.every, do=evaluate, at_start=True)] if examples.evaluation else []),
+        *saving(run, folder, source, trainer),
     ]
     train(recipe.trainer.max_train_steps, folder, source, trainer, tracker, duties)
     tracker.close()
@@ -158,7 +148,7 @@ def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, st
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
     indexed = IndexedExamples(load_family(recipe.model), training.index, training.place.geometry, learns.roles)
-    stream = training_stream(recipe.data, indexed.block_sizes, recipe.run.seed)
+    stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)
     return feed
@@ -174,4 +164,4 @@ def batch_in_words(trainer: TrainerConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_main(guarded(main))
+    run_main(main, GOES_ON)

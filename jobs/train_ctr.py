@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
 
 from actors.ctr_group import CTRGroup
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster, free_resources
+from actors.placement import Role, reserve
+from jobs.cli import parse, resolved_toml, run_main, say
+from jobs.launch import cluster, free_resources
 from rlhf.data.records import BadInput, Problem
 from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import Click, Rows, read_clicks, split
@@ -26,29 +26,24 @@ from rlhf.rewards.ctr.training import fit, uses_binomial
 from rlhf.types import seed_from
 
 
-class OutputExists(Refused):
-    """`output` already holds something; a checkpoint is never overwritten."""
-
-
-class NoRoom(Refused):
-    """The cluster cannot hold the ranks, or did not in time."""
-
-
 def train_ctr(config: TrainCTRConfig) -> Path:
     """Train and write `config.output`; returns it. Works inside a running Ray session or starts one of its own.
 
-    Raises: BadInput (all bad rows), OutputExists, Refused (keys that do not fit the rows), NoRoom, RankLost (a rank
-    died, or `train.timeout_s` passed).
+    Raises: BadInput (all bad rows), Refused (`output` exists, keys that do not fit the rows, a cluster without room),
+    RankLost (a rank died, or `train.timeout_s` passed).
     """
     rows = load_rows(config)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with cluster(config.cluster, "train_ctr"), ExitStack() as stack:
-        placement = reserve(config.train)
+        train = config.train
+        check_room(train, ray.cluster_resources())
+        role = Role(name="CTR rank", count=train.ranks, num_cpus=train.num_cpus, num_gpus=train.num_gpus, nbytes=0.0)
+        placement = reserve([role], train.timeout_s)
         stack.callback(ray.util.remove_placement_group, placement)
         group = CTRGroup(config, rows, placement)
         stack.callback(group.kill)
-        figures = fit(group, config.train, _say)
+        figures = fit(group.epoch, group.keep, train, say)
         temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".ctr-"))
         folder = Path(temporary) / "ctr"
         metrics = group.finish(folder) | figures
@@ -56,25 +51,27 @@ def train_ctr(config: TrainCTRConfig) -> Path:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
         (folder / "train_ctr.toml").write_text(resolved_toml(config))
         folder.rename(output)
-    _say(f"ctr {output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    say(f"ctr {output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return output
 
 
 def load_rows(config: TrainCTRConfig) -> Rows:
-    """Training, validation and held-out rows, after every check that needs no model."""
+    """Training, validation and held-out rows, after every check that needs no model.
+
+    An output that already holds something is refused: a checkpoint is never overwritten.
+    """
     if Path(config.output).exists():
-        raise OutputExists(f"output = {config.output} exists and is never overwritten; choose another or remove it")
+        raise Refused(f"output = {config.output} exists and is never overwritten; choose another or remove it")
     problems: list[Problem] = []
     groups: list[list[Click]] = []
     for path in filter(None, (config.data.path, config.data.eval_path)):
         try:
             clicks, left_out = read_clicks(Path(path), config.data.on_bad_row)
+            groups.append(clicks)
+            if left_out:
+                say("\n".join([f"left out {len(left_out)} problems of {path}:", *map(str, left_out)]))
         except BadInput as error:
             problems += error.problems
-            continue
-        groups.append(clicks)
-        if left_out:
-            _say("\n".join([f"left out {len(left_out)} problems of {path}:", *map(str, left_out)]))
     if problems:
         raise BadInput(problems)
     data, seed = config.data, config.seed
@@ -89,44 +86,27 @@ def load_rows(config: TrainCTRConfig) -> Rows:
 
 
 def check_room(train: CTRTrainConfig, have: dict[str, float]) -> None:
-    """Raise NoRoom where a cluster of these resources can never hold all ranks."""
+    """Raise Refused where a cluster of these resources can never hold all ranks."""
     for name, each in (("CPU", train.num_cpus), ("GPU", train.num_gpus)):
         if train.ranks * each > have.get(name, 0.0) + 1e-6:
-            raise NoRoom(
+            raise Refused(
                 f"train.ranks = {train.ranks} × train.num_{name.lower()}s = {each:g} is more than the cluster's "
                 f"{have.get(name, 0.0):g} {name}; lower them or add nodes"
             )
 
 
-def reserve(train: CTRTrainConfig) -> PlacementGroup:
-    """One bundle per rank. Raises NoRoom where the cluster is too small, or busy for `train.timeout_s`."""
-    check_room(train, ray.cluster_resources())
-    bundle = {name: amount for name, amount in (("CPU", train.num_cpus), ("GPU", train.num_gpus)) if amount}
-    placement = placement_group([bundle or {"CPU": 0.001}] * train.ranks, strategy="PACK")
-    if not placement.wait(train.timeout_s):
-        ray.util.remove_placement_group(placement)
-        raise NoRoom(f"no room for train.ranks = {train.ranks} × {bundle} in train.timeout_s = {train.timeout_s:g}")
-    return placement
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def main() -> None:
-    arguments = parse(TrainCTRConfig, description=__doc__ or "")
-    config = arguments.config
-    if not arguments.dry_run:
+    config, is_dry = parse(TrainCTRConfig, description=__doc__ or "")
+    if not is_dry:
         train_ctr(config)
         return
-    rows = load_rows(config)
+    rows, train = load_rows(config), config.train
     print(resolved_toml(config))
-    print(
-        f"{len(rows.train)} training rows, {len(rows.validation)} validation rows, {len(rows.held_out)} held-out rows"
-    )
-    print(f"loss: {'binomial' if uses_binomial(rows, config.train) else 'compound'}")
-    print(f"ranks: {config.train.ranks} × {config.train.num_cpus:g} CPU, {config.train.num_gpus:g} GPU")
-    check_room(config.train, free_resources(config.cluster))
+    validation, held_out = len(rows.validation), len(rows.held_out)
+    print(f"{len(rows.train)} training rows, {validation} validation rows, {held_out} held-out rows")
+    print(f"loss: {'binomial' if uses_binomial(rows, train) else 'compound'}")
+    print(f"ranks: {train.ranks} × {train.num_cpus:g} CPU, {train.num_gpus:g} GPU")
+    check_room(train, free_resources(config.cluster))
 
 
 if __name__ == "__main__":

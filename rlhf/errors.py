@@ -1,7 +1,6 @@
 """The one distinction between errors: what a person can mend from the message alone, and everything else.
 
-Jobs end with status 2 and the message for a `Refused`. Any other exception is a defect, or a fault of the machine: status 1
-with its traceback.
+Jobs end with status 2 and the message for a `Refused`, with 1 and a traceback for any other: a defect, or the machine's fault.
 """
 
 

@@ -2,11 +2,9 @@
 
 import difflib
 from collections.abc import Iterator
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
 
 LOCAL_PATH = "local path"
 LocalPath = Annotated[str, LOCAL_PATH]
@@ -28,11 +26,15 @@ class Section(BaseModel):
                 raise ValueError(f"unknown key {key!r} = {values[key]!r}; {hint}")
         return values
 
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong with keys that do not fit together, each said in a line."""
+        yield from ()
 
-def is_local_path(field: FieldInfo) -> bool:
-    """Whether a key holds a LocalPath (or none)."""
-    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
-    return LOCAL_PATH in field.metadata or any(LOCAL_PATH in get_args(member)[1:] for member in members)
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Self:
+        if found := [*self.conflicts()]:
+            raise ValueError("; ".join(found))
+        return self
 
 
 def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -41,8 +43,10 @@ def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
         value = getattr(config, name)
         if isinstance(value, Section):
             yield from local_paths(value, f"{prefix}{name}.")
-        elif isinstance(value, str) and is_local_path(field):
-            yield prefix + name, value
+        elif isinstance(value, str):
+            optional = (get_args(member)[1:] for member in get_args(field.annotation))
+            if any(LOCAL_PATH in marks for marks in (field.metadata, *optional)):
+                yield prefix + name, value
 
 
 class ClusterConfig(Section):

@@ -1,12 +1,12 @@
 """The tables of recipes: frozen, typed, and strict.
 
-A recipe (`jobs.recipes`) puts tables together; a constructor takes the tables that it reads. An unknown key is an error that
-names the nearest valid one, a rule between two keys names both values, and the defaults are those of FEAST's
-`train_dpo_flux_kontext.py` (H×W 1312×784, 16 steps, β 5000, …). The tables of judges are in `rlhf.rewards.config`.
+A recipe (`jobs.recipes`) puts tables together; a constructor takes the tables that it reads. The defaults are those of FEAST's
+`train_dpo_flux_kontext.py`. The tables of judges are in `rlhf.rewards.config`.
 """
 
 import math
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,17 +66,13 @@ class TrainedEditModelTable(EditModelTable):
 
 
 class EvaluatedModelTable(ModelTable):
-    """The base model."""
-
     height: int | None = Field(None, ge=16, multiple_of=16)
     """Pixels. Unset, with `width`: the family's own size, for edits the nearest to each source picture."""
     width: int | None = Field(None, ge=16, multiple_of=16)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if (self.height is None) != (self.width is None):
-            raise ValueError(f"height = {self.height} and width = {self.width}: give both or neither")
-        return self
+            yield f"height = {self.height} and width = {self.width}: give both or neither"
 
 
 class SolverTable(Section):
@@ -92,18 +88,14 @@ class SamplingTable(SolverTable):
 
 
 class WeightsTable(Section):
-    """Trained weights in place of the base model's own."""
-
     denoiser: LocalPath | None = None
     """A trained folder, e.g. RUN/final/transformer, RUN/final/ema_unet."""
     lora: LocalPath | None = None
     """A LoRA file or its folder, e.g. RUN/final/lora."""
 
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if self.denoiser is not None and self.lora is not None:
-            raise ValueError(f"denoiser = {self.denoiser!r} and lora = {self.lora!r}: give one of them")
-        return self
+            yield f"denoiser = {self.denoiser!r} and lora = {self.lora!r}: give one of them"
 
 
 class DataConfig(Section):
@@ -143,14 +135,12 @@ class PairDataConfig(Section):
     shuffle_blocks: int = Field(16, ge=1)
     """On the fly: Parquet row groups whose rows are mixed with each other; every encoder holds as many. Cached: all are."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if self.crop == "random" and self.latents == "cached":
-            raise ValueError(
+            yield (
                 'crop = "random" draws a crop for every visit, but latents = "cached" encodes a picture once; set '
                 'latents = "on_the_fly" or crop = "centre"'
             )
-        return self
 
 
 class RolloutConfig(Section):
@@ -168,19 +158,14 @@ class RolloutConfig(Section):
     def oldest(self) -> int:
         return self.lookahead + self.publish_every - 1 if self.max_age is None else self.max_age
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_sample_attempts < self.num_valid_samples:
-            raise ValueError(
-                f"max_sample_attempts = {self.max_sample_attempts} is below num_valid_samples = {self.num_valid_samples}"
-            )
-        need = self.lookahead + self.publish_every - 1
-        if self.max_age is not None and self.max_age < need:
-            raise ValueError(
-                f"max_age = {self.max_age} is below lookahead + publish_every - 1 = {self.lookahead} + {self.publish_every} - 1"
-                f" = {need}: every pair would be too old to train on"
-            )
-        return self
+    def conflicts(self) -> Iterator[str]:
+        attempts, valid = self.max_sample_attempts, self.num_valid_samples
+        if attempts < valid:
+            yield f"max_sample_attempts = {attempts} is below num_valid_samples = {valid}"
+        ahead, every, age = self.lookahead, self.publish_every, self.max_age
+        if age is not None and age < ahead + every - 1:
+            need = f"lookahead + publish_every - 1 = {ahead} + {every} - 1 = {ahead + every - 1}"
+            yield f"max_age = {age} is below {need}: every pair would be too old to train on"
 
 
 class DPOConfig(Section):
@@ -190,8 +175,6 @@ class DPOConfig(Section):
 
 
 class TrainableTable(Section):
-    """What of the denoiser is trained."""
-
     kind: Literal["full", "lora", "modules"] = "full"
     """`full`: every weight. `lora`: adapters, and the modules of `patterns` if there are any. `modules`: those alone."""
     rank: int | None = Field(None, ge=1)
@@ -210,25 +193,22 @@ class TrainableTable(Section):
             return {"rank": 16, "alpha": 16.0} | {key: value for key, value in values.items() if value is not None}
         return values
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        set_keys = {key: value for key in ("rank", "alpha", "targets") if (value := getattr(self, key)) is not None}
-        problems = []
-        if self.kind != "lora":
-            problems += [
-                f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
-                for key, value in set_keys.items()
-            ]
+    def conflicts(self) -> Iterator[str]:
+        for key in ("rank", "alpha", "targets"):
+            if self.kind != "lora" and (value := getattr(self, key)) is not None:
+                yield f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
         if self.kind == "modules" and not self.patterns:
-            problems.append('kind = "modules" needs patterns, e.g. ["transformer_blocks.*.attn"]')
+            yield 'kind = "modules" needs patterns, e.g. ["transformer_blocks.*.attn"]'
         if self.kind == "full" and self.patterns:
-            problems.append(
+            yield (
                 f'patterns = {list(self.patterns)!r} chooses modules, but kind = "full" trains every weight: set '
                 'kind = "modules", or "lora" to train both, or leave patterns out'
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+
+
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
+]
 
 
 class TrainerConfig(Section):
@@ -242,15 +222,7 @@ class TrainerConfig(Section):
     learning_rate: float = Field(1e-5, gt=0)
     scale_lr: bool = False
     """Multiply learning_rate by pairs_per_step (Diffusion-DPO's --scale_lr)."""
-    lr_scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "piecewise_constant",
-    ] = "constant_with_warmup"
+    lr_scheduler: Schedule = "constant_with_warmup"
     """diffusers.optimization.SchedulerType, over max_train_steps."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps of a linear rise from 0; "constant" and "piecewise_constant" know none."""
@@ -312,25 +284,19 @@ class TrainerConfig(Section):
         """What the schedule multiplies: learning_rate, by scale_lr times pairs_per_step."""
         return self.learning_rate * (self.pairs_per_step if self.scale_lr else 1)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.effective_batch_size not in (None, self.pairs_per_step):
-            raise ValueError(
-                f"effective_batch_size = {self.effective_batch_size}: write it as a whole number, like 2048"
-            )
-        if self.lr_scheduler == "piecewise_constant" and self.lr_step_rules is None:
-            raise ValueError('lr_scheduler = "piecewise_constant" needs lr_step_rules, e.g. "1:10,0.1:20,0.01"')
-        if self.lr_step_rules is not None and not _is_step_rules(self.lr_step_rules):
-            raise ValueError(
-                f"lr_step_rules = {self.lr_step_rules!r} is not factor:step,…,factor with rising steps, "
-                'e.g. "1:10,0.1:20,0.01"'
-            )
+    def conflicts(self) -> Iterator[str]:
+        whole, rules, example = self.effective_batch_size, self.lr_step_rules, 'e.g. "1:10,0.1:20,0.01"'
+        if whole not in (None, self.pairs_per_step):
+            yield f"effective_batch_size = {whole}: write it as a whole number, like 2048"
+        if self.lr_scheduler == "piecewise_constant" and rules is None:
+            yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'
+        if rules is not None and not _is_step_rules(rules):
+            yield f"lr_step_rules = {rules!r} is not factor:step,…,factor with rising steps, {example}"
         if self.lr_scheduler == "polynomial" and self.scaled_learning_rate <= 1e-7:
-            raise ValueError(
+            yield (
                 f'lr_scheduler = "polynomial" ends at a rate of 1e-7, but learning_rate = {self.scaled_learning_rate:g} '
                 "is not above it: raise it, set scale_lr, or take another schedule"
             )
-        return self
 
 
 def _is_step_rules(text: str) -> bool:
@@ -344,8 +310,6 @@ def _is_step_rules(text: str) -> bool:
 
 
 class SamplersConfig(Section):
-    """The processes that sample."""
-
     count: int = Field(1, ge=1)
     num_cpus: float = Field(0.2, ge=0)
     num_gpus: float = Field(1.0, ge=0)
@@ -390,8 +354,6 @@ class PreprocessConfig(Section):
 
 
 class PromptDataTable(Section):
-    """The prompts; the keys mean what they mean in a run's recipe."""
-
     path: LocalPath
     """JSONL with image_id, prompt and image; where the model sees no source: JSONL with prompt (and image_id), or a .txt
     file with one prompt a line."""
@@ -410,10 +372,7 @@ class EvaluateSamplingTable(SamplingTable):
 
 
 class TunedTable(WeightsTable):
-    """The weights that are compared with the base model's own."""
-
-    @model_validator(mode="after")
-    def _check_given(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if self.denoiser is None and self.lora is None:
-            raise ValueError("give denoiser (a trained folder) or lora (a LoRA)")
-        return self
+            yield "give denoiser (a trained folder) or lora (a LoRA)"

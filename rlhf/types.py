@@ -1,13 +1,13 @@
-"""The nouns of the system: what a prompt, an encoding, a candidate, a score and a pair are.
+"""The nouns of the system, all frozen values.
 
-Everything here is a frozen value. `media` and `latents` fields are opaque handles: inside one process they are arrays,
-between Ray actors they are object references, so that the driver passes pairs around without ever holding a pixel.
+`media` and `latents` are opaque handles: inside one process they are arrays, between Ray actors they are object references,
+so that the driver passes pairs around without ever holding a pixel.
 
 Shapes: B batch, C latent channels, F frames (1 of a picture), H W pixels, h w latents, L tokens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,11 @@ Condition = dict[str, Tensor]
 
 POLICY, REFERENCE = "policy", "reference"
 """The side that is trained, and the frozen one that preferences are measured against."""
-
-
 Item = Mapping[str, str]
 """What the input files say of the product on a photo: free columns, column → text. A judge's config names those it needs."""
+Fit = Literal["crop", "pad", "stretch"]
+"""How a medium is brought to another aspect: cut, shown whole on white, or stretched."""
+CENTRE = (0.5, 0.5)
 
 
 def seed_from(*parts: int | str) -> int:
@@ -31,40 +32,27 @@ def seed_from(*parts: int | str) -> int:
 
 
 def noise_from(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise of `shape` in fp32, drawn on the CPU so that every device and actor sees the same values.
-
-    CPUs with and without AVX2 differ in the last bits.
-    """
+    """Standard normal fp32 noise, drawn on the CPU so that every device sees the same; AVX2 may change its last bits."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-
-
-Fit = Literal["crop", "pad", "stretch"]
-"""How a medium is brought to another aspect: cut, shown whole on white, or stretched."""
-CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The size of a picture or video."""
+    """The size of a picture or video: H × W pixels, F frames."""
 
     height: int
-    """Pixels, H."""
     width: int
-    """Pixels, W."""
     frames: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Where a medium lies inside a table."""
+    """Where a medium lies in a table: row `row`, from 0, of a row group or record batch; `number`, from 1, of the whole."""
 
     part: int
-    """Row group or record batch."""
     row: int
-    """In the part, from 0."""
     column: str
     number: int
-    """Of the row in the table, from 1, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +74,9 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """Something that a frozen encoder computes once: a text, media, or both together. A family says what it needs."""
+    """What a frozen encoder computes once: a text, media, or both. `kind` is a key of the family's `kinds`."""
 
     kind: str
-    """A key of the family's `kinds`."""
     text: str | None = None
     sources: tuple[Source, ...] = ()
     geometries: tuple[Geometry, ...] = ()
@@ -98,10 +85,9 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The row of one encoding."""
+    """The row of one encoding: tensors by name, without a batch dimension."""
 
     tensors: Mapping[str, Tensor]
-    """By name, without a batch dimension."""
     unknown: float | None = None
     """Share of the text's tokens that the encoder does not know; None: there is no text."""
     cut: float | None = None
@@ -110,14 +96,12 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """An instruction and its sources: the unit that candidates are compared within."""
+    """An instruction and its sources: the unit that candidates are compared within. `key`: its name in the data set."""
 
     key: str
-    """Its name in the data set."""
     instruction: str
     sources: tuple[Source, ...] = ()
     item: Item = field(default_factory=dict)
-    """Empty where nothing is known."""
     geometry: Geometry
     """Of what is generated."""
 
@@ -139,7 +123,7 @@ class Candidate:
     attempt: int
     """0, 1, … within the prompt; (run seed, cursor, attempt) seeds the noise."""
     version: int
-    """Policy version that sampled it."""
+    """Of the policy that sampled it."""
     media: Any
     """uint8 (F, H, W, 3), or a reference to it."""
     latents: Any
@@ -182,18 +166,18 @@ class Pair:
         """The older of the two candidates' policy versions: what staleness is measured from."""
         return min(self.winner.version, self.loser.version)
 
+    def with_candidates(self, change: Callable[[Candidate], Candidate]) -> "Pair":
+        """The same pair with its winner and then its loser changed."""
+        return replace(self, winner=change(self.winner), loser=change(self.loser))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Tensors of B examples, ready for an objective. One (t, noise) per example, shared by its roles and by every model.
-
-    Latents are (B, C, …): … is h, w of a picture, or F, h, w of frames.
-    """
+    """B examples for an objective, (t, noise) shared by roles and models. Latents' … is h, w, of videos F, h, w."""
 
     x0: Mapping[str, Tensor]
     """(B, C, …) clean latents by role, fp32: the roles that the objective names, no others."""
     condition: Condition
-    """Encoded prompts, leading dimension B."""
     t: Tensor
     """(B,) process time, 1 noise, 0 data."""
     noise: Tensor
@@ -206,19 +190,9 @@ class Batch:
     def to(self, device: str) -> "Batch":
         """The same batch on another device."""
 
-        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            return {name: moved(inner) for name, inner in value.items()}
 
-        return Batch(
-            x0=moved(self.x0),
-            condition=moved(self.condition),
-            t=self.t.to(device),
-            noise=self.noise.to(device),
-            weight=moved(self.weight),
-            loss_mask=moved(self.loss_mask),
-        )
-
-
-def evenly_weighted(x0: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight 1 for every row of every role."""
-    return {role: torch.ones(len(latents)) for role, latents in x0.items()}
+        return Batch(**moved(vars(self)))

@@ -1,14 +1,14 @@
 """Single requests → full batches of a `Reward`, off the event loop; with the health probe and a deployment's options.
 
 One thread does all torch work of a replica and takes its next batch when it has finished the last, so that requests fill
-batches while the model is busy. `serve.batch` cuts them by the clock even then: 64 callers got half-full batches. A batch
-that contains one bad request fails for that request only.
+batches while the model is busy. `serve.batch` cuts them by the clock even then: 64 callers got half-full batches.
 """
 
 import asyncio
 import time
 from collections import defaultdict
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -25,20 +25,12 @@ from serve_apps.metrics import JudgeMetrics
 PROBE_AGE_S = 20.0
 """A forward that succeeded this recently proves health, unless one has failed since; otherwise the probe does its own."""
 
-_BACKOFF_S = 0.02
-"""How often a full replica is looked at again. Serve's own wait grows to half a second, in which a free replica idles while
-callers are turned away: at twice the capacity a judge then answered a quarter of what it could."""
-
 Request = tuple[np.ndarray, str, Sources, Item]
 """Medium (F, H, W, 3), prompt, sources, item."""
 
 _GREY = np.full((1, 32, 32, 3), 128, dtype=np.uint8)
-_PROBE: Request = (
-    _GREY,
-    "probe",
-    (_GREY,),
-    defaultdict(lambda: "probe", dict.fromkeys(CTRJudgeConfig.item_columns, "probe")),
-)
+_ITEM = defaultdict(lambda: "probe", dict.fromkeys(CTRJudgeConfig.item_columns, "probe"))
+_PROBE: Request = (_GREY, "probe", (_GREY,), _ITEM)
 """The request that warms a model up and checks its health; its item has every column that is read."""
 
 
@@ -47,8 +39,7 @@ class Batcher:
 
     def __init__(self, reward: Reward, *, max_batch_size: int, batch_wait_s: float) -> None:
         self.reward = reward
-        self._max_batch_size = max_batch_size
-        self._batch_wait_s = batch_wait_s
+        self._max_batch_size, self._batch_wait_s = max_batch_size, batch_wait_s
         self._queue: SimpleQueue[tuple[Request, Future[float]]] = SimpleQueue()
         self._worked_at = float("-inf")
         self._metrics = JudgeMetrics(reward.name)
@@ -78,11 +69,9 @@ class Batcher:
         while True:
             batch = [self._queue.get()]
             deadline = time.monotonic() + self._batch_wait_s
-            while len(batch) < self._max_batch_size:
-                try:
+            with suppress(Empty):
+                while len(batch) < self._max_batch_size:
                     batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
-                except Empty:
-                    break
             # Without those whose callers have gone away.
             if wanted := [one for one in batch if one[1].set_running_or_notify_cancel()]:
                 self._score(wanted)
@@ -90,19 +79,19 @@ class Batcher:
     def _score(self, batch: list[tuple[Request, Future[float]]]) -> None:
         """Answer every request of a batch, each with its score or with why it has none."""
         if rows := sum(request is not _PROBE for request, _ in batch):
-            self._metrics.batch(rows)
+            self._metrics.rows.observe(rows)
         try:
             media, prompts, sources, items = zip(*(request for request, _ in batch), strict=True)
             scores = self.reward.score(media, prompts, sources, items)
         except Exception as error:
             self._worked_at = float("-inf")
             unreachable = isinstance(error, JudgeUnreachable)
-            if len(batch) > 1 and isinstance(error, JudgeError | Refused) and not unreachable:
-                for alone in batch:
-                    self._score([alone])  # so that only the bad request fails
-            else:
-                for _, answer in batch:
-                    answer.set_exception(error)
+            apart = len(batch) > 1 and isinstance(error, JudgeError | Refused) and not unreachable
+            for one in batch:
+                if apart:
+                    self._score([one])  # so that only the bad request fails
+                else:
+                    one[1].set_exception(error)
         else:
             self._worked_at = time.monotonic()
             for (_, answer), score in zip(batch, scores, strict=True):
@@ -111,22 +100,21 @@ class Batcher:
 
 def options(name: str, judge: JudgeConfig) -> dict[str, Any]:
     """Keyword arguments of `serve.deployment` that every judge shares."""
-    if judge.max_replicas is None:
-        replicas: dict[str, Any] = {"num_replicas": judge.replicas}
-    else:
-        autoscaling = {
-            "min_replicas": judge.replicas,
-            "max_replicas": judge.max_replicas,
-            "target_ongoing_requests": judge.target_ongoing_requests or 2.0 * judge.max_batch_size,
-        }
-        replicas = {"autoscaling_config": autoscaling}
+    replicas: dict[str, Any] = {"num_replicas": judge.replicas}
+    if judge.max_replicas is not None:
+        target = judge.target_ongoing_requests or 2.0 * judge.max_batch_size
+        limits = {"min_replicas": judge.replicas, "max_replicas": judge.max_replicas}
+        replicas = {"autoscaling_config": limits | {"target_ongoing_requests": target}}
+    # A full replica is looked at again every 20 ms. Serve's own wait grows to half a second, in which a free replica idles
+    # while callers are turned away: at twice the capacity a judge then answered a quarter of what it could.
+    router = RequestRouterConfig(initial_backoff_s=0.02, max_backoff_s=0.02)
     return replicas | {
         "name": name,
         "ray_actor_options": {"num_cpus": judge.num_cpus, "num_gpus": judge.num_gpus},
         "max_ongoing_requests": judge.max_ongoing_requests,
         "max_queued_requests": judge.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1),
-        "request_router_config": RequestRouterConfig(initial_backoff_s=_BACKOFF_S, max_backoff_s=_BACKOFF_S),
+        "request_router_config": router,
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 10,

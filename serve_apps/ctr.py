@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import FastAPI, File, Form, UploadFile
 from pydantic import BaseModel, Field
 
-from serve_apps.http import MAX_TEXT, PICTURE_ERRORS, decode_upload
+from serve_apps.http import MAX_TEXT, PICTURE_ERRORS, decode_field
 from serve_apps.rewards import RewardApp
 
 
@@ -35,5 +35,5 @@ class CTRApp(RewardApp):
         ) -> PredictResponse:
             item = {"food_name": food_name, "food_type": food_type, "city_name": city_name, "shop_name": shop_name}
             async with self.room:
-                rate = await self.score(await decode_upload("image", await image.read()), "", item=item)
+                rate = await self.score(await decode_field("image", await image.read()), "", item=item)
             return PredictResponse(success=True, data=Prediction(ctr=round(rate, 6), ctr_percent=f"{rate:.2%}"))

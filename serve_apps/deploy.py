@@ -3,8 +3,6 @@
 Serve's controller and replicas outlive the job that deployed them, so apps are named after their run
 (`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …), a start adopts an app of the same name and settings and replaces one of
 other settings, and whoever deploys also undeploys. The filter is submitted first: its engine loads longest.
-
-`start` returns at once and `wait` does the waiting, so that other set-up goes on meanwhile; `deploy` is both.
 """
 
 import hashlib
@@ -22,7 +20,6 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from rlhf.errors import Refused
@@ -36,13 +33,9 @@ from serve_apps.http import Secrets
 from serve_apps.rewards import RewardApp
 from serve_apps.vlm_filter import FilterApp
 
-APPS: dict[str, type] = {"filter": FilterApp, "ctr": CTRApp}
-"""Judges with routes of their own; every other is a `RewardApp`."""
-
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _DELETE_S = 60.0
-_DESCRIBE_S = 20.0
 
 
 class DeployError(Refused):
@@ -51,16 +44,10 @@ class DeployError(Refused):
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """A run's judge apps."""
-
     url: str
     """http://host:port of the proxy and serve.route_prefix; the apps are at `url` + route(judge)."""
     apps: dict[str, str]
     """Judge → application name, for the judges that Serve runs (not those at a `url`)."""
-
-    def handle(self, judge: str) -> DeploymentHandle:
-        """A handle on a running judge; its methods are documented in the app's module."""
-        return serve.get_app_handle(self.apps[judge])
 
 
 def route(judge: str) -> str:
@@ -68,15 +55,35 @@ def route(judge: str) -> str:
     return "/hpsv2" if judge == "hps" else f"/{judge}"
 
 
-def start(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
-    """Submit the apps of those judges of `names` that are ours, and return; `wait` returns once they answer.
+def deploy(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
+    """Start those judges of `names` that are ours, and return once each replica of each has answered a real request.
 
-    Raises: what `check_sources` does; DeployError where Serve already listens elsewhere, another run holds a route, or
-    an orphan of this run cannot be removed.
+    On failure nothing of the run stays deployed. Raises: what `check_sources` does; DeployError where Serve already listens
+    elsewhere, another run holds a route, an orphan of this run cannot be removed, or, with Serve's own message, an app fails
+    or is not ready within `judges.deploy_timeout_s`.
     """
+    try:
+        deployed = _submit(judges, section, names, run_name)
+        deadline = time.monotonic() + judges.deploy_timeout_s
+        while pending := _pending(deployed):
+            if time.monotonic() > deadline:
+                free = ray.available_resources()
+                raise DeployError(
+                    f"judges not ready after {judges.deploy_timeout_s:g} s (judges.deploy_timeout_s): "
+                    f"{'; '.join(pending)}. Free resources: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}. Details "
+                    "are in `serve status` and the replica's log."
+                )
+            time.sleep(_POLL_S)
+    except BaseException:
+        undeploy(run_name, names)
+        raise
+    return deployed
+
+
+def _submit(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
     ours = judges.to_deploy(names)
     if not ours:
-        return Deployed(url="", apps={})  # every judge is elsewhere: no Serve is needed
+        return Deployed(url="", apps={})  # no Serve is needed
     check_sources(judges, names)
     secrets = Secrets(token=serve_token(section), api_key=os.environ.get("QWEN_API_KEY"))
     url = _start_serve(section, judges.timeout_s)
@@ -93,9 +100,27 @@ def start(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_
     return Deployed(url=url + section.route_prefix, apps=apps)
 
 
+def _pending(deployed: Deployed) -> list[str]:
+    """The apps that are not RUNNING yet, with what Serve says of them. Raises DeployError where one fails."""
+    applications = serve.status().applications
+    pending = []
+    for name in deployed.apps.values():
+        if name not in applications:
+            raise DeployError(f"the Serve app {name} is gone: was it deleted while it started?")
+        app = applications[name]
+        messages = [app.message, *(status.message for status in app.deployments.values())]
+        told = f"{app.status.value}: " + "\n".join(dict.fromkeys(message for message in messages if message))
+        if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise DeployError(f"the Serve app {name} is {told}")
+        if app.status != ApplicationStatus.RUNNING:
+            pending.append(f"{name} {told}")
+    return pending
+
+
 def build(name: str, judge: JudgeConfig, *, secrets: Secrets, settings: str = "") -> serve.Application:
     """The Serve application of one judge."""
-    deployment = serve.deployment(**options(name, judge))(serve.ingress()(APPS.get(name, RewardApp)))
+    app: type = {"filter": FilterApp, "ctr": CTRApp}.get(name, RewardApp)
+    deployment = serve.deployment(**options(name, judge))(serve.ingress()(app))
     return deployment.bind(name, judge, secrets=secrets, settings=settings)
 
 
@@ -119,62 +144,30 @@ def app(args: dict[str, Any]) -> serve.Application:
     return build(name, judge, secrets=secrets)
 
 
-def wait(deployed: Deployed, timeout_s: float) -> None:
-    """Return once every app is RUNNING (each replica has answered a real request).
-
-    Raises: DeployError with Serve's own message where one fails, or is not ready within `timeout_s`.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        applications = serve.status().applications
-        pending = {}
-        for name in deployed.apps.values():
-            if name not in applications:
-                raise DeployError(f"the Serve app {name} is gone: was it deleted while it started?")
-            overview = applications[name]
-            messages = [overview.message, *(status.message for status in overview.deployments.values())]
-            detail = "\n".join(dict.fromkeys(message for message in messages if message))
-            if overview.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                raise DeployError(f"the Serve app {name} is {overview.status.value}: {detail}")
-            if overview.status != ApplicationStatus.RUNNING:
-                pending[name] = f"{overview.status.value}: {detail}"
-        if not pending:
-            return
-        if time.monotonic() > deadline:
-            states = "; ".join(f"{name} {state}" for name, state in pending.items())
-            raise DeployError(
-                f"judges not ready after {timeout_s:g} s (judges.deploy_timeout_s): {states}. Free resources: "
-                f"{_free()}. Details are in `serve status` and the replica's log."
-            )
-        time.sleep(_POLL_S)
-
-
-def deploy(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], run_name: str) -> Deployed:
-    """`start`, then `wait` for `judges.deploy_timeout_s`; on failure nothing of the run stays deployed."""
-    try:
-        deployed = start(judges, section, names, run_name)
-        wait(deployed, judges.deploy_timeout_s)
-    except BaseException:
-        undeploy(run_name, names)
-        raise
-    return deployed
-
-
 def undeploy(run_name: str, names: Iterable[str]) -> None:
     """Delete the run's apps without waiting: Serve goes on deleting after the caller is gone. Absent apps are fine."""
-    if not ray.is_initialized():
-        return
+    for app in _up(run_name, names) if ray.is_initialized() else ():
+        serve.delete(app, _blocking=False)
+
+
+def check_free(names: Iterable[str], run_name: str) -> None:
+    """Raise DeployError where apps of this name are up: a service has no folder, and so no lock against a second one."""
+    if up := _up(run_name, names):
+        raise DeployError(
+            f"{', '.join(up)} already up on this cluster; give this service another name, or end the other one "
+            f"(after a crash: serve.delete({up[0]!r}))"
+        )
+
+
+def _up(run_name: str, names: Iterable[str]) -> list[str]:
     running = serve.status().applications
-    for name in names:
-        if app_name(run_name, name) in running:
-            serve.delete(app_name(run_name, name), _blocking=False)
+    return [app for name in names if (app := app_name(run_name, name)) in running]
 
 
 def addresses(judges: JudgesConfig, names: Iterable[str], deployed: Deployed) -> dict[str, str]:
     """Judge → the URL that clients use for it, of this cluster or external."""
-    return {
-        name: f"{deployed.url}{route(name)}" if name in deployed.apps else str(judges[name].external) for name in names
-    }
+    ours = {name: deployed.url + route(name) for name in deployed.apps}
+    return {name: ours.get(name) or str(judges[name].external) for name in names}
 
 
 def app_name(run_name: str, judge: str) -> str:
@@ -192,7 +185,6 @@ def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
     for name, judge in judges.to_deploy(names).items():
         if isinstance(judge, PythonJudgeConfig):
             python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))
-            continue
         for key, path in local_paths(judge):
             if not Path(path).exists():
                 raise Refused(f"{judges.key(name)}.{key} = {path!r} does not exist")
@@ -211,42 +203,25 @@ def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) 
 def _start_serve(section: ServeConfig, timeout_s: float) -> str:
     """Start Serve, or find it running, with the configured address; returns the proxy's URL."""
     host, port = section.host, section.port
-    _check_port(section)
-    options = HTTPOptions(host=host, port=port, request_timeout_s=timeout_s)
-    serve.start(proxy_location="HeadOnly", http_options=options)
+    local = "127.0.0.1" if host == "0.0.0.0" else host
+    # Two proxies can share a port, and requests then go to either: another cluster's Serve may listen. Only the head node,
+    # where the proxy runs, can be checked.
+    here = ray.get_runtime_context().get_node_id()
+    head = any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes())
+    if head and _get_global_client(raise_if_no_controller_running=False) is None:
+        with socket.socket() as probe:
+            probe.settimeout(2.0)
+            if probe.connect_ex((local, port)) == 0:
+                raise DeployError(f"something listens on {local}:{port} already; choose another serve.port")
+    http_options = HTTPOptions(host=host, port=port, request_timeout_s=timeout_s)
+    serve.start(proxy_location="HeadOnly", http_options=http_options)
     actual = _get_global_client().http_config
     if (actual.host, actual.port) != (host, port):
         raise DeployError(
             f"Serve already listens on {actual.host}:{actual.port} on this cluster, but serve.host = {host!r} and "
             f"serve.port = {port}; set these to the running ones, or end that Serve with `serve shutdown`"
         )
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-
-
-def _check_port(section: ServeConfig) -> None:
-    """Raise DeployError where another program listens already, a Serve of another cluster for one.
-
-    Two proxies can share a port, and requests then go to either. Only the head node, where the proxy runs, can be checked.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    head = any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes())
-    if not head or _get_global_client(raise_if_no_controller_running=False) is not None:
-        return
-    host = "127.0.0.1" if section.host == "0.0.0.0" else section.host
-    with socket.socket() as probe:
-        probe.settimeout(2.0)
-        if probe.connect_ex((host, section.port)) == 0:
-            raise DeployError(f"something listens on {host}:{section.port} already; choose another serve.port")
-
-
-def check_free(names: Iterable[str], run_name: str) -> None:
-    """Raise DeployError where apps of this name are up: a service has no folder, and so no lock against a second one."""
-    up = [app_name(run_name, name) for name in names if app_name(run_name, name) in serve.status().applications]
-    if up:
-        raise DeployError(
-            f"{', '.join(up)} already up on this cluster; give this service another name, or end the other one "
-            f"(after a crash: serve.delete({up[0]!r}))"
-        )
+    return f"http://{local}:{port}"
 
 
 def _check_routes(ours: dict[str, str]) -> None:
@@ -262,12 +237,12 @@ def _check_routes(ours: dict[str, str]) -> None:
 
 def _adopt(name: str, settings: str) -> bool:
     """True if an app of this name already runs with these settings; an app with others is deleted first."""
-    overview = serve.status().applications.get(name)
-    if overview is None:
+    app = serve.status().applications.get(name)
+    if app is None:
         return False
-    if overview.status == ApplicationStatus.RUNNING:
+    if app.status == ApplicationStatus.RUNNING:
         try:
-            if serve.get_app_handle(name).settings.remote().result(timeout_s=_DESCRIBE_S) == settings:
+            if serve.get_app_handle(name).settings.remote().result(timeout_s=20) == settings:
                 return True
         except Exception as error:  # a foreign, dead or hung app is replaced whatever its fault is
             _log.warning("the settings of the Serve app %s cannot be read (%s); it is replaced", name, error)
@@ -278,8 +253,3 @@ def _adopt(name: str, settings: str) -> bool:
             raise DeployError(f"the old Serve app {name} is not gone {_DELETE_S:g} s after its deletion")
         time.sleep(_POLL_S)
     return False
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return ", ".join(f"{name} {free.get(name, 0):g}" for name in ("CPU", "GPU"))

@@ -1,17 +1,14 @@
 """What the HTTP apps share: one FastAPI with error mapping, bearer token, body limit and health.
 
-Errors become statuses in one place: bad pictures 400/413/415, missing or wrong fields 422, a judge that gave no usable
-answer 502, a defect 500, never a 200 with a made-up value. Overload is Serve's own backpressure: 503 with Retry-After.
-
-Left out: what a route does (each app's file) and decoding itself (`rlhf.data.media`).
+Errors become statuses in one place, never a 200 with a made-up value. Overload is Serve's own backpressure: 503 with
+Retry-After. Left out: what a route does (each app's file) and decoding itself (`rlhf.data.media`).
 """
 
 import asyncio
 import hmac
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -68,7 +65,7 @@ PICTURE_ERRORS = _documented(
 
 @dataclass(frozen=True, kw_only=True)
 class Secrets:
-    """What an app is given beside its config. It is never written anywhere."""
+    """What an app is given beside its config and is never written anywhere."""
 
     token: str | None = None
     """Bearer token that every route asks for."""
@@ -84,41 +81,35 @@ class Health(BaseModel):
     device: str
 
 
-class Judge(Protocol):
-    """What an app must offer for `create_api`."""
-
-    async def check_health(self) -> None: ...
-
-    def describe(self) -> Health: ...
-
-
-def create_api(title: str, judge: Judge, *, token: str | None, max_body: int) -> FastAPI:
+def create_api(
+    title: str, healthy: Health, check_health: Callable[[], Awaitable[None]], *, token: str | None, max_body: int
+) -> FastAPI:
     """A FastAPI with /health, /docs and /openapi.json; `max_body` bytes and (if set) the token guard every route."""
-    # The dependency only puts the token into the documentation; `BearerToken` guards that too.
+    # The dependency only puts the token into the documentation, which `Guard` guards too.
     security = [Depends(HTTPBearer(auto_error=False))] if token else []
     api = FastAPI(title=title, version="1", responses=COMMON_ERRORS, dependencies=security)
-    api.add_exception_handler(RequestValidationError, _fields_missing)
-    api.add_exception_handler(JudgeError, _answered(502))
-    api.add_exception_handler(Refused, _answered(422))
-    api.add_exception_handler(Exception, _defect)
-    api.add_middleware(BodyLimit, limit=max_body)
-    if token:
-        api.add_middleware(BearerToken, token=token)  # added last, so it runs first
+    for kind in (RequestValidationError, JudgeError, Refused, Exception):
+        api.add_exception_handler(kind, _answer)
+    api.add_middleware(Guard, token=token, limit=max_body)
 
     @api.get("/health")
     async def health() -> Health:
         try:
-            await judge.check_health()
+            await check_health()
         except Exception as error:
             raise HTTPException(503, f"{type(error).__name__}: {error}") from error
-        return judge.describe()
+        return healthy
 
     return api
 
 
-async def decode_field(field: str, text: str) -> np.ndarray:
-    """The picture in a base64 field, decoded off the event loop; HTTPException names the field."""
-    return await _decode(field, decode_base64_image, text)
+async def decode_field(field: str, data: str | bytes) -> np.ndarray:
+    """The picture in a base64 field (str) or an upload (bytes), decoded off the event loop; HTTPException names the field."""
+    decode: Callable[[Any], np.ndarray] = decode_base64_image if isinstance(data, str) else decode_image
+    try:
+        return await asyncio.to_thread(decode, data)
+    except ImageError as error:
+        raise HTTPException(error.status, f"{field}: {error}") from error
 
 
 async def decode_sources(
@@ -131,69 +122,43 @@ async def decode_sources(
     return tuple([await decode(name, text) for name, text in texts.items()])
 
 
-async def decode_upload(field: str, data: bytes) -> np.ndarray:
-    """The picture in an uploaded file, decoded off the event loop; HTTPException names the field."""
-    return await _decode(field, decode_image, data)
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    detail: Any = str(error)
+    match error:
+        case RequestValidationError():
+            status, detail = 422, []
+            for problem in error.errors():
+                where = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query"))
+                detail.append({"field": where or "body", "message": problem["msg"]})
+        case JudgeError():
+            status = 502
+        case Refused():
+            status = 422
+        case _:  # an exception's text may hold anything, so it goes to the log only
+            status, detail = 500, f"{type(error).__name__}; details are in the replica's log"
+    return JSONResponse({"detail": detail}, status)
 
 
-async def _decode(field: str, decode: Callable[[Any], np.ndarray], data: str | bytes) -> np.ndarray:
-    try:
-        return await asyncio.to_thread(decode, data)
-    except ImageError as error:
-        raise HTTPException(error.status, f"{field}: {error}") from error
+class Guard:
+    """401 without `Authorization: Bearer <token>`, compared in constant time, where a token is set; 413 for bodies over
+    `limit` bytes, by their declared length or while they stream in."""
 
-
-async def _fields_missing(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    problems = []
-    for problem in error.errors():
-        where = [str(part) for part in problem["loc"] if part not in ("body", "query")]
-        problems.append({"field": ".".join(where) or "body", "message": problem["msg"]})
-    return JSONResponse({"detail": problems}, status_code=422)
-
-
-def _answered(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=status)
-
-    return answer
-
-
-async def _defect(request: Request, error: Exception) -> JSONResponse:
-    # An exception's text may hold anything, so it goes to the log only.
-    return JSONResponse({"detail": f"{type(error).__name__}; details are in the replica's log"}, status_code=500)
-
-
-class BearerToken:
-    """401 unless the request carries `Authorization: Bearer <token>`; compared in constant time."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app = app
-        self.expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
-                challenge = [(b"www-authenticate", b"Bearer")]
-                return await _refuse(send, 401, "a valid bearer token is required", challenge)
-        await self.app(scope, receive, send)
-
-
-class BodyLimit:
-    """413 for bodies over `limit` bytes, by their declared length or while they stream in."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
+    def __init__(self, app: ASGIApp, token: str | None, limit: int) -> None:
+        self.app, self.limit = app, limit
+        self.expected = f"Bearer {token}".encode() if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if self.expected and not hmac.compare_digest(headers.get(b"authorization", b""), self.expected):
+            challenge = {"www-authenticate": "Bearer"}
+            refusal = JSONResponse({"detail": "a valid bearer token is required"}, 401, challenge)
+            return await refusal(scope, receive, send)
         message = f"the request body is over {self.limit} bytes"
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.limit:
-            return await _refuse(send, 413, message)
+            return await JSONResponse({"detail": message}, 413)(scope, receive, send)
         seen = 0
 
         async def counted() -> Message:
@@ -205,10 +170,3 @@ class BodyLimit:
             return part
 
         await self.app(scope, counted, send)
-
-
-async def _refuse(send: Send, status: int, detail: str, headers: list[Any] | None = None) -> None:
-    body = json.dumps({"detail": detail}).encode()
-    start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
-    await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})

@@ -14,12 +14,12 @@ class JudgeMetrics:
     """One replica's figures; Serve adds its own (queue length, requests by route and status) beside them."""
 
     def __init__(self, judge: str) -> None:
-        keys, self._tags = ("judge",), {"judge": judge}
-        self._latency = Histogram(
-            "rlhf_judge_latency_seconds", "one request inside the replica, its wait for a batch included", SECONDS, keys
-        )
-        self._rows = Histogram("rlhf_judge_batch_size", "requests in one forward", ROWS, keys)
-        self._failures = Counter("rlhf_judge_failures", "requests without a usable answer", keys)
+        seconds, waited = "rlhf_judge_latency_seconds", "one request inside the replica, its wait for a batch included"
+        self._latency = Histogram(seconds, waited, SECONDS, ("judge",))
+        self.rows = Histogram("rlhf_judge_batch_size", "requests in one forward", ROWS, ("judge",))
+        self._failures = Counter("rlhf_judge_failures", "requests without a usable answer", ("judge",))
+        for metric in (self._latency, self.rows, self._failures):
+            metric.set_default_tags({"judge": judge})
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -28,10 +28,6 @@ class JudgeMetrics:
         try:
             yield
         except Exception:
-            self._failures.inc(tags=self._tags)
+            self._failures.inc()
             raise
-        self._latency.observe(time.monotonic() - started, tags=self._tags)
-
-    def batch(self, rows: int) -> None:
-        """One forward of `rows` requests."""
-        self._rows.observe(rows, tags=self._tags)
+        self._latency.observe(time.monotonic() - started)

@@ -1,31 +1,21 @@
 """The `Filter` on vLLM: one asynchronous engine, verdicts constrained to two words, a reason only after FAIL.
 
 vLLM batches concurrent calls itself. The first call holds the engine's grammar, not the text, to PASS or FAIL, so the
-log-probabilities of its first token are those of the two words; the reason continues the same conversation, whose
-pictures and prefix the engine has cached.
+log-probabilities of its first token are those of the two words; the reason continues the same conversation, whose pictures
+and prefix the engine has cached.
 """
 
 import itertools
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
+from rlhf.rewards import filters
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.filters import (
-    MAX_SOURCES,
-    VERDICTS,
-    build_messages,
-    decide,
-    pass_probability,
-    reason_messages,
-    shrink,
-)
 from rlhf.rewards.protocols import JudgeError, Sources, fingerprint
 from rlhf.types import Verdict
 
@@ -34,22 +24,14 @@ TOP_LOGPROBS = 20
 
 
 class VLLMFilter:
-    """A `Filter` that owns a vLLM engine. Make one with `await VLLMFilter.start(judge)`, end it with `close`."""
+    """A `Filter` that owns a vLLM engine until `close`."""
 
-    name = "filter"
-
-    def __init__(self, judge: FilterJudgeConfig, engine: Any, tokenizer: Any) -> None:
-        self.judge_config = judge
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.device = "cuda" if judge.num_gpus else "cpu"
+    def __init__(self, judge: FilterJudgeConfig):
+        """Load the folder `judge.path` into a new engine, in a running event loop: about a minute for a tiny model on a CPU."""
         path = Path(str(judge.path))
+        self.judge_config, self.device = judge, "cuda" if judge.num_gpus else "cpu"
         self.version = f"{path.name}@{fingerprint(path)}"
         self._ids = itertools.count()
-
-    @classmethod
-    async def start(cls, judge: FilterJudgeConfig) -> Self:
-        """Load the folder `judge.path` into a new engine: about a minute for a tiny model on a CPU."""
         if not judge.num_gpus:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -65,38 +47,37 @@ class VLLMFilter:
             tensor_parallel_size=judge.tensor_parallel_size,
             gpu_memory_utilization=judge.gpu_memory_utilization,
             max_num_seqs=judge.max_batch_size,
-            limit_mm_per_prompt={"image": MAX_SOURCES + 1, "video": 0},
+            limit_mm_per_prompt={"image": filters.MAX_SOURCES + 1, "video": 0},
             enforce_eager=not judge.num_gpus,
             enable_prefix_caching=True,
             disable_log_stats=True,
             seed=0,
         )
-        engine = AsyncLLM.from_engine_args(arguments)
-        return cls(judge, engine, engine.get_tokenizer())
+        self.engine = AsyncLLM.from_engine_args(arguments)
+        self.tokenizer = self.engine.get_tokenizer()
 
     async def judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
         """See `Filter.judge`."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        pictures = [_to_pil(picture) for picture in (*sources, image)]
-        messages = build_messages(self.judge_config.system_prompt, sources=len(sources), prompt=prompt)
-        choice = SamplingParams(
-            temperature=0.0,
-            max_tokens=8,
-            logprobs=TOP_LOGPROBS,
-            structured_outputs=StructuredOutputsParams(choice=list(VERDICTS)),
-        )
-        answer = await self._generate(messages, pictures, choice)
-        if not answer.logprobs:
-            raise JudgeError("the filter's engine gave no log-probabilities")
-        first = [(token.decoded_token or "", token.logprob) for token in answer.logprobs[0].values()]
-        verdict = decide(answer.text, pass_probability(first), self.judge_config.min_pass_probability)
-        if verdict.valid or not self.judge_config.max_reason_tokens:
-            return verdict
-        free = SamplingParams(temperature=0.0, max_tokens=self.judge_config.max_reason_tokens)
-        reason = await self._generate(reason_messages(messages, self.judge_config.reason_prompt), pictures, free)
-        return replace(verdict, reason=reason.text.strip())
+        pictures = [Image.fromarray(filters.shrink(picture)) for picture in (*sources, image)]
+        words = StructuredOutputsParams(choice=list(filters.VERDICTS))
+        constrained = {"logprobs": TOP_LOGPROBS, "structured_outputs": words}
+
+        async def answer(
+            messages: filters.Messages, max_tokens: int, is_verdict: bool
+        ) -> tuple[str, list[tuple[str, float]]]:
+            extras = constrained if is_verdict else {}
+            found = await self._generate(
+                messages, pictures, SamplingParams(temperature=0.0, max_tokens=max_tokens, **extras)
+            )
+            if is_verdict and not found.logprobs:
+                raise JudgeError("the filter's engine gave no log-probabilities")
+            tokens = found.logprobs[0].values() if is_verdict else ()
+            return found.text, [(token.decoded_token or "", token.logprob) for token in tokens]
+
+        return await filters.converse(self.judge_config, answer, sources=len(sources), prompt=prompt)
 
     async def close(self) -> None:
         """End the engine's processes."""
@@ -119,8 +100,3 @@ class VLLMFilter:
         if final is None or not final.finished:
             raise JudgeError("the filter's engine ended a request without an answer")
         return final.outputs[0]
-
-
-def _to_pil(picture: np.ndarray) -> Image.Image:
-    check_array(picture)
-    return Image.fromarray(shrink(picture))

@@ -2,13 +2,12 @@
 
 Handle: `await handle.judge.remote(media, sources, prompt)` → `Verdict`; `sources` may be empty. Of media of several frames
 the filter sees the one in the middle. How object references arrive: see `serve_apps.rewards`. The verdict comes from a
-vLLM engine in the replica (`judges.filter.path`) or from an OpenAI-compatible server (`judges.filter.api_base`); either way
-a judge that fails raises: nothing passes by default.
+vLLM engine in the replica (`judges.filter.path`) or from an OpenAI-compatible server (`judges.filter.api_base`).
 """
 
 import asyncio
 import time
-from typing import Annotated
+from dataclasses import asdict
 
 import numpy as np
 from fastapi import FastAPI
@@ -20,18 +19,8 @@ from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.filters import MAX_SOURCES, APIFilter, shrink
 from rlhf.rewards.protocols import Filter, Sources, as_media, frames_of, picture_of
 from rlhf.types import Verdict
+from serve_apps import http
 from serve_apps.batcher import PROBE_AGE_S
-from serve_apps.http import (
-    EXAMPLE_IMAGE,
-    MAX_TEXT,
-    PICTURE_ERRORS,
-    Health,
-    Secrets,
-    SourceField,
-    create_api,
-    decode_field,
-    decode_sources,
-)
 from serve_apps.metrics import JudgeMetrics
 from serve_apps.vllm_engine import VLLMFilter
 
@@ -40,20 +29,20 @@ _PROBE_IMAGE = np.full((64, 64, 3), 128, dtype=np.uint8)
 
 
 class ValidateRequest(BaseModel):
-    image_base64: Annotated[
-        str, Field(description="the edited picture: PNG, JPEG or WEBP file, base64", examples=[EXAMPLE_IMAGE])
-    ]
-    source_base64: SourceField = None
-    prompt: Annotated[
-        str, Field(max_length=MAX_TEXT, description="the edit instruction", examples=["Make the light warm."])
-    ] = ""
+    image_base64: str = Field(
+        description="the edited picture: PNG, JPEG or WEBP file, base64", examples=[http.EXAMPLE_IMAGE]
+    )
+    source_base64: http.SourceField = None
+    prompt: str = Field(
+        "", max_length=http.MAX_TEXT, description="the edit instruction", examples=["Make the light warm."]
+    )
 
 
 class ValidateResponse(BaseModel):
     valid: bool
-    reason: Annotated[str, Field(description="asked for only where the picture fails")]
-    raw_response: Annotated[str, Field(description="the model's word: PASS or FAIL")]
-    pass_probability: Annotated[float | None, Field(description="null where the server gives no log-probabilities")]
+    reason: str = Field(description="asked for only where the picture fails")
+    raw_response: str = Field(description="the model's word: PASS or FAIL")
+    pass_probability: float | None = Field(description="null where the server gives no log-probabilities")
 
 
 class FilterApp:
@@ -61,13 +50,11 @@ class FilterApp:
 
     # Serve awaits an asynchronous __init__; the engine ties itself to the event loop it starts in, the replica's.
     async def __init__(  # type: ignore[misc]
-        self, name: str, judge: FilterJudgeConfig, *, secrets: Secrets, settings: str
+        self, name: str, judge: FilterJudgeConfig, *, secrets: http.Secrets, settings: str
     ) -> None:
-        api_mode = judge.api_base is not None
-        self.filter: Filter = APIFilter(judge, api_key=secrets.api_key) if api_mode else await VLLMFilter.start(judge)
-        self.secrets = secrets
-        self._frames = judge.frames
-        self._settings = settings
+        by_api = judge.api_base is not None
+        self.filter: Filter = APIFilter(judge, api_key=secrets.api_key) if by_api else VLLMFilter(judge)
+        self._token, self._settings, self._frames = secrets.token, settings, judge.frames
         self._worked_at = float("-inf")
         self._metrics = JudgeMetrics(name)
 
@@ -97,33 +84,24 @@ class FilterApp:
         self._worked_at = time.monotonic()
         return verdict
 
-    def describe(self) -> Health:
-        return Health(model="filter", version=self.filter.version, device=self.filter.device)
-
     async def __del__(self) -> None:
         if "filter" in self.__dict__:
             await self.filter.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        api = create_api(
-            "Filter: does an edit pass the quality checks", self, token=self.secrets.token, max_body=MAX_BODY
-        )
+        title = "Filter: does an edit pass the quality checks"
+        health = http.Health(model="filter", version=self.filter.version, device=self.filter.device)
+        api = http.create_api(title, health, self.check_health, token=self._token, max_body=MAX_BODY)
 
-        @api.post("/validate", responses=PICTURE_ERRORS)
+        @api.post("/validate", responses=http.PICTURE_ERRORS)
         async def validate(request: ValidateRequest) -> ValidateResponse:
             image = await _decode_small("image_base64", request.image_base64)
-            sources = await decode_sources("source_base64", request.source_base64, _decode_small)
-            verdict = await self.judge(image, sources, request.prompt)
-            return ValidateResponse(
-                valid=verdict.valid,
-                reason=verdict.reason,
-                raw_response=verdict.raw_response,
-                pass_probability=verdict.pass_probability,
-            )
+            sources = await http.decode_sources("source_base64", request.source_base64, _decode_small)
+            return ValidateResponse(**asdict(await self.judge(image, sources, request.prompt)))
 
         return api
 
 
 async def _decode_small(field: str, text: str) -> np.ndarray:
     """What the filter will see of the picture: waiting requests hold a megapixel each and not forty."""
-    return await asyncio.to_thread(shrink, await decode_field(field, text))
+    return await asyncio.to_thread(shrink, await http.decode_field(field, text))

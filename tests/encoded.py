@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.batches import HandedEncodings
+from rlhf.data.batches import ReadRow
 from rlhf.data.batches import condition_of as condition_of_prompts
 from rlhf.data.encoding import encode_group, grouped
 from rlhf.data.media import fit_image
@@ -63,6 +63,11 @@ def latents_of(family, codec, pictures: Tensor) -> Tensor:
     return torch.stack([row.tensors["latents"] for row in rows])
 
 
+def tensors_of(rows: Mapping[Encoding, Encoded]) -> ReadRow:
+    """Rows that were encoded, for whoever makes conditions of them."""
+    return {encoding: row.tensors for encoding, row in rows.items()}.__getitem__
+
+
 def through_the_vae(vae, pictures: Tensor) -> Tensor:
     """What a VAE of diffusers makes of uint8 pictures (B, H, W, 3), 0 … 255."""
     with torch.no_grad():
@@ -78,5 +83,4 @@ def condition_of(family, codec, texts: Sequence[str], pictures: Tensor | None = 
         prompts = prompts_of(texts, Geometry(height=pictures.shape[1], width=pictures.shape[2]), sources=1)
         media = {f"{i}.0": picture[None] for i, picture in enumerate(pictures)}
     rows = encode_all(codec, (e for prompt in prompts for e in family.encodings(prompt)), media, len(texts))
-    encodings = HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
-    return condition_of_prompts(family, encodings, prompts)
+    return condition_of_prompts(family, tensors_of(rows), prompts)

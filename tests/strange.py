@@ -160,7 +160,6 @@ class Strange:
 
     blocks: ClassVar[tuple[type[nn.Module], ...]] = (StrangeBlock,)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out", "up", "down")
-    lora_prefix: ClassVar[str] = "net"
     denoiser_folder: ClassVar[str] = "net"
     sees_source: ClassVar[bool] = True
 
@@ -201,7 +200,7 @@ class Strange:
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> StrangeTransformer:
         self.check()
         found = load_trained(
-            StrangeTransformer, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
+            StrangeTransformer, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
         self.finish(found, device)
         return found

@@ -11,8 +11,9 @@ the product's own: index, loop, trainer, objectives, family, sampling; without R
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,43 +21,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch.distributed.device_mesh import DeviceMesh
 
 from actors.checks import check_pairs, in_threads
 from actors.sources import OfflineSource
-from jobs.benchmarks.curves import Curve, plot
-from jobs.benchmarks.one_process import OneRank, train_in
+from jobs.benchmarks.one_process import Curve, OneRank, one_rank, plot, train_in, trainer_table
 from jobs.cli import resolved_toml
-from jobs.demo.photos import photo, relight
-from jobs.recipes.evaluate import EvaluateRecipe
-from rlhf.data.batches import EncodedExample, HandedEncodings, batch_of
+from jobs.demo.photos import SCENES, photo, relight
+from jobs.recipes import EvaluateRecipe
+from rlhf.data.batches import EncodedExample, batch_of
 from rlhf.data.encoding import encode_all
 from rlhf.data.examples import PairIndex
 from rlhf.data.media import encode_png
 from rlhf.data.sources import open_source
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
-from rlhf.diffusion.objectives import DPO, SFT, Objective
-from rlhf.loops.train import Duty
+from rlhf.diffusion.objectives import DPO, SFT
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.models.trainable import Full, Trainable
 from rlhf.runs.folder import RunFolder
-from rlhf.shards import distributed
-from rlhf.tables import SizedModelTable, TrainerConfig
-from rlhf.training.trainer import Trainer
-from rlhf.types import CENTRE, Batch, Geometry
+from rlhf.tables import SizedModelTable
+from rlhf.types import Batch, Geometry
 
 Labels = Literal["true", "shuffled"]
 SIDE, BATCH, HELD_OUT, DRAWS = 32, 16, 64, 4
 BETA, LEARNING_RATE = 1000.0, 1e-3
 GEOMETRY = Geometry(height=SIDE, width=SIDE)
 
-SCENES = ("fruit", "soup", "boxes")
 COLOURS = {
     "red": (0.8, 0.2, 0.2),
     "green": (0.3, 0.7, 0.3),
@@ -69,18 +63,12 @@ COLOURS = {
 }
 
 
-def warmth(images: Sequence[np.ndarray], prompts: object = None, items: object = None) -> list[float]:
-    """Mean red − mean blue of uint8 (H, W, 3) pictures, −1 … 1: what the better light has more of. Also a judge."""
-    means = [image.reshape(-1, 3).mean(axis=0) / 255 for image in images]
-    return [float(mean[0] - mean[2]) for mean in means]
-
-
 def generated_pairs(folder: Path, count: int, seed: int = 0) -> PairIndex:
     """Photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
     random = np.random.default_rng(seed)
-    rows = []
+    kinds, rows = list(product(SCENES, COLOURS)), []
     for index in range(count):
-        colour, scene = list(COLOURS)[index % len(COLOURS)], SCENES[index // len(COLOURS) % len(SCENES)]
+        scene, colour = kinds[index % len(kinds)]
         picture = photo(scene, COLOURS[colour], SIDE, SIDE, random) / 255
         warm, cold = (
             (relight(picture, light * random.uniform(0.3, 0.6), 1.0 + random.uniform(-0.1, 0.1)) * 255).astype(np.uint8)
@@ -108,20 +96,13 @@ def read_pairs(path: Path, folder: Path, split: str = "train") -> PairIndex:
     ).index
 
 
-def pictures_of(pairs: PairIndex) -> np.ndarray:
-    """uint8 (2 · pairs, H, W, 3): all winners, then all losers."""
-    shown = [pair.pictures(pairs.blocks[pair.block]) for pair in pairs.preferences(len(pairs))]
-    return np.concatenate([open_source(of[role], GEOMETRY) for role in ("winner", "loser") for of in shown])
-
-
 def encode(family: Family, pairs: PairIndex) -> list[EncodedExample]:
     """Every pair with its winner and loser."""
     indexed = IndexedExamples(family, pairs, GEOMETRY, ("winner", "loser"))
-    visits = [Visit(row=row, mirrored=False, blank=False, crop=CENTRE) for row in range(len(pairs))]
+    visits = [Visit(row=row) for row in range(len(pairs))]
     wanted = [encoding for visit in visits for encoding in indexed.encodings(visit)]
     rows = encode_all(family.load_codec("cpu"), wanted, BATCH)
-    encodings = HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
-    return [indexed.encoded(visit, encodings) for visit in visits]
+    return [indexed.encoded(visit, rows.__getitem__) for visit in visits]
 
 
 def shuffled(pairs: Sequence[EncodedExample], seed: int) -> list[EncodedExample]:
@@ -137,24 +118,23 @@ def model_of(folder: Path) -> SizedModelTable:
     return SizedModelTable(family="stable_diffusion", path=str(folder), height=SIDE, width=SIDE)
 
 
-def make_base(keep: Path, pairs: PairIndex, mesh: DeviceMesh, *, vae_steps: int, sft_steps: int) -> Path:
+def make_base(keep: Path, pairs: PairIndex, mesh: DeviceMesh, steps: int) -> Path:
     """`keep`/base: a Stable Diffusion whose VAE reconstructs the pictures and whose UNet has learnt to draw them."""
     folder = write_stable_diffusion(keep / "base")
-    fit_vae(folder / "vae", pictures_of(pairs), vae_steps)
+    fit_vae(folder / "vae", pairs, 3 * steps)  # fitted for `steps` alone it decodes both lights alike
     encoded = encode(load_family(model_of(folder)), pairs)
     alike = [replace(pair, x0={"target": pair.x0[role]}) for role in ("winner", "loser") for pair in encoded]
     run = RunFolder.claim(keep / "runs", "base", "", resume="never")
-    work = InMemory(alike, (), seed=0, steps=sft_steps)
-    final = train_in(
-        run, sft_steps, OfflineSource(), new_trainer(folder, SFT(), work, mesh, seed=0, steps=sft_steps), []
-    )
+    config = trainer_table(batch=BATCH, learning_rate=LEARNING_RATE, steps=steps)
+    work = InMemory(alike, (), seed=0, steps=steps)
+    train_in(run, OfflineSource(), OneRank(model_of(folder), config, SFT(), work, mesh, seed=0))
     shutil.rmtree(folder / "unet")
-    shutil.copytree(final / "unet", folder / "unet")
+    shutil.copytree(run.path / "final" / "unet", folder / "unet")
     return folder
 
 
-def fit_vae(folder: Path, pictures: np.ndarray, steps: int) -> None:
-    """Fit the VAE in `folder` to uint8 (n, H, W, 3): a random decoder does not undo a random encoder.
+def fit_vae(folder: Path, pairs: PairIndex, steps: int) -> None:
+    """Fit the VAE in `folder` to the pictures: a random decoder does not undo a random encoder.
 
     Its scaling_factor becomes 1 / the latents' deviation, as in real checkpoints (Rombach et al., arXiv 2112.10752, G.1).
     """
@@ -168,6 +148,8 @@ def fit_vae(folder: Path, pictures: np.ndarray, steps: int) -> None:
         norm_num_groups=4,
         sample_size=SIDE,
     )
+    shown = [pair.pictures(pairs.blocks[pair.block]) for pair in pairs.preferences(len(pairs))]
+    pictures = np.concatenate([open_source(of[role], GEOMETRY) for role in ("winner", "loser") for of in shown])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
     random = torch.Generator().manual_seed(0)
@@ -206,92 +188,40 @@ class InMemory:
         return [batch_of(self._family, self._held_out, seed=0, step=-draw, first_index=0) for draw in draws]
 
 
-def new_trainer(
-    folder: Path, objective: Objective, work: InMemory, mesh: DeviceMesh, *, seed: int, steps: int
-) -> OneRank:
-    config = TrainerConfig(
-        train_batch_size=BATCH,
-        gradient_accumulation_steps=1,
-        learning_rate=LEARNING_RATE,
-        max_train_steps=steps,
-        gradient_checkpointing=False,
-        weight_decay=0.0,
-    )
-    trainable, family = Trainable(parts=(Full(),)), load_family(model_of(folder))
-    return OneRank(
-        Trainer(family=family, config=config, trainable=trainable, objective=objective, mesh=mesh, seed=seed), work
-    )
+def all_curves(
+    pairs: PairIndex, keep: Path, *, base_steps: int = 300, dpo_steps: int = 120, every: int = 20, seeds: int = 3
+) -> dict[Labels, list[Curve]]:
+    """Of runs with true and with shuffled labels from one base, (step, implicit accuracy on held-out pairs).
 
-
-def learning_curve(
-    keep: Path,
-    train_on: Sequence[EncodedExample],
-    held_out: Sequence[EncodedExample],
-    mesh: DeviceMesh,
-    seed: int,
-    labels: Labels,
-    steps: int,
-    every: int,
-) -> tuple[Curve, Path]:
-    """(step, implicit accuracy on held-out pairs) of one run from `keep`/base, and the folder of its weights."""
-    run = RunFolder.claim(keep / "runs", f"{labels}_{seed}", "", resume="never")
-    pairs = shuffled(train_on, seed) if labels == "shuffled" else train_on
-    work = InMemory(pairs, held_out, seed=seed, steps=steps)
-    trainer = new_trainer(keep / "base", DPO(beta=BETA), work, mesh, seed=seed, steps=steps)
-    curve: Curve = []
-
-    def measure(step: int) -> None:
-        curve.append((step, trainer.evaluate()["implicit_acc"]))
-
-    return curve, train_in(run, steps, OfflineSource(), trainer, [Duty(every=every, do=measure, at_start=True)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How long everything takes."""
-
-    vae_steps: int = 300
-    sft_steps: int = 300
-    dpo_steps: int = 120
-    every: int = 20
-    seeds: int = 3
-
-
-def all_curves(size: Size, pairs: PairIndex, keep: Path) -> dict[Labels, list[Curve]]:
-    """Curves of runs with true and with shuffled labels from one base. `keep`/base and `keep`/tuned hold weights."""
-    torch.set_num_threads(1)  # these matrices are too small to share
-    mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
-    try:
-        folder = make_base(keep, pairs, mesh, vae_steps=size.vae_steps, sft_steps=size.sft_steps)
+    `keep`/base and `keep`/tuned hold weights.
+    """
+    with one_rank() as mesh:
+        folder = make_base(keep, pairs, mesh, base_steps)
         encoded = encode(load_family(model_of(folder)), pairs)
         train_on, held_out = encoded[:-HELD_OUT], encoded[-HELD_OUT:]
+        config = trainer_table(batch=BATCH, learning_rate=LEARNING_RATE, steps=dpo_steps)
         curves: dict[Labels, list[Curve]] = {"true": [], "shuffled": []}
-        for labels, runs in curves.items():
-            for seed in range(size.seeds):
-                curve, final = learning_curve(keep, train_on, held_out, mesh, seed, labels, size.dpo_steps, size.every)
-                runs.append(curve)
-                if labels == "true" and seed == 0:
-                    shutil.copytree(final / "unet", keep / "tuned", dirs_exist_ok=True)
+        for labels, seed in product(curves, range(seeds)):
+            learn_from = shuffled(train_on, seed) if labels == "shuffled" else train_on
+            work = InMemory(learn_from, held_out, seed=seed, steps=dpo_steps)
+            trainer = OneRank(model_of(folder), config, DPO(beta=BETA), work, mesh, seed)
+            run = RunFolder.claim(keep / "runs", f"{labels}_{seed}", "", resume="never")
+            measure = partial(trainer.held_out, "implicit_acc")
+            curves[labels].append(train_in(run, OfflineSource(), trainer, measure=measure, every=every))
+            if (labels, seed) == ("true", 0):
+                shutil.copytree(run.path / "final" / "unet", keep / "tuned", dirs_exist_ok=True)
         return curves
-    finally:
-        distributed.stop()
 
 
 def evaluation(keep: Path, pairs: PairIndex, seeds: int = 2) -> EvaluateRecipe:
     """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of their samples."""
     captions = sorted(set(pairs.table["caption"].to_pylist()))
     (keep / "prompts.txt").write_text("\n".join(captions) + "\n")
-    judge = {"function": "jobs.benchmarks.offline_learning:warmth", "num_cpus": 0.1}
+    judge = {"function": "jobs.benchmarks.one_process:warmth", "num_cpus": 0.1}
     return EvaluateRecipe.model_validate(
         {
             "out": str(keep / "evaluation"),
-            "model": {
-                "family": "stable_diffusion",
-                "path": str(keep / "base"),
-                "height": SIDE,
-                "width": SIDE,
-                "guidance_scale": 1.0,
-            },
+            "model": model_of(keep / "base").model_dump(exclude_unset=True) | {"guidance_scale": 1.0},
             "tuned": {"denoiser": str(keep / "tuned")},
             "data": {"path": str(keep / "prompts.txt")},
             "sampling": {"steps": 20, "seeds": seeds, "batch_size": 8},
@@ -303,25 +233,20 @@ def evaluation(keep: Path, pairs: PairIndex, seeds: int = 2) -> EvaluateRecipe:
     )
 
 
-def last(curves: dict[Labels, list[Curve]]) -> dict[Labels, list[float]]:
-    """Held-out implicit accuracy at the end of every run."""
-    return {labels: [curve[-1][1] for curve in runs] for labels, runs in curves.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=Size.dpo_steps)
-    parser.add_argument("--seeds", type=int, default=Size.seeds)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pairs", type=Path, help="Parquet in Pick-a-Pic's columns; default: 264 generated pairs")
     parser.add_argument("--out", type=Path, default=Path("offline_learning"), help="folder for models, plot and pages")
     arguments = parser.parse_args()
     keep = arguments.out.resolve()
     pairs = read_pairs(arguments.pairs, keep) if arguments.pairs else generated_pairs(keep / "data", 264)
-    curves = all_curves(Size(dpo_steps=arguments.steps, seeds=arguments.seeds), pairs, keep)
+    curves = all_curves(pairs, keep, dpo_steps=arguments.steps, seeds=arguments.seeds)
     measure = "implicit accuracy on held-out pairs (0.5: none)"
     plot(curves, keep / "curves.png", legend="labels", measure=measure, title="Offline DPO, small Stable Diffusion")
-    for labels, values in last(curves).items():
-        print(f"{labels:>9}: " + "  ".join(f"{value:.3f}" for value in values))
+    for labels, runs in curves.items():
+        print(f"{labels:>9}: " + "  ".join(f"{curve[-1][1]:.3f}" for curve in runs))
     (keep / "evaluate.toml").write_text(resolved_toml(evaluation(keep, pairs)))
     print(
         f"curves: {keep / 'curves.png'}; base against tuned: python -m jobs.evaluate --config {keep / 'evaluate.toml'}"

@@ -1,57 +1,120 @@
-"""What the training loop is given by the benchmarks of learning: a trainer of one rank in this process, without Ray."""
+"""What the benchmarks of learning share: a trainer of one rank in this process, without Ray, and curves of what it learnt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch.distributed.device_mesh import DeviceMesh
+
 from rlhf.data.work import Work
+from rlhf.diffusion.objectives import Objective
 from rlhf.loops.train import Duty, Source, train
+from rlhf.models import load_family
+from rlhf.models.trainable import Full, Trainable
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.tracking import FileTracker
+from rlhf.shards import distributed
+from rlhf.tables import ModelTable, TrainerConfig
 from rlhf.training.trainer import Trainer
 
+Curve = list[tuple[int, float]]
+"""(step, what was measured)."""
+COLORS = ("tab:green", "tab:gray", "tab:red")
+FULL = Trainable(parts=(Full(),))
+Handed = tuple[Any, Sequence[Any]]
+"""What a source hands the rank for a step: the `handed` and `values` of `Work.batches`."""
 
-@dataclass(frozen=True, kw_only=True)
-class Handed:
-    """What a source hands the rank for a step."""
 
-    work: Any = None
-    values: Sequence[Any] = ()
+@contextmanager
+def one_rank() -> Iterator[DeviceMesh]:
+    """The mesh of this process alone."""
+    torch.set_num_threads(1)  # these matrices are too small to share
+    mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
+    try:
+        yield mesh
+    finally:
+        distributed.stop()
+
+
+def trainer_table(*, batch: int, learning_rate: float, steps: int) -> TrainerConfig:
+    return TrainerConfig(
+        train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        learning_rate=learning_rate,
+        max_train_steps=steps,
+        gradient_checkpointing=False,
+        weight_decay=0.0,
+    )
 
 
 class OneRank:
-    """`rlhf.loops.train.Trainer`, and the evaluation of what the work holds out."""
+    """`rlhf.loops.train.Trainer` of all parameters, and the evaluation of what the work holds out."""
 
-    def __init__(self, trainer: Trainer, work: Work):
-        self.trainer, self._work = trainer, work
-        work.open(trainer.family)
+    def __init__(
+        self, model: ModelTable, config: TrainerConfig, objective: Objective, work: Work, mesh: DeviceMesh, seed: int
+    ):
+        family = load_family(model)
+        self.trainer = Trainer(family=family, config=config, trainable=FULL, objective=objective, mesh=mesh, seed=seed)
+        self._work = work
+        work.open(family)
 
     def step(self, step: int, handed: Sequence[Handed] | None) -> dict[str, float]:
-        given = handed[0] if handed else Handed()
-        scalars = self.trainer.step(self._work.batches(step, 0, given.work, given.values))
+        work, values = handed[0] if handed else (None, ())
+        scalars = self.trainer.step(self._work.batches(step, 0, work, values))
         return {f"train/{name}": value for name, value in scalars.items()}
 
-    def evaluate(self) -> dict[str, float]:
-        return self.trainer.evaluate(self._work.held_out(0))
+    def held_out(self, name: str) -> float:
+        return self.trainer.evaluate(self._work.held_out(0))[name]
 
     def save(self, folder: Path) -> None:
         self.trainer.save(folder)
 
-    def restore(self, folder: Path) -> int:
+    def restore(self, folder: Path) -> None:
         self.trainer.restore(folder)
-        return self.trainer.steps
 
     def export(self, folder: Path) -> None:
         self.trainer.export(folder / self.trainer.trainable.folder(self.trainer.family))
 
 
-def train_in(run: RunFolder, steps: int, source: Source, trainer: OneRank, duties: Sequence[Duty]) -> Path:
-    """The loop in a claimed folder, which it releases; returns the folder of the final weights."""
+def train_in(
+    run: RunFolder,
+    source: Source,
+    trainer: OneRank,
+    duties: Sequence[Duty] = (),
+    *,
+    measure: Callable[[], float] = lambda: 0.0,
+    every: int = 0,
+) -> Curve:
+    """The loop in a claimed folder, which it releases. Returns what was measured every so many steps, from the start."""
+    curve: Curve = []
+    measuring = Duty(every=every, do=lambda step: curve.append((step, measure())), at_start=every > 0)
     tracker = FileTracker(run.path)
     try:
-        train(steps, run, source, trainer, tracker, duties)
+        train(trainer.trainer.config.max_train_steps, run, source, trainer, tracker, [*duties, measuring])
     finally:
         tracker.close()
         run.release()
-    return run.path / "final"
+    return curve
+
+
+def warmth(images: Iterable[np.ndarray], prompts: object = None, items: object = None) -> list[float]:
+    """Mean red − mean blue of uint8 (…, 3) pictures, −1 … 1. Also a judge."""
+    means = [image.reshape(-1, 3).mean(axis=0) / 255 for image in images]
+    return [float(mean[0] - mean[2]) for mean in means]
+
+
+def plot(curves: Mapping[Any, Sequence[Curve]], out: Path, *, legend: str, measure: str, title: str) -> None:
+    """A PNG. `legend` says what tells the runs apart, `measure` what the curves show."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for color, (way, runs) in zip(COLORS, curves.items(), strict=False):
+        for number, run in enumerate(runs):
+            axes.plot(*zip(*run, strict=True), color=color, label=None if number else way)
+    axes.set(xlabel="step", ylabel=measure, title=title)
+    axes.legend(title=legend)
+    figure.savefig(out, dpi=120, bbox_inches="tight")

@@ -17,13 +17,13 @@ Left out: GPUs, several replicas, and requests that come at their own pace (test
 import argparse
 import asyncio
 import json
-import math
 import os
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ import numpy as np
 import open_clip
 import ray
 import torch
+from ray import serve
 from ray.serve.context import _get_global_client
 
-from jobs.cluster import cluster
+from jobs.launch import cluster
 from rlhf.data.media import encode_base64
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, ServeConfig
@@ -84,18 +85,13 @@ class Clock:
 
     def read(self) -> tuple[float, float]:
         seconds = time.monotonic() - self._started
-        worked = [
-            (ran - self._threads[thread][0], queued - self._threads[thread][1])
-            for thread, (ran, queued) in self._read().items()
-            if thread in self._threads
-        ]
-        return seconds, seconds - max(worked, default=(0.0, 0.0))[1]
+        worked = [tuple(now - self._threads[name]) for name, now in self._read().items() if name in self._threads]
+        return seconds, seconds - float(max(worked, default=(0.0, 0.0))[1])
 
-    def _read(self) -> dict[str, tuple[float, float]]:
-        """Thread → seconds on a core, seconds in the queue for one; empty where the system does not tell."""
+    def _read(self) -> dict[str, np.ndarray]:
+        """Thread → (seconds on a core, seconds in the queue for one); empty where the system does not tell."""
         files = Path(f"/proc/{self._pid}/task").glob("*/schedstat")
-        times = {file.parent.name: file.read_text().split() for file in files}
-        return {thread: (int(ran) / 1e9, int(queued) / 1e9) for thread, (ran, queued, _) in times.items()}
+        return {file.parent.name: np.array(file.read_text().split()[:2], float) / 1e9 for file in files}
 
 
 async def load(ask: Callable[[int], Awaitable[object]], callers: int, seconds: float) -> list[float]:
@@ -116,16 +112,8 @@ async def load(ask: Callable[[int], Awaitable[object]], callers: int, seconds: f
 
 def percentiles(latencies: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds, by nearest rank."""
-    ordered = sorted(latencies)
-    return {f"p{p}": 1000 * ordered[math.ceil(len(ordered) * p / 100) - 1] for p in (50, 95, 99)}
-
-
-def write_checkpoint(file: Path) -> Path:
-    """A random HPSv2-format checkpoint of `CLIP_CONFIG`."""
-    torch.manual_seed(0)
-    torch.save({"state_dict": open_clip.CLIP(**CLIP_CONFIG).state_dict()}, file)
-    file.with_suffix(".json").write_text(json.dumps(CLIP_CONFIG))
-    return file
+    found = 1000 * np.percentile(latencies, (50, 95, 99), method="inverted_cdf")
+    return dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True))
 
 
 def measure(
@@ -135,53 +123,46 @@ def measure(
 
     seconds: of each measurement; callers: how many at once, one of them `FULL`.
     """
-    generator = np.random.default_rng(0)
-    small = generator.integers(0, 256, (PICTURES, SIDE // 8, SIDE // 8, 3), dtype=np.uint8)
-    pictures = list(small.repeat(8, axis=1).repeat(8, axis=2))
-    prompts = [f"a picture of dish number {index}" for index in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
-        path = write_checkpoint(Path(folder) / "hps.pt")
-        judges = JudgesConfig.model_validate(
-            {"hps": {"path": str(path), "num_cpus": num_cpus, "max_ongoing_requests": 2 * FULL}}
-        )
+        path = Path(folder) / "hps.pt"
+        torch.manual_seed(0)
+        torch.save({"state_dict": open_clip.CLIP(**CLIP_CONFIG).state_dict()}, path)
+        path.with_suffix(".json").write_text(json.dumps(CLIP_CONFIG))
+        table = {"path": str(path), "num_cpus": num_cpus, "max_ongoing_requests": 2 * FULL}
+        judges = JudgesConfig.model_validate({"hps": table})
         direct = ray.remote(Direct).options(num_cpus=num_cpus).remote(judges.hps)
         try:
             deployed = deploy.deploy(judges, section, ["hps"], "benchmark")
-            return asyncio.run(_turns(direct, deployed, section, pictures, prompts, seconds, repeats, callers))
+            return asyncio.run(_turns(direct, deployed, deploy.serve_token(section), seconds, repeats, callers))
         finally:
             deploy.undeploy("benchmark", ["hps"])
             ray.kill(direct)
 
 
 async def _turns(
-    direct: Any,
-    deployed: deploy.Deployed,
-    section: ServeConfig,
-    pictures: list[np.ndarray],
-    prompts: list[str],
-    seconds: float,
-    repeats: int,
-    callers: Sequence[int],
+    direct: Any, deployed: deploy.Deployed, token: str | None, seconds: float, repeats: int, callers: Sequence[int]
 ) -> dict[str, Any]:
+    small = np.random.default_rng(0).integers(0, 256, (PICTURES, SIDE // 8, SIDE // 8, 3), dtype=np.uint8)
+    pictures = list(small.repeat(8, axis=1).repeat(8, axis=2))
+    prompts = [f"a picture of dish number {index}" for index in range(PROMPTS)]
     references = [ray.put(picture) for picture in pictures]
     bodies = [
         json.dumps({"image_base64": encode_base64(picture), "prompt": prompts[index % PROMPTS]}).encode()
         for index, picture in enumerate(pictures)
     ]
-    handle = deployed.handle("hps")
-    token = deploy.serve_token(section)
+    handle = serve.get_app_handle(deployed.apps["hps"])
+    app = _get_global_client().get_serve_details()["applications"][deployed.apps["hps"]]
+    (deployment,) = app["deployments"].values()
+    (replica,) = deployment["replicas"]
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     limits = httpx.Limits(max_connections=max(callers), max_keepalive_connections=max(callers))
     url = f"{deployed.url}{deploy.route('hps')}/score"
-
-    replica = _replica(deployed.apps["hps"])
     direct_pid, threads = await direct.about.remote()
 
-    async def alone() -> list[float]:
+    async def alone() -> np.ndarray:
         """Pictures a second: as the clock says, and without the seconds in the queue for a core."""
         clock = Clock(direct_pid)
-        scored = await direct.batches.remote(references, prompts, seconds)
-        return [scored / passed for passed in clock.read()]
+        return await direct.batches.remote(references, prompts, seconds) / np.array(clock.read())
 
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=300) as client:
 
@@ -194,53 +175,37 @@ async def _turns(
         ways = {"handle": by_handle, "http": by_http}
         for ask in ways.values():
             await load(ask, FULL, min(1.0, seconds))  # connections, the object store's pages, prompts encoded
-        runs: list[dict[str, Any]] = []
-        for _ in range(repeats):
-            run: dict[str, Any] = {}
-            for way, ask in ways.items():
-                before = await alone()
-                measured = run[way] = {}
-                for count in callers:
-                    clock = Clock(replica)
-                    latencies = await load(ask, count, seconds)
-                    rates = [len(latencies) / passed for passed in clock.read()]
-                    measured[f"{count} callers"] = {"rate": rates[0]} | percentiles(latencies)
-                    if count == FULL:
-                        after = await alone()
-                        near = [(first + second) / 2 for first, second in zip(before, after, strict=True)]
-                        measured["direct"] = near[0]
-                        measured["ratio"], measured["ratio_undisturbed"] = (
-                            served / direct for served, direct in zip(rates, near, strict=True)
-                        )
-            runs.append(run)
+        runs: list[dict[str, Any]] = [{way: {} for way in ways} for _ in range(repeats)]
+        for run, (way, ask) in product(runs, ways.items()):
+            before, measured = await alone(), run[way]
+            for count in callers:
+                clock = Clock(replica["pid"])
+                latencies = await load(ask, count, seconds)
+                rates = len(latencies) / np.array(clock.read())
+                measured[f"{count} callers"] = {"rate": float(rates[0])} | percentiles(latencies)
+                if count == FULL:
+                    near = (before + await alone()) / 2
+                    measured["direct"] = float(near[0])
+                    measured["ratio"], measured["ratio_undisturbed"] = (rates / near).tolist()
     return {"torch_threads": threads, "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "runs": runs}
-
-
-def _replica(app: str) -> int:
-    """The process id of an app's one replica."""
-    (deployment,) = _get_global_client().get_serve_details()["applications"][app]["deployments"].values()
-    (replica,) = deployment["replicas"]
-    return replica["pid"]
 
 
 def table(figures: dict[str, Any]) -> str:
     """The medians over the repeats, a line for each way and number of callers; then the ratios, repeat by repeat."""
-    runs = figures["runs"]
+    runs, ratios = figures["runs"], list[str]()
     lines = [f"{'':<8}{'callers':>9}{'a second':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}"]
     for way in runs[0]:
-        lines.append(f"{'direct':<8}{'':>9}{statistics.median(run[way]['direct'] for run in runs):>10.1f}")
-        for callers in (key for key in runs[0][way] if key.endswith("callers")):
-            rate, *rest = (
-                statistics.median(run[way][callers][key] for run in runs) for key in ("rate", "p50", "p95", "p99")
-            )
+        each = {key: [run[way][key] for run in runs] for key in runs[0][way]}
+        lines.append(f"{'direct':<8}{'':>9}{statistics.median(each['direct']):>10.1f}")
+        for callers in (key for key in each if key.endswith("callers")):
+            found = each[callers]
+            rate, *rest = (statistics.median(one[key] for one in found) for key in ("rate", "p50", "p95", "p99"))
             lines.append(f"{way:<8}{callers.split()[0]:>9}{rate:>10.1f}" + "".join(f"{x:>9.0f}" for x in rest))
-    for way in runs[0]:
         for ratio, name in (("ratio", "direct"), ("ratio_undisturbed", "direct, without waits for a core")):
-            each = [run[way][ratio] for run in runs]
-            repeats = ", ".join(f"{value:.2f}" for value in each)
-            lines.append(f"{way} with {FULL} callers: {statistics.median(each):.2f} × {name} ({repeats})")
-    lines.append("{torch_threads} torch threads, {cores} cores, load average {load_average:.1f}".format(**figures))
-    return "\n".join(lines)
+            repeats = ", ".join(f"{value:.2f}" for value in each[ratio])
+            ratios.append(f"{way} with {FULL} callers: {statistics.median(each[ratio]):.2f} × {name} ({repeats})")
+    last = "{torch_threads} torch threads, {cores} cores, load average {load_average:.1f}".format(**figures)
+    return "\n".join([*lines, *ratios, last])
 
 
 def main() -> None:

@@ -12,9 +12,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import psutil
+import torch
+import torch.distributed as dist
+from diffusers import FluxTransformer2DModel
+
+from rlhf.diffusion.objectives import SFT
+from rlhf.models import FAMILIES
+from rlhf.models.tiny import transformer_config
+from rlhf.models.trainable import Full, Trainable
+from rlhf.shards import buffers, distributed
+from rlhf.tables import TrainerConfig
+from rlhf.training.trainer import Trainer
+from rlhf.types import REFERENCE
 
 GIB = 2**30
 
@@ -41,81 +56,53 @@ def measured(operation: Callable[[], object]) -> tuple[int, int]:
 
 def write_model(folder: Path, gib: float) -> int:
     """A random Flux transformer folder of about `gib` GiB in fp32, saved as bf16; returns its parameter count."""
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    from rlhf.models.tiny import transformer_config
-
-    def count(heads: int) -> int:
+    for heads in range(2, 64):
+        config = transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64)
         with torch.device("meta"):
-            config = transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64)
-            return sum(p.numel() for p in FluxTransformer2DModel(**config).parameters())
-
-    heads = next(heads for heads in range(2, 64) if 4 * count(heads) >= gib * GIB)
+            count = sum(p.numel() for p in FluxTransformer2DModel(**config).parameters())
+        if 4 * count >= gib * GIB:
+            break
     torch.set_default_dtype(torch.bfloat16)
-    model = FluxTransformer2DModel(**transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64))
+    FluxTransformer2DModel(**config).save_pretrained(folder / "transformer")
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder / "transformer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
-    return sum(p.numel() for p in model.parameters())
+    return count
 
 
-def rank_figures(rank: int, ranks: int, folder: str, results: multiprocessing.Queue) -> None:
-    """Run every operation on one rank and send {operation: (peak, lasting) bytes}."""
-    import torch.distributed as dist
-
-    from rlhf.diffusion.objectives import SFT
-    from rlhf.models import FAMILIES
-    from rlhf.models.trainable import Full, Trainable
-    from rlhf.shards import buffers, distributed
-    from rlhf.tables import TrainerConfig
-    from rlhf.training.trainer import Trainer
-    from rlhf.types import REFERENCE
-
+def rank_figures(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int]]:
+    """Run every operation on one rank: {operation: (peak, lasting) bytes}."""
     store = dist.FileStore(f"{folder}/store", ranks)
     mesh = distributed.start(rank=rank, world=ranks, store=store, device="cpu", timeout_s=600)
-    family = FAMILIES["flux_kontext"](path=Path(folder))
-    made: dict[str, Trainer] = {}
+    family, full = FAMILIES["flux_kontext"](path=Path(folder)), Trainable(parts=(Full(),))
+    made = []
 
     def load() -> None:
-        full = Trainable(parts=(Full(),))
-        made["trainer"] = Trainer(
-            family=family, config=TrainerConfig(), trainable=full, objective=SFT(), mesh=mesh, seed=0
-        )
-
-    figures = {"load": measured(load)}
-    trainer = made["trainer"]
+        made.append(Trainer(family=family, config=TrainerConfig(), trainable=full, objective=SFT(), mesh=mesh, seed=0))
 
     def publish() -> None:  # one buffer at a time, as the object store takes them
-        for buffer, _ in buffers.pack(trainer.shards(), capacity=64 * 2**20):
+        for buffer, _ in buffers.pack(made[0].shards(), capacity=64 * 2**20):
             del buffer
 
+    figures = {"load": measured(load)}
+    (trainer,) = made
     figures["make reference"] = measured(lambda: trainer.keep(REFERENCE))
     figures["refresh"] = measured(lambda: trainer.refresh(REFERENCE))
     figures["publish"] = measured(publish)
     figures["save"] = measured(lambda: trainer.save(Path(folder) / "state"))
     figures["export"] = measured(lambda: trainer.export(Path(folder) / "export"))
     distributed.stop()
-    results.put((rank, figures))
+    return figures
 
 
 def figures(gib: float, ranks: int) -> dict[str, tuple[float, float]]:
     """Largest (peak, lasting) growth over the ranks of each operation, in multiples of the model's fp32 bytes."""
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         size = 4 * write_model(Path(folder), gib)
-        results = context.Queue()
-        processes = [context.Process(target=rank_figures, args=(r, ranks, folder, results)) for r in range(ranks)]
-        for process in processes:
-            process.start()
-        everyone = [results.get(timeout=600)[1] for _ in processes]
-        for process in processes:
-            process.join(60)
-    return {
-        name: (max(f[name][0] for f in everyone) / size, max(f[name][1] for f in everyone) / size)
-        for name in everyone[0]
-    }
+        with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+            everyone = list(pool.map(rank_figures, range(ranks), repeat(ranks), repeat(folder), timeout=600))
+    largest = {name: np.max([one[name] for one in everyone], axis=0) / size for name in everyone[0]}
+    return {name: (float(peak), float(lasting)) for name, (peak, lasting) in largest.items()}
 
 
 def main() -> None:

@@ -15,28 +15,29 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import tomli_w
 
 from actors.sampler import Sampler, SampleRequest
-from jobs.cli import parse, resolved_toml, run_main
-from jobs.cluster import cluster, dashboard
-from jobs.demo import world as demo_world
-from jobs.launch import guarded
+from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
+from jobs.demo.world import build
+from jobs.launch import cluster, dashboard
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
-from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes import OnlineDPORecipe
 from jobs.train_ctr import train_ctr
 from rlhf.errors import Refused
 from rlhf.models.tiny import write_flux_kontext
 from rlhf.rewards.ctr.config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
+from rlhf.section import local_paths
 from rlhf.tables import WeightsTable
-from rlhf.types import Prompt, seed_from
+from rlhf.types import seed_from
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.toml"
 REJECTED = 0.35
@@ -57,7 +58,7 @@ def main() -> None:
         parts = ["world.json", "kontext", "hpsv2", "qwen3-vl", "ctr", "filter_threshold.json"]
         print(f"to build in {world}: {', '.join(p for p in parts if not (world / p).exists()) or 'nothing'}")
         return
-    build_models(demo_world.build(world))
+    build_models(build(world))
     recipe = _recipe(home)
     with cluster(recipe.cluster, recipe.run.name):
         threshold = prepare(recipe, world)
@@ -68,48 +69,25 @@ def main() -> None:
 
 def _recipe(home: Path, *overrides: str) -> OnlineDPORecipe:
     """demo.toml with its `demo/…` paths moved below `home`."""
-    paths = {
-        "run.dir": "runs",
-        "data.cache": "cache",
-        "model.path": "world/kontext",
-        "data.path": "world/train_metadata.jsonl",
-        "data.item_metadata": "world/ctr_metadata.csv",
-        "eval.path": "world/eval_metadata.jsonl",
-        "judges.hps.path": "world/hpsv2/HPS_tiny.pt",
-        "judges.ctr.path": "world/ctr",
-        "judges.filter.path": "world/qwen3-vl",
-    }
-    moved = [word for key, path in paths.items() for word in (f"--{key}", str(home / path))]
+    shipped = OnlineDPORecipe.model_validate(tomllib.loads(RECIPE.read_text()))
+    moved = [f"--{key}={home / Path(path).relative_to('demo')}" for key, path in local_paths(shipped)]
     return parse(OnlineDPORecipe, ["--config", str(RECIPE), *moved, *overrides]).config
-
-
-def _ctr_recipe(world: Path) -> TrainCTRConfig:
-    return TrainCTRConfig(
-        data=CTRDataConfig(path=str(world / "ctr_train.csv"), eval_path=str(world / "ctr_test.csv")),
-        train=CTRTrainConfig(epochs=6, timeout_s=600.0),
-        output=str(world / "ctr"),
-    )
 
 
 def build_models(world: Path) -> None:
     """Write the tiny checkpoints that are missing; each folder appears whole or not at all."""
-    builders: dict[str, Callable[[Path], object]] = {
+    builders = {
         "kontext": write_flux_kontext,
         "qwen3-vl": write_qwen3_vl,
-        "hpsv2": _write_hpsv2,
+        "hpsv2": lambda folder: write_hpsv2(folder / "HPS_tiny.pt"),
     }
-    for name, build in builders.items():
+    for name, write in builders.items():
         if not (world / name).exists():
-            print(f"demo: building {name}", flush=True)
+            say(f"demo: building {name}")
             partial = world / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            build(partial)
+            write(partial)
             partial.rename(world / name)
-
-
-def _write_hpsv2(folder: Path) -> None:
-    folder.mkdir()
-    write_hpsv2(folder / "HPS_tiny.pt")
 
 
 def ask_filter(config: OnlineDPORecipe) -> list[float]:
@@ -117,13 +95,19 @@ def ask_filter(config: OnlineDPORecipe) -> list[float]:
     from serve_apps.vllm_engine import VLLMFilter
 
     prompts = read_data(config.data, config.eval, config.model).training[:16]
-    edits = base_edits(config, prompts)
+    sampler = Sampler(config.model, config.sampling, "cpu")
+    sampler.use(WeightsTable())
+    size, edits = config.sampling.batch_size, list[Any]()
+    for start in range(0, len(prompts), size):
+        batch = enumerate(prompts[start : start + size])
+        requests = [SampleRequest(prompt=p, noise_seed=seed_from("demo", p.key), slot=i) for i, p in batch]
+        results: list[Any] = sampler.sample(requests)
+        edits += [medium[0] for medium in results[1::2]]
 
     async def ask() -> list[float]:
-        engine = await VLLMFilter.start(config.judges.filter)
-        verdicts = [
-            await engine.judge(edit, (), prompt.instruction) for edit, prompt in zip(edits, prompts, strict=True)
-        ]
+        engine = VLLMFilter(config.judges.filter)
+        asked = zip(edits, prompts, strict=True)
+        verdicts = [await engine.judge(edit, (), prompt.instruction) for edit, prompt in asked]
         await engine.close()
         return [verdict.pass_probability for verdict in verdicts if verdict.pass_probability is not None]
 
@@ -135,63 +119,41 @@ def prepare(config: OnlineDPORecipe, world: Path) -> float:
     kept = world / "filter_threshold.json"
     asking = None
     if not kept.exists():
-        print("demo: asking the tiny filter about base edits, to set its threshold", flush=True)
+        say("demo: asking the tiny filter about base edits, to set its threshold")
         task: Any = ray.remote(ask_filter)
         asking = task.options(num_cpus=0.5, max_retries=0).remote(config)
     if not (world / "ctr").exists():
-        print("demo: training the CTR model on the generated click log", flush=True)
-        train_ctr(_ctr_recipe(world))
+        say("demo: training the CTR model on the generated click log")
+        clicks = CTRDataConfig(path=str(world / "ctr_train.csv"), eval_path=str(world / "ctr_test.csv"))
+        table = CTRTrainConfig(epochs=6, timeout_s=600.0)
+        train_ctr(TrainCTRConfig(data=clicks, train=table, output=str(world / "ctr")))
     if asking is not None:
         kept.write_text(json.dumps(float(np.quantile(ray.get(asking, timeout=600), REJECTED))))
     return float(json.loads(kept.read_text()))
 
 
-def base_edits(recipe: OnlineDPORecipe, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """One base-model edit per prompt, uint8 (H, W, 3)."""
-    sampler = Sampler(recipe.model, recipe.sampling, "cpu")
-    sampler.use(WeightsTable())
-    size, edits = recipe.sampling.batch_size, list[np.ndarray]()
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        requests = [SampleRequest(prompt=p, noise_seed=seed_from("demo", p.key), slot=i) for i, p in enumerate(batch)]
-        _, *results = sampler.sample(requests)
-        edits += [np.asarray(medium)[0] for medium in results[::2]]
-    return edits
-
-
 def summary(config: OnlineDPORecipe, folder: Path, threshold: float) -> str:
-    """Where everything lies, and what the run did."""
+    """Where everything lies, and what the run did. Also writes a recipe for `jobs.edit` with the weights of this run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/loss" in row]
-    rates = [row["filter/pass_rate"] for row in steps]
-    evaluation = {name: value for row in rows for name, value in row.items() if name.startswith("eval/")}
+    first, last, rates = steps[0], steps[-1], [row["filter/pass_rate"] for row in steps]
+    held_out = {name: value for row in rows for name, value in row.items() if name.startswith("eval/")}
+    shown = [f"{name[5:]} {value:.4f}" for name, value in held_out.items() if "hps" in name or "ctr" in name]
+    address = f"http://{config.serve.host}:{config.serve.port}"
     lines = {
-        "steps": f"{len(steps)}, loss {steps[0]['train/loss']:.4f} → {steps[-1]['train/loss']:.4f}",
-        "reward (hps, ctr)": f"{steps[-1]['reward/hps']:.4f}, {steps[-1]['reward/ctr']:.4f}",
+        "steps": f"{len(steps)}, loss {first['train/loss']:.4f} → {last['train/loss']:.4f}",
+        "reward (hps, ctr)": f"{last['reward/hps']:.4f}, {last['reward/ctr']:.4f}",
         "filter": f"pass rate {min(rates):.2f} … {max(rates):.2f}; threshold {threshold:.4f}, a quantile of its own answers",
-        "held-out": ", ".join(
-            f"{name[5:]} {value:.4f}" for name, value in evaluation.items() if "hps" in name or "ctr" in name
-        ),
+        "held-out": ", ".join(shown),
         "run folder": str(folder),
         "contact sheets": str(folder / "samples"),
         "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
         "pairs trained on": str(folder / "pairs"),
         "trained weights": str(folder / "final"),
-        "Serve (while it ran)": ", ".join(
-            f"http://{config.serve.host}:{config.serve.port}/{r}" for r in ("hpsv2", "ctr", "filter")
-        ),
+        "Serve (while it ran)": f"{address}/hpsv2, {address}/ctr, {address}/filter",
         "Ray dashboard (while it ran)": str(dashboard()),
         "edit a photo": f"python -m jobs.edit --config {folder / 'edit.toml'} --edit.image PHOTO",
     }
-    write_edit_recipe(config, folder)
-    width = max(map(len, lines))
-    return "\n".join(["", "demo finished", *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
-
-
-def write_edit_recipe(config: OnlineDPORecipe, folder: Path) -> None:
-    """A recipe for `jobs.edit` with the weights of this run."""
-    import tomli_w
-
     recipe = {
         "model": {"path": config.model.path, "height": config.model.height, "width": config.model.width},
         "sampling": {"steps": config.sampling.steps},
@@ -199,8 +161,10 @@ def write_edit_recipe(config: OnlineDPORecipe, folder: Path) -> None:
         "edit": {"prompt": "Give the picture a warm, sunny light."},
     }
     (folder / "edit.toml").write_text(tomli_w.dumps(recipe))
+    width = max(map(len, lines))
+    return "\n".join(["", "demo finished", *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run_main(guarded(main))
+    run_main(main, GOES_ON)

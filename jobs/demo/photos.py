@@ -7,12 +7,11 @@ Arrays are fp32 (H, W, 3) in 0 … 1.
 """
 
 from collections.abc import Callable
-from copy import copy
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-Colour = tuple[float, float, float]
+Colour = tuple[float, float, float] | np.ndarray
 
 
 class Canvas:
@@ -27,17 +26,9 @@ class Canvas:
         self.pixels = np.zeros((self.height, self.width, 3), np.float32)
         self.bottom = self.height / self.width
 
-    def paint(self, mask: np.ndarray, colour: np.ndarray | Colour) -> None:
+    def paint(self, mask: np.ndarray, colour: Colour) -> None:
         """Lay a colour (or a picture) over the canvas where `mask` (H, W) is 1, blended where it is between 0 and 1."""
         self.pixels += mask[..., None] * (np.asarray(colour, np.float32) - self.pixels)
-
-    def window(self, cx: float, cy: float, rx: float, ry: float) -> "Canvas":
-        """The part of the canvas around an ellipse, sharing its pixels: painting there paints here, only faster."""
-        part = copy(self)
-        rows = slice(max(0, int((cy - ry) * self.width) - 2), max(0, int((cy + ry) * self.width) + 3))
-        columns = slice(max(0, int((cx - rx) * self.width) - 2), max(0, int((cx + rx) * self.width) + 3))
-        part.x, part.y, part.pixels = self.x[rows, columns], self.y[rows, columns], self.pixels[rows, columns]
-        return part
 
     def table(self, wall: Colour, top: Colour, horizon: float) -> None:
         """A wall, softly lit from one side, above a table with a faint grain."""
@@ -54,20 +45,18 @@ class Canvas:
     def shadow(self, cx: float, cy: float, rx: float, ry: float) -> None:
         """A soft shadow on the table, away from the light."""
         place = cx - 0.25 * rx * self.light[0], cy + 0.15 * ry, 1.25 * rx, 1.25 * ry
-        part = self.window(*place)
-        part.pixels *= 1 - 0.5 * np.clip(part.ellipse(*place) * 2.2, 0, 1)[..., None]
+        self.pixels *= 1 - 0.5 * np.clip(self.ellipse(*place) * 2.2, 0, 1)[..., None]
 
     def ball(self, cx: float, cy: float, r: float, colour: Colour, mottle: float = 0.05) -> None:
         """A sphere with diffuse light, a highlight and a slightly uneven skin."""
-        part = self.window(cx, cy, r, r)
-        dx, dy = (part.x - cx) / r, (part.y - cy) / r
+        dx, dy = (self.x - cx) / r, (self.y - cy) / r
         dz = np.sqrt(np.clip(1 - dx**2 - dy**2, 0, 1))
         facing = np.clip(dx * self.light[0] + dy * self.light[1] + dz * self.light[2], 0, 1)
         a, b, c = self.random.uniform(4, 12, 3)
         skin = 1 + mottle * np.sin(a * dx + 3 * np.sin(b * dy)) * np.cos(c * dy + 2 * dx)
         diffuse, highlight = (0.35 + 0.75 * facing) * skin, 0.45 * facing**24
         lit = np.asarray(colour, np.float32) * diffuse[..., None] + highlight[..., None]
-        part.paint(soft(part.ellipse(cx, cy, r, r) * r, 0.004), lit)
+        self.paint(soft(self.ellipse(cx, cy, r, r) * r, 0.004), lit)
 
     def plate(self, cx: float, cy: float, r: float, colour: Colour, flat: float = 0.42) -> None:
         """A plate seen from the side: rim, well and shadow."""
@@ -164,8 +153,7 @@ def boxes(canvas: Canvas, colour: Colour) -> None:
 
 def shade(colour: Colour, random: np.random.Generator, spread: float = 0.08) -> Colour:
     """A colour near `colour`."""
-    r, g, b = np.clip(np.asarray(colour) * random.uniform(1 - spread, 1 + spread, 3), 0, 1)
-    return float(r), float(g), float(b)
+    return np.clip(np.asarray(colour) * random.uniform(1 - spread, 1 + spread, 3), 0, 1)
 
 
 SCENES: dict[str, Callable[[Canvas, Colour], None]] = {"fruit": fruit, "soup": soup, "boxes": boxes}

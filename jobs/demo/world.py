@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.demo.photos import Colour, photo, relight
+from rlhf.data.prompts import ITEM_COLUMNS
 from rlhf.types import Item
 
 FORMAT = 1
@@ -47,7 +48,6 @@ INSTRUCTIONS = (
     "Blur the background a little.",
     "让颜色更鲜艳。",
 )
-ITEM_COLUMNS = ("food_name", "food_type", "city_name", "shop_name")
 
 
 def build(folder: str | Path, seed: int = 0) -> Path:
@@ -64,31 +64,29 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     for name in ("images", "variants"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    items = {str(10001 + i): _item(i) for i in range(TRAIN + EVAL)}
-    train, held_out = list(items)[:TRAIN], list(items)[TRAIN:]
-    rows: dict[str, dict[str, str]] = {}
-    clicks: dict[str, list[dict[str, object]]] = {}
-    for index, (image_id, item) in enumerate(items.items()):
-        random = np.random.default_rng((seed, index))
-        *_, scene, colour = PRODUCTS[index % len(PRODUCTS)]
+    rows, metadata, clicks = list[dict[str, str]](), list[dict[str, str]](), list[dict[str, object]]()
+    for index in range(TRAIN + EVAL):
+        image_id, random = str(10001 + index), np.random.default_rng((seed, index))
+        food_name, food_type, scene, colour = PRODUCTS[index % len(PRODUCTS)]
+        item = dict(zip(ITEM_COLUMNS, (food_name, food_type, *PLACES[index % len(PLACES)]), strict=True))
         picture = photo(scene, colour, *SIZES[index % len(SIZES)], random)
         file = f"images/{image_id}.{'png' if index % 4 == 3 else 'jpg'}"
-        _save(picture, folder / file)
-        rows[image_id] = {"image_id": image_id, "prompt": INSTRUCTIONS[index % len(INSTRUCTIONS)], "image": file}
-        clicks[image_id] = [_clicks(file, picture, item, random)]
+        Image.fromarray(picture).save(folder / file, quality=92)  # PNG has none
+        rows.append({"image_id": image_id, "prompt": INSTRUCTIONS[index % len(INSTRUCTIONS)], "image": file})
+        metadata.append({"image_id": image_id, **item})
+        clicks.append(_clicks(file, picture, item, random))
         for variant in range(1, VARIANTS + 1):
-            relit = relight(picture / 255, random.uniform(-0.9, 0.9), random.uniform(0.7, 1.25))
-            relit = (relit * 255).astype(np.uint8)
+            light = random.uniform(-0.9, 0.9), random.uniform(0.7, 1.25)
+            relit = (relight(picture / 255, *light) * 255).astype(np.uint8)
             file = f"variants/{image_id}_{variant}.jpg"
-            _save(relit, folder / file)
-            clicks[image_id].append(_clicks(file, relit, item, random))
-    for name, ids in (("train", train), ("eval", held_out)):
-        lines = [json.dumps(rows[image_id], ensure_ascii=False) + "\n" for image_id in ids]
+            Image.fromarray(relit).save(folder / file, quality=92)
+            clicks.append(_clicks(file, relit, item, random))
+    for name, part in (("train", slice(TRAIN)), ("eval", slice(TRAIN, None))):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[part]]
         (folder / f"{name}_metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    metadata = [{"image_id": image_id, **item} for image_id, item in items.items()]
     _write_csv(folder / "ctr_metadata.csv", metadata)
-    _write_csv(folder / "ctr_train.csv", [row for image_id in train for row in clicks[image_id]])
-    _write_csv(folder / "ctr_test.csv", [row for image_id in held_out for row in clicks[image_id]])
+    _write_csv(folder / "ctr_train.csv", clicks[: TRAIN * (1 + VARIANTS)])
+    _write_csv(folder / "ctr_test.csv", clicks[TRAIN * (1 + VARIANTS) :])
     marker.write_text(content)
     return folder
 
@@ -102,24 +100,11 @@ def true_rate(picture: np.ndarray, item: Item) -> float:
     return float(1 / (1 + math.exp(-(-2.9 + 3.0 * (warmth - 0.15) + 3.0 * (brightness - 0.5) + taste))))
 
 
-def _item(index: int) -> Item:
-    food_name, food_type, _, _ = PRODUCTS[index % len(PRODUCTS)]
-    city, shop = PLACES[index % len(PLACES)]
-    return dict(zip(ITEM_COLUMNS, (food_name, food_type, city, shop), strict=True))
-
-
 def _clicks(file: str, picture: np.ndarray, item: Item, random: np.random.Generator) -> dict[str, object]:
     impressions = int(random.integers(300, 900))
     clicks = int(random.binomial(impressions, true_rate(picture, item)))
     log = {"pv_ctr": f"{clicks / impressions:.6f}", "impressions": impressions, "clicks": clicks}
     return {"image_url": file, **item, **log}
-
-
-def _save(picture: np.ndarray, path: Path) -> None:
-    if path.suffix == ".png":
-        Image.fromarray(picture).save(path)
-    else:
-        Image.fromarray(picture).save(path, quality=92)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -5,7 +5,6 @@ With latents it is enough to train on the same pairs again offline.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
-from rlhf.data.batches import noise_seed, t_seed
+from rlhf.data.batches import latents_from_array, noise_seed, t_seed
 from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
+from rlhf.runs.durable import durable
 from rlhf.types import Candidate, Cell, Geometry, Pair, Prompt, Score, Source, seed_from
 
 _SIDE = [
@@ -80,7 +81,7 @@ def write_pairs(
     first_index: int,
     save_latents: bool,
 ) -> None:
-    """Write this rank's pairs of one step, whole or not at all (temporary name, fsync, rename).
+    """Write this rank's pairs of one step, whole or not at all.
 
     encoding_keys: of each pair, the cache keys of what its prompt was encoded to.
     """
@@ -107,14 +108,11 @@ def write_pairs(
             }
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    partial.rename(file)
+    with durable(file) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
 
 
-def prompt_of(row: Mapping[str, Any]) -> Prompt:
+def recorded_prompt(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a row that `write_pairs` wrote."""
     sources = [{**values, "crop": tuple(values["crop"])} for values in json.loads(row["sources"])]
     return Prompt(
@@ -123,6 +121,11 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
         sources=tuple(Source(**{**s, "cell": Cell(**s["cell"]) if s["cell"] else None}) for s in sources),
         geometry=Geometry(height=row["height"], width=row["width"], frames=row["frames"]),
     )
+
+
+def latents_of(row: Mapping[str, Any], side: str) -> Tensor:
+    """(C, h, w) fp32 of the winner or loser of a row that `write_pairs` wrote."""
+    return latents_from_array(np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"]))
 
 
 def read_file(file: Path, columns: Sequence[str] | None = None) -> pa.Table:

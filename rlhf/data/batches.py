@@ -6,19 +6,17 @@ any number of ranks and any resume sees the same numbers.
 Shapes: B examples, C latent channels, h w latents.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.cache import EncodingCache, encoding_key
 from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
 from rlhf.models.family import Family
-from rlhf.types import Batch, Condition, Encoding, Prompt, evenly_weighted, noise_from, seed_from
+from rlhf.types import Batch, Condition, Encoding, Prompt, noise_from, seed_from
 
 
 def latents_to_array(latents: Tensor) -> np.ndarray:
@@ -31,65 +29,35 @@ def latents_from_array(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array)).view(torch.bfloat16).float()
 
 
-# --- rows of encodings -------------------------------------------------------------------------------------------------
+# --- conditions --------------------------------------------------------------------------------------------------------
 
 
-class Encodings(Protocol):
-    """Where the rows of encodings are."""
-
-    def row(self, encoding: Encoding) -> Mapping[str, Tensor]: ...
+ReadRow = Callable[[Encoding], Mapping[str, Tensor]]
+"""The row of an encoding: `EncodingCache.row`, or of rows that were encoded for the work at hand."""
 
 
-class CachedEncodings:
-    """Rows of a cache folder, for one model: `fingerprints` by kind, see `rlhf.data.fingerprint`."""
-
-    def __init__(self, cache: EncodingCache, fingerprints: Mapping[str, str]):
-        self.cache, self._fingerprints = cache, fingerprints
-
-    def key(self, encoding: Encoding) -> str:
-        return encoding_key(encoding, self._fingerprints[encoding.kind])
-
-    def row(self, encoding: Encoding) -> Mapping[str, Tensor]:
-        """Raises: CacheError."""
-        return self.cache.row(self.key(encoding))
+def condition_of(
+    family: Family, row: ReadRow, prompts: Sequence[Prompt], instead_of: Sequence[Prompt] = ()
+) -> Condition:
+    """The condition of B prompts of one bucket; of those that stand in place of others, in the others' bucket."""
+    bucket = _only({family.bucket(prompt) for prompt in instead_of or prompts})
+    return family.condition([[row(e) for e in family.encodings(prompt)] for prompt in prompts], bucket)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachePlace:
-    """A cache folder and the model whose rows are read from it: what a process needs to open its own `CachedEncodings`."""
-
-    folder: str
-    fingerprints: Mapping[str, str]
-
-    def open(self) -> CachedEncodings:
-        return CachedEncodings(EncodingCache(self.folder), self.fingerprints)
-
-
-class HandedEncodings:
-    """Rows that were encoded for the work at hand; the others, if there are any, are in a cache."""
-
-    def __init__(self, handed: Mapping[Encoding, Mapping[str, Tensor]], cached: Encodings | None = None):
-        self._handed, self._cached = handed, cached
-
-    def row(self, encoding: Encoding) -> Mapping[str, Tensor]:
-        if self._cached is None or encoding in self._handed:
-            return self._handed[encoding]
-        return self._cached.row(encoding)
+def unguided_of(
+    family: Family, row: ReadRow, prompts: Sequence[Prompt], guidance_scale: float | None
+) -> Condition | None:
+    """The condition of guidance's other branch; None where sampling needs none."""
+    if not family.needs_unguided(guidance_scale):
+        return None
+    others = [other for prompt in prompts if (other := family.unguided(prompt))]
+    assert len(others) == len(prompts), "a family that needs an unguided condition says of which prompt"
+    return condition_of(family, row, others, prompts)
 
 
-def condition_of(family: Family, encodings: Encodings, prompts: Sequence[Prompt]) -> Condition:
-    """The condition of B prompts of one bucket."""
-    return _condition(family, encodings, prompts, _bucket(family, prompts))
-
-
-def _condition(family: Family, encodings: Encodings, prompts: Sequence[Prompt], bucket: Hashable) -> Condition:
-    return family.condition([[encodings.row(e) for e in family.encodings(prompt)] for prompt in prompts], bucket)
-
-
-def _bucket(family: Family, prompts: Sequence[Prompt]) -> Hashable:
-    buckets = {family.bucket(prompt) for prompt in prompts}
+def _only(buckets: Set[Hashable]) -> Hashable:
     assert len(buckets) == 1, f"a batch holds one bucket, not {buckets}"
-    return buckets.pop()
+    return next(iter(buckets))
 
 
 def check_buckets(family: Family, prompts: Iterable[Prompt], batch_size: int) -> None:
@@ -101,17 +69,6 @@ def check_buckets(family: Family, prompts: Iterable[Prompt], batch_size: int) ->
             f"the prompts are of {len(found)} kinds that cannot share a batch, such as {first} and {second}, but "
             f"trainer.train_batch_size = {batch_size}: set it to 1 and raise trainer.gradient_accumulation_steps"
         )
-
-
-def unguided_of(
-    family: Family, encodings: Encodings, prompts: Sequence[Prompt], guidance_scale: float | None
-) -> Condition | None:
-    """The condition of guidance's other branch; None where sampling needs none."""
-    if not family.needs_unguided(guidance_scale):
-        return None
-    others = [family.unguided(prompt) for prompt in prompts]
-    assert None not in others, "a family that needs an unguided condition says of which prompt"
-    return _condition(family, encodings, [other for other in others if other], _bucket(family, prompts))
 
 
 # --- batches -----------------------------------------------------------------------------------------------------------
@@ -142,20 +99,25 @@ def draws(process: Process, *, seed: int, step: int, indices: range, shape: Sequ
     return t, torch.stack([noise_from(noise_seed(seed, step, index), shape) for index in indices])
 
 
-def make_batch(
-    x0: Mapping[str, Tensor], condition: Condition, process: Process, *, seed: int, step: int, first_index: int
-) -> Batch:
-    """Latents (B, C, …) by role with the (t, noise) of indices first_index, … within the step, all of weight 1."""
-    first = next(iter(x0.values()))
-    indices = range(first_index, first_index + len(first))
-    t, noise = draws(process, seed=seed, step=step, indices=indices, shape=first.shape[1:])
-    return Batch(x0=x0, condition=condition, t=t, noise=noise, weight=evenly_weighted(x0))
-
-
 def batch_of(family: Family, examples: Sequence[EncodedExample], *, seed: int, step: int, first_index: int) -> Batch:
-    """Examples of one bucket as one batch; `first_index` is the first one's index within the step."""
-    buckets = {example.bucket for example in examples}
-    assert len(buckets) == 1, f"a batch holds one bucket, not {buckets}"
+    """B examples of one bucket, each of weight 1; `first_index` is the first one's index within the step."""
     x0 = {role: torch.stack([example.x0[role] for example in examples]) for role in examples[0].x0}
-    condition = family.condition([example.rows for example in examples], buckets.pop())
-    return make_batch(x0, condition, family.process, seed=seed, step=step, first_index=first_index)
+    indices, shape = range(first_index, first_index + len(examples)), next(iter(x0.values())).shape[1:]
+    t, noise = draws(family.process, seed=seed, step=step, indices=indices, shape=shape)
+    return Batch(
+        x0=x0,
+        condition=family.condition([one.rows for one in examples], _only({one.bucket for one in examples})),
+        t=t,
+        noise=noise,
+        weight={role: torch.ones(len(examples)) for role in x0},
+    )
+
+
+def batches_of(
+    family: Family, examples: Sequence[EncodedExample], size: int, *, seed: int, step: int, first_index: int
+) -> list[Batch]:
+    """Micro-batches of `size` examples; `first_index` is the first one's index within the step."""
+    return [
+        batch_of(family, examples[i : i + size], seed=seed, step=step, first_index=first_index + i)
+        for i in range(0, len(examples), size)
+    ]

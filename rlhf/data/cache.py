@@ -13,11 +13,9 @@ What no manifest names does not exist: a crash before the manifest costs work, n
 
 import fcntl
 import json
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 from rlhf.errors import Refused
+from rlhf.runs.durable import durable
 from rlhf.types import Encoded, Encoding
 
 FORMAT = 2
@@ -39,6 +38,7 @@ SCHEMA = pa.schema(
         ("data", pa.large_binary()),
     ]
 )
+OPEN_FILES = 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
 
@@ -63,41 +63,18 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A file that was written and what is in it, not yet in the manifest."""
-
-    file: str
-    size: int
-    places: Mapping[str, Place]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The rows of a cache folder by key, and the size in bytes of each file."""
+    """The rows of a cache folder by key, and the size in bytes of each file; of some files, not yet committed, too."""
 
     files: Mapping[str, int]
     places: Mapping[str, Place]
 
 
-def encoding_key(encoding: Encoding, fingerprint: str) -> str:
-    """The key of an encoding's row: all that decides its values, and so not where a medium lies.
-
-    fingerprint: of the encoders of its kind, see `rlhf.data.fingerprint`.
-    """
-    sources = [[s.content, s.fit, s.mirrored, s.crop] for s in encoding.sources]
-    geometries = [[g.height, g.width, g.frames] for g in encoding.geometries]
-    parts = [encoding.kind, encoding.text, sources, geometries, fingerprint]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-
-
-def write_part(folder: str | Path, rows: Mapping[str, Encoded]) -> Part:
-    """Write rows, by key, as one file and return where they lie.
-
-    The file is complete and on disk when this returns; `commit` makes it visible.
-    """
+def write_part(folder: str | Path, rows: Mapping[str, Encoded]) -> Manifest:
+    """Write rows, by key, as one file, complete and on disk when this returns; `commit` makes it visible."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    places: dict[str, tuple[int, tuple[str, ...], str, float | None, float | None]] = {}
+    places: dict[str, Place] = {}
     whole = xxhash.xxh3_128()
     batches: list[pa.RecordBatch] = []
     for key, row in rows.items():
@@ -107,62 +84,37 @@ def write_part(folder: str | Path, rows: Mapping[str, Encoded]) -> Part:
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in DTYPES:
                 raise ValueError(f"{name} of row {key} is {dtype}; the cache keeps {', '.join(DTYPES)}")
-            data = _bytes(tensor)
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             checksum.update(_head(name, dtype, tensor.shape))
             checksum.update(data)
-            columns = [[key], [name], [dtype], [list(tensor.shape)], [data]]
-            arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+            columns = {"key": key, "name": name, "dtype": dtype, "shape": list(tensor.shape), "data": data}
+            batches.append(pa.RecordBatch.from_pylist([columns], schema=SCHEMA))
         whole.update(f"{key} {checksum.hexdigest()} {row.unknown} {row.cut}\n".encode())
-        places[key] = first, tuple(row.tensors), checksum.hexdigest(), row.unknown, row.cut
-    file = f"part-{whole.hexdigest()}.arrow"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".part-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            with pa.ipc.new_file(stream, SCHEMA) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            stream.flush()
-            os.fsync(stream.fileno())
-            size = stream.tell()
-        os.chmod(temporary, 0o644)
-        os.rename(temporary, folder / file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _fsync(folder)
-    return Part(
-        file=file,
-        size=size,
-        places={
-            key: Place(file=file, first=first, names=names, checksum=checksum, unknown=unknown, cut=cut)
-            for key, (first, names, checksum, unknown, cut) in places.items()
-        },
-    )
+        names, digest = tuple(row.tensors), checksum.hexdigest()
+        places[key] = Place(file="", first=first, names=names, checksum=digest, unknown=row.unknown, cut=row.cut)
+    file = folder / f"part-{whole.hexdigest()}.arrow"
+    with durable(file) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    found = {key: replace(place, file=file.name) for key, place in places.items()}
+    return Manifest(files={file.name: file.stat().st_size}, places=found)
 
 
-def commit(folder: str | Path, parts: Sequence[Part]) -> Manifest:
+def commit(folder: str | Path, parts: Sequence[Manifest]) -> Manifest:
     """Add parts to the manifest, atomically and under a lock so that two writers lose nothing, and return it."""
     folder = Path(folder)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        manifest = read_manifest(folder)
-        files = dict(manifest.files) | {part.file: part.size for part in parts}
-        places = dict(manifest.places)
-        for part in parts:
-            places |= part.places
+        manifests = [read_manifest(folder), *parts]
+        files = {file: size for some in manifests for file, size in some.files.items()}
+        places = {key: place for some in manifests for key, place in some.places.items()}
         document = {
             "format": FORMAT,
             "files": files,
             "rows": {k: [p.file, p.first, p.names, p.checksum, p.unknown, p.cut] for k, p in places.items()},
         }
-        temporary = folder / f".manifest-{os.getpid()}"
-        with open(temporary, "w") as stream:
-            json.dump(document, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.rename(temporary, folder / "manifest.json")
-        _fsync(folder)
+        with durable(folder / "manifest.json") as manifest:
+            manifest.write_text(json.dumps(document))
     return Manifest(files=files, places=places)
 
 
@@ -186,55 +138,69 @@ def read_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         return Manifest(files={}, places={})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged ({error!r}); delete it and start again, to encode it anew") from error
+        raise _damaged(path, f"is damaged ({error!r})") from error
     return Manifest(files=present, places=places)
 
 
 class EncodingCache:
-    """Reads rows; cheap to make, one per process. Files stay mapped, the least recently used are let go."""
+    """The rows of one model in a folder; cheap to make, and to send to another process, which opens its own files.
 
-    def __init__(self, folder: str | Path, *, open_files: int = 64):
+    Files stay mapped; the least recently used are let go.
+    """
+
+    def __init__(self, folder: str | Path, fingerprints: Mapping[str, str]):
+        """fingerprints: of the model's encoders by kind, see `rlhf.data.fingerprint`."""
         self.folder = Path(folder)
-        self._open_files = open_files
+        self._fingerprints = fingerprints
         self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._verified: set[str] = set()
         self._manifest = Manifest(files={}, places={})
 
-    def row(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a row by name, in the dtypes that they were computed in; copies, for the caller to keep.
+    def __reduce__(self):
+        return EncodingCache, (self.folder, self._fingerprints)
+
+    def key(self, encoding: Encoding) -> str:
+        """Of an encoding's row: all that decides its values, and so not where a medium lies."""
+        sources = [[s.content, s.fit, s.mirrored, s.crop] for s in encoding.sources]
+        geometries = [[g.height, g.width, g.frames] for g in encoding.geometries]
+        parts = [encoding.kind, encoding.text, sources, geometries, self._fingerprints[encoding.kind]]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+    def row(self, encoding: Encoding) -> dict[str, Tensor]:
+        """The tensors of an encoding's row by name, in the dtypes that they were computed in; copies, for the caller to keep.
 
         Raises: CacheError for a row that was not encoded or whose file is damaged.
         """
-        return {
-            name: torch.from_numpy(view.data.copy()).view(DTYPES[view.dtype]).view(view.shape)
-            for name, view in self._views(key).items()
-        }
+        return self.read(self.key(encoding))
 
-    def _views(self, key: str) -> dict[str, "_View"]:
+    def read(self, key: str) -> dict[str, Tensor]:
+        """`row`, by its key."""
         place = self._place(key)
         reader = self._reader(place.file)
-        views: dict[str, _View] = {}
+        known = key in self._verified
+        found: dict[str, tuple[np.ndarray, str, list[int]]] = {}  # bytes in the mapped file, dtype, shape
         checksum = xxhash.xxh3_128()
         try:
             for index, name in enumerate(place.names, start=place.first):
                 batch = reader.get_batch(index)
-                batch.validate(full=key not in self._verified)
+                batch.validate(full=not known)
                 if batch.num_rows != 1 or batch["key"][0].as_py() != key or batch["name"][0].as_py() != name:
                     raise ValueError(f"record batch {index} is not {name} of {key}")
                 data = np.frombuffer(batch["data"][0].as_buffer(), dtype=np.uint8)
-                views[name] = _View(dtype=batch["dtype"][0].as_py(), shape=tuple(batch["shape"][0].as_py()), data=data)
-                if key not in self._verified:
-                    checksum.update(_head(name, views[name].dtype, views[name].shape))
+                dtype, shape = batch["dtype"][0].as_py(), batch["shape"][0].as_py()
+                if not known:
+                    checksum.update(_head(name, dtype, shape))
                     checksum.update(data.data)
-            if key not in self._verified and checksum.hexdigest() != place.checksum:
+                found[name] = data, dtype, shape
+            if not known and checksum.hexdigest() != place.checksum:
                 raise ValueError(f"checksum {checksum.hexdigest()}, expected {place.checksum}")
         except (pa.ArrowException, ValueError, TypeError, OSError) as error:
-            path = self.folder / place.file
-            raise CacheError(
-                f"{path} is damaged at row {key} ({error}); delete it and start again, to encode it anew"
-            ) from error
+            raise _damaged(self.folder / place.file, f"is damaged at row {key} ({error})") from error
         self._verified.add(key)
-        return views
+        return {
+            name: torch.from_numpy(data.copy()).view(DTYPES[dtype]).view(shape)
+            for name, (data, dtype, shape) in found.items()
+        }
 
     def _place(self, key: str) -> Place:
         if key not in self._manifest.places:
@@ -250,33 +216,25 @@ class EncodingCache:
         path = self.folder / file
         size, expected = _size(path), self._manifest.files[file]
         if size != expected:
-            raise CacheError(f"{path} has {size} bytes, not {expected}; delete it and start again, to encode it anew")
+            raise _damaged(path, f"has {size} bytes, not {expected}")
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except (pa.ArrowException, OSError) as error:
-            raise CacheError(f"{path} is damaged ({error}); delete it and start again, to encode it anew") from error
+            raise _damaged(path, f"is damaged ({error})") from error
         if not reader.schema.equals(SCHEMA, check_metadata=True):
-            raise CacheError(f"{path} does not have the cache's schema; delete it and start again, to encode it anew")
+            raise _damaged(path, "does not have the cache's schema")
         self._files[file] = reader
-        while len(self._files) > self._open_files:
+        while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
         return reader
 
 
-@dataclass(frozen=True, kw_only=True)
-class _View:
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray
-    """The tensor's bytes in the mapped file."""
+def _damaged(path: Path, what: str) -> CacheError:
+    return CacheError(f"{path} {what}; delete it and start again, to encode it anew")
 
 
 def _head(name: str, dtype: str, shape: Sequence[int]) -> bytes:
     return f"{name} {dtype} {list(shape)}\n".encode()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _size(path: Path) -> int:
@@ -285,11 +243,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return -1
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,15 +6,15 @@ impressions, that a label is a tie), which is for whoever reads that kind of fil
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data.formats import FORMATS, type_name
+from rlhf.data.formats import FORMATS, blocks_of, format_of, read_block, type_name
 from rlhf.data.media import PictureFile, picture_file
-from rlhf.data.records import BadInput, Field, Problem, Record, blocks_of, format_of, read_block, whole
+from rlhf.data.records import BadInput, Field, Problem, Record, whole
 
 OnBadRow = Literal["stop", "skip"]
 
@@ -26,7 +26,7 @@ def refuse(problems: Sequence[Problem], good: Collection[object], on_bad_row: On
 
 
 def no_rows(file: Path, otherwise: str = "") -> Problem:
-    """The problem of a file that has none."""
+    """The problem of a file without rows."""
     return whole(file, "has no rows", FORMATS[format_of(file, otherwise)].add_rows)
 
 
@@ -39,8 +39,9 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
     values: dict[str, Any] = {}
     problems: list[Problem] = []
     for field in fields:
-        several = _each(record, field)
-        found = [_check_field(one, field, root or Path(record.file).parent) for one in several]
+        given = record.fields.get(field.name)
+        several = (given or [""]) if field.kind == "picture paths" and isinstance(given, list) else [given]
+        found = [_check_field(record, field, value, root or Path(record.file).parent) for value in several]
         faults = [value for value in found if isinstance(value, Problem)]
         problems += faults
         if not faults and found[0] is not None:
@@ -48,21 +49,12 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
     return values, problems
 
 
-def _each(record: Record, field: Field) -> list[Record]:
-    """The record once for every value of a field that may hold a list."""
-    value = record.fields.get(field.name)
-    if field.kind != "picture paths" or not isinstance(value, list):
-        return [record]
-    return [replace(record, fields={field.name: one}) for one in value or [""]]
-
-
-def _check_field(record: Record, field: Field, root: Path) -> Any:
+def _check_field(record: Record, field: Field, value: Any, root: Path) -> Any:
     """The value, a Problem, or None for what an optional field may lack."""
 
     def problem(what: str, remedy: str) -> Problem:
         return record.problem(field.name, what, remedy)
 
-    value = record.fields.get(field.name)
     if not field.required and (value is None or value == ""):
         return None
     if field.kind == "any":
@@ -78,7 +70,7 @@ def _check_field(record: Record, field: Field, root: Path) -> Any:
         return problem(*found) if isinstance(found, tuple) else found
     if not isinstance(value, str):
         return problem(f"is {type_name(value)}, not a string", f"write it in quotes, like {field.example}")
-    if not _is_text(value):
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can hold them, UTF-8 cannot
         return problem("holds half of a surrogate pair, which is no character", "write the character itself")
     value = value.strip() if field.stripped else value
     if not value.strip() and not field.may_be_empty:
@@ -122,45 +114,24 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _is_text(text: str) -> bool:
-    """Whether every character can be written: JSON can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def check_file(
-    file: Path,
-    fields: Sequence[Field],
-    *,
-    key: str,
-    otherwise: str,
-    root: Path | None = None,
-    others: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    file: Path, fields: Sequence[Field], *, key: str, otherwise: str, root: Path | None = None, others: bool = False
 ) -> tuple[list[Record], list[Problem]]:
     """The good rows of a file, with checked values (see `check`), and every problem of the others, in their order.
 
-    `key`, `otherwise`: see `blocks_of`. `others`: keep fields that are not described, as they are. `progress(done, total)`
-    counts rows, blank lines among them. Of rows with the same value of a unique field the first counts. Pictures are decoded
-    in threads, the rows of one block at a time.
+    `key`, `otherwise`: see `blocks_of`. `others`: keep fields that are not described, as they are. Of rows with the
+    same value of a unique field the first counts. Pictures are decoded in threads, the rows of one block at a time.
     """
     good: list[Record] = []
     problems: list[Problem] = []
     seen: dict[tuple[str, str], int] = {}
-    tell = progress or (lambda done, total: None)
 
     def checked(row: Record | Problem) -> tuple[dict[str, Any], list[Problem]]:
         return check(row, fields, root) if isinstance(row, Record) else ({}, [row])
 
     try:
-        blocks = blocks_of(file, fields, key=key, otherwise=otherwise)
-        total, end = sum(block.count for block in blocks), 0
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for block in blocks:
-                done, end = end, end + block.count
+            for block in blocks_of(file, fields, key=key, otherwise=otherwise):
                 rows = read_block(block, () if others else fields)
                 for row, (values, faults) in zip(rows, pool.map(checked, rows), strict=True):
                     if isinstance(row, Record):
@@ -168,10 +139,6 @@ def check_file(
                     problems += faults
                     if isinstance(row, Record) and not faults:
                         good.append(replace(row, fields={**row.fields, **values} if others else values))
-                    done += 1
-                    tell(done, total)
-                if done < end:
-                    tell(end, total)
     except BadInput as error:
         problems += error.problems
     return good, problems

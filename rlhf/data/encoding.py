@@ -10,23 +10,18 @@ from rlhf.models.family import Codec
 from rlhf.types import Encoded, Encoding
 
 
-def shape_of(encoding: Encoding) -> Hashable:
-    """What must agree within a batch of encodings."""
-    return encoding.kind, encoding.geometries
-
-
 def grouped(encodings: Iterable[Encoding]) -> list[list[Encoding]]:
-    """Each encoding once, those of one `shape_of` together."""
+    """Each encoding once, those of one kind and one set of geometries, which may share a batch, together."""
     groups: dict[Hashable, dict[Encoding, None]] = {}
     for encoding in encodings:
-        groups.setdefault(shape_of(encoding), {})[encoding] = None
+        groups.setdefault((encoding.kind, encoding.geometries), {})[encoding] = None
     return [list(group) for group in groups.values()]
 
 
 def encode_group(
     codec: Codec, encodings: Sequence[Encoding], media: Mapping[Encoding, Sequence[Tensor]], batch_size: int
 ) -> Iterator[tuple[Encoding, Encoded]]:
-    """The rows of encodings of one `shape_of`; short batches are padded with the last of them."""
+    """The rows of encodings that may share a batch; short batches are padded with the last of them."""
     for start in range(0, len(encodings), batch_size):
         batch = encodings[start : start + batch_size]
         padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]
@@ -36,10 +31,10 @@ def encode_group(
 
 def encode_all(
     codec: Codec, encodings: Iterable[Encoding], batch_size: int, read: ReadColumn = read_held
-) -> dict[Encoding, Encoded]:
-    """The rows of any encodings, their media opened here. Raises: OSError, Refused for a medium that has changed."""
-    rows: dict[Encoding, Encoded] = {}
+) -> dict[Encoding, Mapping[str, Tensor]]:
+    """The tensors of any encodings' rows, their media opened here. Raises: OSError, Refused for a medium that has changed."""
+    rows: dict[Encoding, Mapping[str, Tensor]] = {}
     for group in grouped(encodings):
         media = {encoding: media_of(encoding, read) for encoding in group}
-        rows |= encode_group(codec, group, media, batch_size)
+        rows |= {encoding: row.tensors for encoding, row in encode_group(codec, group, media, batch_size)}
     return rows

@@ -9,7 +9,6 @@ Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pic
 """
 
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from rlhf.data import records
+from rlhf.data import formats
 from rlhf.data.checks import check
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Field, Problem, Record
-from rlhf.data.stream import Visit
-from rlhf.types import Cell, Example, Geometry, Prompt, Source
+from rlhf.runs.durable import durable
+from rlhf.types import Cell, Source
 
 FORMAT = 3
 ROWS_AT_ONCE = 10_000
@@ -49,6 +48,8 @@ LINE = (
 TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
 SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
 IMAGE_ID = Field(name="image_id", required=False, example='"10001"')
+LINE_FIELDS = (*LINE, *(replace(field, required=False) for field in (TARGET, SOURCE)), IMAGE_ID)
+"""All that a line may hold."""
 TABLE_SOURCE = Field(
     name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
 )
@@ -74,13 +75,7 @@ def blocks_of(file: Path) -> list[Block]:
     """The blocks of one file of pairs. Raises: BadInput for a file that is unreadable or lacks a column."""
     fields = () if file.suffix == ".jsonl" else TABLE
     give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}"
-    return records.blocks_of(file, fields, give=f"{give}, or the pairs/ folder of an online run")
-
-
-def read_block(block: Block) -> list[Record | Problem]:
-    """The rows of a block of pairs, pictures of tables included. Raises: BadInput where the block cannot be read."""
-    others = (*(replace(field, required=False) for field in (TARGET, SOURCE)), IMAGE_ID)
-    return records.read_block(block, (*LINE, *others) if block.format == ".jsonl" else TABLE)
+    return formats.blocks_of(file, fields, give=f"{give}, or the pairs/ folder of an online run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +147,10 @@ def check_block(
 ) -> Checked:
     """Read a block and decode every picture. `number` is the block's index; `items`, where given, must hold every image_id."""
     pairs, problems, ties, unlabelled = [], [], 0, 0
+    remedy = "give every pair the image_id of an item"
+    known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
     try:
-        rows = read_block(block)
+        rows = formats.read_block(block, LINE_FIELDS if block.format == ".jsonl" else TABLE)
     except BadInput as error:
         return Checked(pairs=(), problems=error.problems)
     for row, record in enumerate(rows):
@@ -169,7 +166,7 @@ def check_block(
         fields = _line_fields(record, needs_loser) if block.format == ".jsonl" else TABLE
         if needs_source:
             fields = (*fields, SOURCE if block.format == ".jsonl" else TABLE_SOURCE)
-        values, faults = check(record, (*fields, _image_id(items)))
+        values, faults = check(record, (*fields, IMAGE_ID if items is None else known_id))
         label = values.get("label_0", 1.0)
         if label not in (0, 1):
             faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
@@ -187,13 +184,6 @@ def _line_fields(record: Record, needs_loser: bool) -> tuple[Field, ...]:
     if "target" in record.fields:
         return (prompt, TARGET)
     return (prompt, winner, replace(loser, required=False))
-
-
-def _image_id(items: Collection[str] | None) -> Field:
-    if items is None:
-        return IMAGE_ID
-    remedy = "give every pair the image_id of an item"
-    return replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
 
 
 def _preference(number: int, row: int, record: Record, values: Mapping[str, Any]) -> Preference:
@@ -240,18 +230,6 @@ class PairIndex:
             for values in self.table.slice(start, min(ROWS_AT_ONCE, rows - start)).to_pylist():
                 yield Preference(**values)
 
-    def example(self, pair: Preference, visit: Visit, geometry: Geometry, roles: Sequence[str]) -> Example:
-        """A pair as an example with these roles, cropped and mirrored as the visit says. What is preferred is a target too."""
-
-        def shown(source: Source) -> Source:
-            return replace(source, mirrored=visit.mirrored, crop=visit.crop)
-
-        pictures = {role: shown(picture) for role, picture in pair.pictures(self.blocks[pair.block]).items()}
-        pictures.setdefault("target", pictures.get("winner", next(iter(pictures.values()))))
-        sources = tuple(map(shown, pair.sources()))
-        prompt = Prompt(key=pair.key, instruction=pair.caption, sources=sources, geometry=geometry)
-        return Example(prompt=prompt, targets={role: pictures[role] for role in roles})
-
     def block_sizes(self) -> np.ndarray:
         """Usable pairs per block, int64 (blocks,)."""
         return np.bincount(self.table["block"].to_numpy(), minlength=len(self.blocks)).astype(np.int64)
@@ -292,12 +270,8 @@ def write_index(file: Path, index: PairIndex) -> None:
     metadata = {"index": json.dumps(about | {"blocks": [asdict(block) for block in index.blocks]})}
     table = index.table.replace_schema_metadata(metadata)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with durable(file) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    partial.rename(file)
 
 
 def read_index(file: Path) -> PairIndex:
@@ -306,8 +280,5 @@ def read_index(file: Path) -> PairIndex:
     about = json.loads(table.schema.metadata[b"index"])
     blocks = tuple(Block(**block) for block in about["blocks"])
     return PairIndex(
-        blocks=blocks,
-        table=table.replace_schema_metadata(None),
-        ties=about["ties"],
-        unlabelled=about["unlabelled"],
+        blocks=blocks, table=table.replace_schema_metadata(None), ties=about["ties"], unlabelled=about["unlabelled"]
     )

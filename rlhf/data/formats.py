@@ -1,20 +1,23 @@
-"""Files of rows: JSONL, CSV, Parquet, Arrow (the stream that `datasets` writes) and .txt with one text a line.
+"""The one reader of input rows: JSONL, CSV, Parquet, Arrow (the stream that `datasets` writes), .txt with one text a line.
 
 A file is cut into blocks: a Parquet row group, an Arrow record batch, 64 lines of JSONL or text, 64 rows of CSV. Every block
-can be read alone, by any process that sees the file, so that nobody holds a data set. Rows come out as they are in the file;
-what they must hold, `rlhf.data.records` says.
+can be read alone, by any process that sees the file, so that nobody holds a data set. Rows come out as they are in the file.
 """
 
 import csv
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from rlhf.data.records import BadInput, Field, Problem, Record, whole
 
 ROWS_PER_BLOCK = 64
 """Of text files. The order of training depends on the sizes of blocks."""
@@ -34,93 +37,149 @@ class Block:
     first: int
     """Number of its first row (line) in the file, from 1."""
     count: int
-    """Rows; of JSONL and text lines, of CSV rows, blank ones included."""
+    """Rows of a table or CSV, lines of JSONL or text; blank ones are counted."""
     offset: int = 0
     """Text files: where its first line begins, in bytes."""
 
+    def record(self, number: int, fields: Mapping[str, Any]) -> Record:
+        return Record(file=self.file, number=number, fields=fields)
 
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """Why a row cannot be read, and what to do about it."""
-
-    what: str
-    remedy: str
+    def problem(self, number: int, what: str, remedy: str) -> Problem:
+        return Problem(file=self.file, line=number, field=None, what=what, remedy=remedy)
 
 
-class UnreadableFile(Exception):
-    """The file as a whole cannot be read; `fault` says why."""
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(what)
-        self.fault = Fault(what=what, remedy=remedy)
-
-
-Rows = Iterator[tuple[int, Mapping[str, Any] | Fault]]
-"""(number of the row or line in its file, from 1; its fields or what is wrong with it)."""
+Rows = Iterator[Record | Problem]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one kind of file is read. All may raise OSError, pyarrow's exceptions and UnreadableFile."""
+    """How one kind of file is read. All may raise OSError, pyarrow's exceptions and BadInput."""
 
     noun: str
     columns: Callable[[Path], Sequence[str] | None]
     """The fields that all rows have; None where each row names its own."""
     blocks: Callable[[Path], list[Block]]
-    rows: Callable[[Block, Collection[str], str], Rows]
-    """Rows of a block, of which only the named fields (all if none is named), and an example row for remedies in JSON."""
+    rows: Callable[[Block, Sequence[Field]], Rows]
+    """Rows of a block, of which only these fields are read (all, if none is given); blank ones are left out."""
     add_rows: str
     """What to do about a file without rows."""
+
+
+def blocks_of(
+    file: Path, fields: Sequence[Field] = (), *, key: str = "", otherwise: str = "", give: str = ""
+) -> list[Block]:
+    """The blocks of a file, in order.
+
+    `key`: the configuration key that names the file, for remedies. `otherwise`: the format of a file whose name has an ending
+    that is not in FORMATS; by default it is refused. `give`: what to give in place of a table without the right columns.
+    Raises: BadInput for a file that cannot be read as a whole or lacks the column of a required field.
+    """
+    name = format_of(file, otherwise)
+    kind = FORMATS[name]
+    try:
+        columns = kind.columns(file)
+        absent = [field.name for field in fields if field.required and field.name not in (columns or ())]
+        if columns is None or not absent:
+            return kind.blocks(file)
+        problem = whole(file, f"has no column {', '.join(absent)}", _columns_remedy(name, columns, fields, give))
+    except FileNotFoundError:
+        problem = whole(file, "no such file", f"set {key} to an existing file" if key else "give a file that exists")
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            remedy = f"set {key} to a readable file" if key else "give a readable file"
+            problem = whole(file, f"cannot be read: {error.strerror}", remedy)
+        else:
+            problem = whole(file, f"is no {kind.noun}: {_line(error)}", "replace it")
+    raise BadInput([problem])
+
+
+def format_of(file: Path, otherwise: str = "") -> str:
+    """A key of FORMATS. Raises: BadInput for a file with another ending, if there is no `otherwise`."""
+    if file.suffix in FORMATS:
+        return file.suffix
+    if not otherwise:
+        raise BadInput([whole(file, f"is a {file.suffix or 'nameless'} file", f"give one of {', '.join(FORMATS)}")])
+    return otherwise
+
+
+def _columns_remedy(name: str, columns: Sequence[str], fields: Sequence[Field], give: str) -> str:
+    wanted = [field.name for field in fields if field.required]
+    if name == ".csv":
+        return f"the first line must name {','.join(wanted)}"
+    if name == ".txt":
+        return "a .txt file holds a text a line; end the name with what the file is, .csv or .jsonl"
+    return f"it has {', '.join(columns)}; give {give or 'the columns ' + ', '.join(wanted)}"
+
+
+def read_block(block: Block, fields: Sequence[Field] = ()) -> list[Record | Problem]:
+    """The rows of a block, in order, or what is wrong with them; blank lines are left out.
+
+    `fields`: those to read; all, if none is given. Null in a table is a field that the row lacks.
+    Raises: BadInput for a block that cannot be read as a whole.
+    """
+    try:
+        return list(FORMATS[block.format].rows(block, fields))
+    except (pa.ArrowException, OSError) as error:
+        what = f"rows {block.first} to {block.first + block.count - 1} cannot be read: {_line(error)}"
+        raise BadInput([block.problem(block.first, what, "replace it")]) from error
+
+
+def _line(error: Exception) -> str:
+    """What pyarrow says, on one line: a problem has one."""
+    return " ".join(str(error).split())
+
+
+def _chosen(row: Mapping[str, Any], fields: Sequence[Field]) -> dict[str, Any]:
+    names = {field.name for field in fields}
+    return {name: value for name, value in row.items() if not names or name in names}
 
 
 # --- Parquet and Arrow -------------------------------------------------------------------------------------------------
 
 
-def _parquet_columns(file: Path) -> list[str]:
-    return _plain_columns(pq.read_schema(file))
+class _Table(NamedTuple):
+    schema: pa.Schema
+    counts: Callable[[], list[int]]
+    """Rows of each part."""
+    read: Callable[[int, list[str]], pa.Table]
+    """Some columns of a part."""
 
 
-def _parquet_blocks(file: Path) -> list[Block]:
+_Open = Callable[[str | Path], AbstractContextManager[_Table]]
+
+
+@contextmanager
+def _parquet(file: str | Path) -> Iterator[_Table]:
     with pq.ParquetFile(file) as table:
-        return _table_blocks(
-            file, ".parquet", [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        yield _Table(
+            schema=table.schema_arrow,
+            counts=lambda: [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)],
+            read=lambda part, columns: table.read_row_group(part, columns=columns),
         )
 
 
-def _parquet_rows(block: Block, names: Collection[str], example: str) -> Rows:
-    with pq.ParquetFile(block.file) as table:
-        columns = [name for name in table.schema_arrow.names if not names or name in names]
-        return _table_rows(block, table.read_row_group(block.part, columns=columns))
+@contextmanager
+def _arrow(file: str | Path) -> Iterator[_Table]:
+    stream = pa.ipc.open_stream(pa.memory_map(str(file)))  # record batches stay in the mapped file
+    yield _Table(
+        schema=stream.schema,
+        counts=lambda: [batch.num_rows for batch in stream],
+        read=lambda part, columns: pa.Table.from_batches([list(stream)[part]]).select(columns),
+    )
 
 
-def _arrow_batches(file: Path) -> list[pa.RecordBatch]:
-    """Their buffers stay in the mapped file."""
-    return list(pa.ipc.open_stream(pa.memory_map(str(file))))
+def _table_columns(opened: _Open, file: Path) -> list[str]:
+    with opened(file) as table:
+        for field in table.schema:
+            if isinstance(field.type, pa.BaseExtensionType):
+                what = f"column {field.name} has the extension type {field.type}"
+                raise BadInput([whole(file, what, "use plain types")])
+        return table.schema.names
 
 
-def _arrow_columns(file: Path) -> list[str]:
-    with pa.memory_map(str(file)) as source:
-        return _plain_columns(pa.ipc.open_stream(source).schema)
-
-
-def _arrow_blocks(file: Path) -> list[Block]:
-    return _table_blocks(file, ".arrow", [batch.num_rows for batch in _arrow_batches(file)])
-
-
-def _arrow_rows(block: Block, names: Collection[str], example: str) -> Rows:
-    batch = _arrow_batches(Path(block.file))[block.part]
-    columns = [name for name in batch.schema.names if not names or name in names]
-    return _table_rows(block, pa.Table.from_batches([batch]).select(columns))
-
-
-def _plain_columns(schema: pa.Schema) -> list[str]:
-    for field in schema:
-        if isinstance(field.type, pa.BaseExtensionType):
-            raise UnreadableFile(f"column {field.name} has the extension type {field.type}", "use plain types")
-    return schema.names
-
-
-def _table_blocks(file: Path, name: str, counts: list[int]) -> list[Block]:
+def _table_blocks(opened: _Open, name: str, file: Path) -> list[Block]:
+    with opened(file) as table:
+        counts = table.counts()
     return [
         Block(file=str(file), format=name, part=part, first=first, count=count)
         for part, (first, count) in enumerate(zip(accumulate(counts, initial=1), counts, strict=False))
@@ -128,10 +187,12 @@ def _table_blocks(file: Path, name: str, counts: list[int]) -> list[Block]:
     ]
 
 
-def _table_rows(block: Block, table: pa.Table) -> Rows:
-    for number, row in enumerate(table.to_pylist(), block.first):
+def _table_rows(opened: _Open, block: Block, fields: Sequence[Field]) -> Rows:
+    with opened(block.file) as table:
+        rows = table.read(block.part, list(_chosen(dict.fromkeys(table.schema.names), fields)))
+    for number, row in enumerate(rows.to_pylist(), block.first):
         values = {name: _plain(value) for name, value in row.items()}
-        yield number, {name: value for name, value in values.items() if value is not None}
+        yield block.record(number, {name: value for name, value in values.items() if value is not None})
 
 
 def _plain(value: Any) -> Any:
@@ -141,7 +202,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# --- CSV ---------------------------------------------------------------------------------------------------------------
+# --- text files --------------------------------------------------------------------------------------------------------
+
+
+def _text_blocks(name: str, starts: Callable[[Path], Iterable[tuple[int, int]]], file: Path) -> list[Block]:
+    """`starts` gives of every row, blank ones included, its number and where it begins, in bytes."""
+    rows, blocks = iter(starts(file)), list[Block]()
+    while some := list(islice(rows, ROWS_PER_BLOCK)):
+        first, offset = some[0]
+        blocks.append(Block(file=str(file), format=name, part=len(blocks), first=first, count=len(some), offset=offset))
+    return blocks
 
 
 def _csv_rows(file: Path, offset: int = 0, line: int = 0) -> Iterator[tuple[int, int, list[str]]]:
@@ -166,10 +236,11 @@ def _csv_rows(file: Path, offset: int = 0, line: int = 0) -> Iterator[tuple[int,
             for values in reader:
                 yield line + reader.line_num, position, values
         except UnicodeDecodeError as error:
-            number = line + reader.line_num + 1
-            raise UnreadableFile(f"line {number} is not UTF-8 ({error.reason})", _NOT_UTF8) from error
+            what = f"line {line + reader.line_num + 1} is not UTF-8 ({error.reason})"
+            raise BadInput([whole(file, what, _NOT_UTF8)]) from error
         except csv.Error as error:
-            raise UnreadableFile(f"line {line + reader.line_num} is no CSV: {error}", "mend its quotes") from error
+            what = f"line {line + reader.line_num} is no CSV: {error}"
+            raise BadInput([whole(file, what, "mend its quotes")]) from error
 
 
 def _csv_columns(file: Path) -> list[str]:
@@ -177,58 +248,34 @@ def _csv_columns(file: Path) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _csv_blocks(file: Path) -> list[Block]:
+def _csv_starts(file: Path) -> Iterator[tuple[int, int]]:
     rows = _csv_rows(file)
     number, position, _ = next(rows, (0, 0, []))
-    starts, counts = [(number + 1, position)], [0]
-    for number, position, _ in rows:
-        counts[-1] += 1
-        if counts[-1] == ROWS_PER_BLOCK:
-            starts.append((number + 1, position))
-            counts.append(0)
-    return [
-        Block(file=str(file), format=".csv", part=part, first=first, count=count, offset=offset)
-        for part, ((first, offset), count) in enumerate(zip(starts, counts, strict=True))
-        if count
-    ]
+    for last, end, _ in rows:
+        yield number + 1, position
+        number, position = last, end
 
 
-def _csv_block(block: Block, names: Collection[str], example: str) -> Rows:
+def _csv_block(block: Block, fields: Sequence[Field]) -> Rows:
     header = _csv_columns(Path(block.file))
     rows = _csv_rows(Path(block.file), block.offset, block.first - 1)
     for number, _, values in islice(rows, block.count):
         if values and len(values) != len(header):
             what = f"has {len(values)} fields, the header {len(header)}"
-            yield number, Fault(what=what, remedy="add the missing; quote fields that hold commas")
+            yield block.problem(number, what, "add the missing; quote fields that hold commas")
         elif values:
-            yield number, _chosen(dict(zip(header, values, strict=True)), names)
+            yield block.record(number, _chosen(dict(zip(header, values, strict=True)), fields))
 
 
-# --- JSONL and text ----------------------------------------------------------------------------------------------------
-
-
-def _line_blocks(file: Path, name: str) -> list[Block]:
-    starts: list[int] = []
-    count = position = 0
+def _line_starts(file: Path) -> Iterator[tuple[int, int]]:
+    position = 0
     with file.open("rb") as lines:
-        for line in lines:
-            if count % ROWS_PER_BLOCK == 0:
-                starts.append(position)
-            count, position = count + 1, position + len(line)
-    return [
-        Block(
-            file=str(file),
-            format=name,
-            part=part,
-            first=1 + part * ROWS_PER_BLOCK,
-            count=min(ROWS_PER_BLOCK, count - part * ROWS_PER_BLOCK),
-            offset=start,
-        )
-        for part, start in enumerate(starts)
-    ]
+        for number, line in enumerate(lines, start=1):
+            yield number, position
+            position += len(line)
 
 
-def _lines(block: Block) -> Iterator[tuple[int, str | Fault]]:
+def _lines(block: Block) -> Iterator[tuple[int, str | Problem]]:
     """Lines that are not blank, each with its number."""
     with open(block.file, "rb") as stream:
         stream.seek(block.offset)
@@ -240,33 +287,30 @@ def _lines(block: Block) -> Iterator[tuple[int, str | Fault]]:
             if raw.strip():
                 yield number, raw.decode()
         except UnicodeDecodeError as error:
-            yield number, Fault(what=f"is not UTF-8 ({error.reason})", remedy=_NOT_UTF8)
+            yield number, block.problem(number, f"is not UTF-8 ({error.reason})", _NOT_UTF8)
 
 
-def _jsonl_rows(block: Block, names: Collection[str], example: str) -> Rows:
-    remedy = f"write one JSON object per line{f', like {example}' if example else ''}"
+def _jsonl_rows(block: Block, fields: Sequence[Field]) -> Rows:
+    example = ", ".join(f'"{field.name}": {field.example}' for field in fields if field.required)
+    remedy = f"write one JSON object per line{f', like {{{example}}}' if example else ''}"
     for number, line in _lines(block):
-        if isinstance(line, Fault):
-            yield number, line
+        if isinstance(line, Problem):
+            yield line
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, Fault(what=f"is not JSON: {error}", remedy=remedy)
+            yield block.problem(number, f"is not JSON: {error}", remedy)
             continue
         if isinstance(row, dict):
-            yield number, _chosen(row, names)
+            yield block.record(number, _chosen(row, fields))
         else:
-            yield number, Fault(what=f"is {type_name(row)}, not an object", remedy=remedy)
+            yield block.problem(number, f"is {type_name(row)}, not an object", remedy)
 
 
-def _text_rows(block: Block, names: Collection[str], example: str) -> Rows:
+def _text_rows(block: Block, fields: Sequence[Field]) -> Rows:
     for number, line in _lines(block):
-        yield number, line if isinstance(line, Fault) else {"text": line.strip()}
-
-
-def _chosen(row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not names or name in names}
+        yield line if isinstance(line, Problem) else block.record(number, {"text": line.strip()})
 
 
 def type_name(value: object) -> str:
@@ -277,39 +321,37 @@ def type_name(value: object) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
+def _table_format(name: str, noun: str, opened: _Open) -> Format:
+    return Format(
+        noun=noun,
+        columns=partial(_table_columns, opened),
+        blocks=partial(_table_blocks, opened, name),
+        rows=partial(_table_rows, opened),
+        add_rows="give a table with rows",
+    )
+
+
 FORMATS = {
     ".jsonl": Format(
         noun="JSONL",
         columns=lambda file: None,
-        blocks=lambda file: _line_blocks(file, ".jsonl"),
+        blocks=partial(_text_blocks, ".jsonl", _line_starts),
         rows=_jsonl_rows,
         add_rows="add one JSON object per line",
     ),
     ".csv": Format(
         noun="CSV",
         columns=_csv_columns,
-        blocks=_csv_blocks,
+        blocks=partial(_text_blocks, ".csv", _csv_starts),
         rows=_csv_block,
         add_rows="add one row per line below the names of the columns",
     ),
-    ".parquet": Format(
-        noun="Parquet file",
-        columns=_parquet_columns,
-        blocks=_parquet_blocks,
-        rows=_parquet_rows,
-        add_rows="give a table with rows",
-    ),
-    ".arrow": Format(
-        noun="Arrow stream",
-        columns=_arrow_columns,
-        blocks=_arrow_blocks,
-        rows=_arrow_rows,
-        add_rows="give a table with rows",
-    ),
+    ".parquet": _table_format(".parquet", "Parquet file", _parquet),
+    ".arrow": _table_format(".arrow", "Arrow stream", _arrow),
     ".txt": Format(
         noun="text",
         columns=lambda file: ("text",),
-        blocks=lambda file: _line_blocks(file, ".txt"),
+        blocks=partial(_text_blocks, ".txt", _line_starts),
         rows=_text_rows,
         add_rows="write one text per line",
     ),

@@ -17,7 +17,6 @@ import binascii
 import io
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -46,13 +45,7 @@ _TURNS = {
 }
 """EXIF orientation → what makes the picture upright."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-_OTHER_FORMATS = {
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\x00": "TIFF",
-    b"MM\x00*": "TIFF",
-    b"ftyp": "HEIC or AVIF",
-}
+_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\x00": "TIFF", b"MM\x00*": "TIFF", b"ftyp": "HEIC or AVIF"}
 _EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 
 
@@ -92,8 +85,11 @@ def decode_image(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            if image.format == "PNG":
-                _check_png_chunks(data)
+            if (
+                image.format == "PNG"
+            ):  # Pillow stops once it has the pixels; this reads every chunk's checksum up to IEND
+                with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+                    again.verify()
             image.load()
             return _to_rgb(image)
     except ImageError:
@@ -179,12 +175,6 @@ def _check_signature(data: bytes) -> None:
     raise UnreadableImage("the image is not a PNG, JPEG or WEBP file (by its first bytes)")
 
 
-def _check_png_chunks(data: bytes) -> None:
-    """Pillow stops reading once it has the pixels; this reads every chunk's checksum up to IEND."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        image.verify()
-
-
 def _check_header(image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
@@ -209,11 +199,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 # --- to a size ---------------------------------------------------------------------------------------------------------
-
-
-def load_image(path: str | Path, height: int, width: int, fit: Fit) -> np.ndarray:
-    """uint8 (H, W, 3) of a picture file. Raises: OSError, ImageError."""
-    return fit_image(decode_image(Path(path).read_bytes()), height, width, fit)
 
 
 def fit_image(image: np.ndarray, height: int, width: int, fit: Fit, crop: tuple[float, float] = CENTRE) -> np.ndarray:

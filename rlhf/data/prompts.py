@@ -7,35 +7,30 @@ The stream is a pure function of (seed, cursor): a permutation per epoch made fr
 nothing but the cursor and no library's random generator can change the order.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from rlhf.data.checks import OnBadRow, check_file, no_rows, refuse
-from rlhf.data.items import parse_items
 from rlhf.data.media import PictureFile
 from rlhf.data.records import Field, Problem
 from rlhf.types import Fit, Geometry, Item, Prompt, Source, seed_from
 
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A prompt of the input files whose pictures were read and decoded."""
-
-    image_id: str
-    instruction: str
-    images: tuple[PictureFile, ...]
-    """At least one."""
-    item: Item
-    """Empty where the data set has none."""
+ITEM_COLUMNS = ("food_name", "food_type", "city_name", "shop_name")
+ITEM_FIELDS = (
+    Field(name="image_id", unique=True, remedy="give the image_id of a JSONL row"),
+    *(Field(name=name, may_be_empty=True) for name in ITEM_COLUMNS),
+)
+Sized = Callable[[int, int], Geometry]
+"""What is generated where the first source has (H, W) pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The rows to work on and what was left out of them."""
+class Prompts:
+    """The prompts to work on and what was left out of them."""
 
-    rows: tuple[Row, ...]
+    prompts: tuple[Prompt, ...]
     left_out: tuple[Problem, ...] = ()
     """Empty unless `on_bad_row="skip"`."""
 
@@ -43,79 +38,73 @@ class Rows:
         """What was left out, a line per problem; empty if nothing was."""
         if not self.left_out:
             return ""
-        head = f"left out: {len(self.left_out)} problems; going on with {len(self.rows)} rows"
+        head = f"left out: {len(self.left_out)} problems; going on with {len(self.prompts)} rows"
         return "\n".join([head, *(f"  {problem}" for problem in self.left_out)])
 
 
-def prompt_fields(
-    prompt_column: str, items: Collection[str] | None, items_path: str | Path | None
-) -> tuple[Field, ...]:
-    """What a row needs. Where `items` (image_ids of the file `items_path`) is given, every row must be among them."""
-    remedy = (
-        f'add "{prompt_column}": "Make it brighter." or set data.prompt_column, now {prompt_column!r}, to the field that '
-        "holds the instruction"
-    )
-    return (
-        Field(name="image_id", unique=True, known=items, known_in=str(items_path), example='"10001"'),
-        Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
-        Field(name="image", kind="picture paths", example='"images/10001.jpg"'),
-    )
+def read_items(path: str | Path | None) -> tuple[dict[str, Item] | None, list[Problem]]:
+    """Items by image_id, None where there is no file; and the problems of the other rows. Of rows with one image_id the first
+    counts. A file whose name ends in nothing known is read as CSV.
+    """
+    if path is None:
+        return None, []
+    rows, problems = check_file(Path(path), ITEM_FIELDS, key="data.item_metadata", otherwise=".csv", others=True)
+    return {
+        row.fields["image_id"]: {name: str(value) for name, value in row.fields.items() if name != "image_id"}
+        for row in rows
+    }, problems
 
 
-def read_rows(
+def read_prompts(
     path: str | Path,
+    fit: Fit,
+    geometry: Sized,
     *,
     item_metadata: str | Path | None = None,
     prompt_column: str = "prompt",
     on_bad_row: OnBadRow = "stop",
-    progress: Callable[[int, int], None] | None = None,
-) -> Rows:
+) -> Prompts:
     """Read a JSONL or table of prompts (and the item CSV, in which every image_id must then have a row); decode all pictures.
 
-    Pictures must lie, links followed, inside the folder of the file. `progress(done, total)` counts rows. A file whose name
-    ends in nothing known is read as JSONL. Raises: BadInput with every problem.
+    Pictures must lie, links followed, inside the folder of the file. A file whose name ends in nothing known is read as JSONL.
+    Raises: BadInput with every problem.
     """
     path = Path(path)
-    items: dict[str, Item] | None = None
-    item_problems: list[Problem] = []
-    if item_metadata is not None:
-        items, item_problems = parse_items(Path(item_metadata))
+    items, item_problems = read_items(item_metadata)
     # Where the items cannot be read at all, that alone is told, and not of every row that it has none.
     known = None if item_problems and not items else items
-    fields = prompt_fields(prompt_column, known, item_metadata)
-    records, problems = check_file(path, fields, key="data.path", otherwise=".jsonl", progress=progress)
+    remedy = f"or set data.prompt_column, now {prompt_column!r}, to the field that holds the instruction"
+    remedy = f'add "{prompt_column}": "Make it brighter." {remedy}'
+    fields = (
+        Field(name="image_id", unique=True, known=known, known_in=str(item_metadata), example='"10001"'),
+        Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
+        Field(name="image", kind="picture paths", example='"images/10001.jpg"'),
+    )
+    records, problems = check_file(path, fields, key="data.path", otherwise=".jsonl")
     if not records and not problems:
         problems = [no_rows(path, ".jsonl")]
-    rows = []
+    prompts = []
     for record in records:
-        image_id = record.fields["image_id"]
-        if items is not None and image_id not in items:
-            continue
-        rows.append(
-            Row(
-                image_id=image_id,
-                instruction=record.fields[prompt_column],
-                images=record.fields["image"],
-                item=items[image_id] if items is not None else {},
-            )
-        )
+        key, images = record.fields["image_id"], record.fields["image"]
+        if items is None or key in items:
+            item = items[key] if items is not None else {}
+            prompts.append(prompt_of(key, record.fields[prompt_column], images, item, fit, geometry))
     problems = [*problems, *item_problems]
-    refuse(problems, rows, on_bad_row)
-    return Rows(rows=tuple(rows), left_out=tuple(problems))
+    refuse(problems, prompts, on_bad_row)
+    return Prompts(prompts=tuple(prompts), left_out=tuple(problems))
 
 
-def prompts_of(rows: Sequence[Row], fit: Fit, geometry: Callable[[int, int], Geometry]) -> list[Prompt]:
-    """The prompts of rows, in order. `geometry` says what is generated where the first source has (H, W) pixels."""
-    return [
-        Prompt(
-            key=row.image_id,
-            instruction=row.instruction,
-            sources=tuple(Source(path=str(image.path), content=image.content, fit=fit) for image in row.images),
-            item=row.item,
-            geometry=geometry(row.images[0].height, row.images[0].width),
-        )
-        for row in rows
-    ]
+def prompt_of(
+    key: str, instruction: str, images: Sequence[PictureFile], item: Item, fit: Fit, geometry: Sized
+) -> Prompt:
+    """The prompt of picture files, at least one."""
+    return Prompt(
+        key=key,
+        instruction=instruction,
+        sources=tuple(Source(path=str(image.path), content=image.content, fit=fit) for image in images),
+        item=item,
+        geometry=geometry(images[0].height, images[0].width),
+    )
 
 
 class PromptStream:

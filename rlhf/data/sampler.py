@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.data.batches import Encodings, HandedEncodings, condition_of, unguided_of
+from rlhf.data.batches import ReadRow, condition_of, unguided_of
 from rlhf.data.encoding import encode_all
-from rlhf.models.family import Codec, Family
-from rlhf.models.sampling import sample_batch
+from rlhf.models.family import Codec, Family, sample_batch
 from rlhf.tables import SamplingTable
 from rlhf.types import Encoding, Prompt, noise_from
 
@@ -21,7 +20,7 @@ from rlhf.types import Encoding, Prompt, noise_from
 def sample_prompts(
     family: Family,
     denoiser: nn.Module,
-    encodings: Encodings,
+    row: ReadRow,
     sampling: SamplingTable,
     device: str,
     *,
@@ -39,22 +38,21 @@ def sample_prompts(
     noise = torch.zeros(sampling.batch_size, *family.latent_shape(prompts[0].geometry))
     for prompt, seed, slot in zip(prompts, noise_seeds, slots, strict=True):
         placed[slot], noise[slot] = prompt, noise_from(seed, noise.shape[1:])
-    condition = condition_of(family, encodings, placed)
-    unguided = unguided_of(family, encodings, placed, sampling.guidance_scale)
+    condition = condition_of(family, row, placed)
+    unguided = unguided_of(family, row, placed, sampling.guidance_scale)
     condition = {name: tensor.to(device) for name, tensor in condition.items()}
     if unguided is not None:
         unguided = {name: tensor.to(device) for name, tensor in unguided.items()}
     return sample_batch(family, denoiser, condition, unguided, noise.to(device), sampling)
 
 
-def encoded_now(family: Family, codec: Codec, prompts: Sequence[Prompt], sampling: SamplingTable) -> Encodings:
+def encoded_now(family: Family, codec: Codec, prompts: Sequence[Prompt], sampling: SamplingTable) -> ReadRow:
     """The rows that sampling these prompts needs, encoded here in batches of `sampling.batch_size`.
 
     Raises: OSError, Refused for a source that has changed.
     """
     wanted = [encoding for prompt in prompts for encoding in encodings_for_sampling(family, prompt, sampling)]
-    rows = encode_all(codec, wanted, sampling.batch_size)
-    return HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
+    return encode_all(codec, wanted, sampling.batch_size).__getitem__
 
 
 def encodings_for_sampling(family: Family, prompt: Prompt, sampling: SamplingTable) -> tuple[Encoding, ...]:

@@ -11,8 +11,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rlhf.data.formats import FORMATS, Block, Fault
+from rlhf.data.formats import FORMATS, Block
 from rlhf.data.media import decode_image, fit_image
+from rlhf.data.records import Field, Record
 from rlhf.errors import Refused
 from rlhf.types import Encoding, Geometry, Source
 
@@ -25,8 +26,8 @@ ReadColumn = Callable[[str, int, str], Sequence[Any]]
 def read_column(table: str, part: int, column: str) -> list[Any]:
     """One column of a row group or record batch; None where a row has no value. Raises: OSError, pyarrow's exceptions."""
     block = Block(file=table, format=Path(table).suffix, part=part, first=1, count=0)
-    rows = FORMATS[block.format].rows(block, {column}, "")
-    return [None if isinstance(row, Fault) else row.get(column) for _, row in rows]
+    rows = FORMATS[block.format].rows(block, [Field(name=column)])
+    return [row.fields.get(column) for row in rows if isinstance(row, Record)]
 
 
 read_held = lru_cache(maxsize=COLUMNS_HELD)(read_column)
@@ -44,9 +45,8 @@ def file_bytes(source: Source, read: ReadColumn = read_held) -> bytes:
 
 
 def open_source(source: Source, geometry: Geometry, read: ReadColumn = read_held) -> np.ndarray:
-    """uint8 (F, H, W, 3) of a medium as a model is shown it. Raises: OSError; Refused, also where frames lack: media are stills.
-
-    Left out: videos.
+    """uint8 (F, H, W, 3) of a medium as a model is shown it. Raises: OSError; Refused, also for
+    more than one frame. Left out: videos.
     """
     if geometry.frames != 1:
         raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")

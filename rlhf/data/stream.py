@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
-from rlhf.types import seed_from
+from rlhf.types import CENTRE, seed_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class Visit:
 
     row: int
     """In the index."""
-    mirrored: bool
+    mirrored: bool = False
     """Both pictures, and the source, left to right."""
-    blank: bool
+    blank: bool = False
     """Trained with the empty caption."""
-    crop: tuple[float, float]
+    crop: tuple[float, float] = CENTRE
     """(down, across) of the crop in what may be cut off: 0 … 1; 0.5, 0.5 is the centre."""
 
 
@@ -34,23 +34,19 @@ class PairStream:
 
     block_sizes: tuple[int, ...]
     """Pairs per block, in the index's order."""
-    window: int
-    """Blocks whose rows are mixed with each other."""
+    data: PairDataConfig
     seed: int
-    shuffle: bool = True
-    hflip: bool = True
-    random_crop: bool = False
-    caption_dropout: float = 0.0
 
     def __getitem__(self, position: int) -> Visit:
+        data = self.data
         epoch, place = divmod(position, self._count)
-        row = int(_order(self, epoch)[place]) if self.shuffle else place
+        row = int(_order(self, epoch)[place]) if data.shuffle else place
         down, across = (_unit(self.seed, way, position) for way in ("crop down", "crop across"))
         return Visit(
             row=row,
-            mirrored=self.hflip and _unit(self.seed, "mirror", position) < 0.5,
-            blank=_unit(self.seed, "caption", position) < self.caption_dropout,
-            crop=(down, across) if self.random_crop else (0.5, 0.5),
+            mirrored=data.hflip and _unit(self.seed, "mirror", position) < 0.5,
+            blank=_unit(self.seed, "caption", position) < data.caption_dropout,
+            crop=(down, across) if data.crop == "random" else CENTRE,
         )
 
     @cached_property
@@ -58,24 +54,11 @@ class PairStream:
         return sum(self.block_sizes)
 
 
-def training_stream(data: PairDataConfig, block_sizes: tuple[int, ...], seed: int) -> PairStream:
-    """The stream of a recipe."""
-    return PairStream(
-        block_sizes=block_sizes,
-        window=len(block_sizes) if data.latents == "cached" else data.shuffle_blocks,
-        seed=seed,
-        shuffle=data.shuffle,
-        hflip=data.hflip,
-        random_crop=data.crop == "random",
-        caption_dropout=data.caption_dropout,
-    )
-
-
 def held_out_visits(held_out: HeldOutConfig, trainer: TrainerConfig, count: int) -> list[Visit]:
     """The first `eval.max_pairs` of `count` pairs as they are, as many as fill every rank's batches."""
     fit = trainer.ranks * trainer.train_batch_size
     used = min(count, held_out.max_pairs) // fit * fit
-    return [Visit(row=row, mirrored=False, blank=False, crop=(0.5, 0.5)) for row in range(used)]
+    return [Visit(row=row) for row in range(used)]
 
 
 def _unit(seed: int, what: str, position: int) -> float:
@@ -88,9 +71,10 @@ def _order(stream: PairStream, epoch: int) -> np.ndarray:
     """Index rows in the order of an epoch, int64 (pairs,)."""
     firsts = np.concatenate([[0], np.cumsum(stream.block_sizes)])
     blocks = permutation(seed_from(stream.seed, "blocks", epoch), len(stream.block_sizes))
+    window = len(blocks) if stream.data.latents == "cached" else stream.data.shuffle_blocks  # mixed with each other
     parts = []
-    for start in range(0, len(blocks), stream.window):
-        rows = np.concatenate([np.arange(firsts[b], firsts[b + 1]) for b in blocks[start : start + stream.window]])
+    for start in range(0, len(blocks), window):
+        rows = np.concatenate([np.arange(firsts[b], firsts[b + 1]) for b in blocks[start : start + window]])
         parts.append(rows[permutation(seed_from(stream.seed, "rows", epoch, start), len(rows))])
     return np.concatenate(parts)
 

@@ -7,9 +7,9 @@ half here turns that and the number of the step into micro-batches. `OnlineWork`
 Shapes: B examples, C latent channels, h w latents.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -19,18 +19,11 @@ import torch
 from torch import Tensor
 
 from rlhf.data import audit
-from rlhf.data.batches import (
-    CachedEncodings,
-    CachePlace,
-    EncodedExample,
-    Encodings,
-    HandedEncodings,
-    batch_of,
-    latents_from_array,
-)
+from rlhf.data.batches import EncodedExample, ReadRow, batches_of, latents_from_array
+from rlhf.data.cache import EncodingCache, read_manifest
 from rlhf.data.examples import PairIndex, Preference, read_index
 from rlhf.data.records import BadInput, Problem
-from rlhf.data.stream import Visit, held_out_visits, training_stream
+from rlhf.data.stream import PairStream, Visit, held_out_visits
 from rlhf.models.family import Family
 from rlhf.runs.folder import Fence
 from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
@@ -38,7 +31,7 @@ from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt
 
 HELD_OUT_STEP = 0
 """The step whose noise the evaluation uses: training begins at 1."""
-Handed = Mapping[Encoding, Mapping[str, np.ndarray]]
+EncodedRows = Mapping[Encoding, Mapping[str, np.ndarray]]
 """Rows as encoders hand them over, fp32 or whole numbers."""
 
 
@@ -55,13 +48,12 @@ class Work(Protocol):
         """The rank's micro-batches of the evaluation, always the same; none where nothing is held out."""
 
 
-def _micro_batches(
-    family: Family, examples: Sequence[EncodedExample], *, size: int, seed: int, step: int, first_index: int
-) -> list[Batch]:
-    return [
-        batch_of(family, examples[i : i + size], seed=seed, step=step, first_index=first_index + i)
-        for i in range(0, len(examples), size)
-    ]
+def _example(
+    family: Family, row: ReadRow, prompt: Prompt, x0: Mapping[str, Tensor], seen: Prompt | None = None
+) -> EncodedExample:
+    """`seen`: the prompt that the model is told in place of `prompt`."""
+    rows = [row(encoding) for encoding in family.encodings(seen or prompt)]
+    return EncodedExample(rows=rows, bucket=family.bucket(prompt), x0=x0)
 
 
 # --- online ------------------------------------------------------------------------------------------------------------
@@ -71,67 +63,49 @@ class OnlineWork:
     """Pairs that the driver hands out, with conditions from the cache."""
 
     def __init__(
-        self, trainer: TrainerConfig, cache: CachePlace, pairs: Path, fence: Fence, *, seed: int, save_latents: bool
+        self, trainer: TrainerConfig, cache: EncodingCache, pairs: Path, fence: Fence, *, seed: int, save_latents: bool
     ):
         """pairs: folder of the record that is written before a pair trains."""
         self._trainer, self._cache, self._pairs, self._fence = trainer, cache, pairs, fence
         self._seed, self._save_latents = seed, save_latents
 
     def open(self, family: Family) -> None:
-        self._family, self._encodings = family, self._cache.open()
+        self._family = family
 
     def batches(self, step: int, rank: int, handed: Sequence[Pair], values: Sequence[np.ndarray]) -> list[Batch]:
         """handed: the rank's pairs; values: the latents of each one's winner and loser, in order."""
-        latents = iter(values)
-        pairs = [
-            replace(
-                pair,
-                winner=replace(pair.winner, latents=next(latents)),
-                loser=replace(pair.loser, latents=next(latents)),
-            )
-            for pair in handed
-        ]
+        latents, family = iter(values), self._family  # with_candidates goes to the winner and then to the loser
+        pairs = [pair.with_candidates(lambda side: replace(side, latents=next(latents))) for pair in handed]
         first = rank * self._trainer.pairs_per_rank
-        encodings = [self._family.encodings(pair.prompt) for pair in pairs]
         self._fence.check()
         audit.write_pairs(
             self._pairs / f"step_{step:06d}.rank_{rank}.parquet",
             pairs,
-            [[self._encodings.key(encoding) for encoding in some] for some in encodings],
-            self._family.process,
+            [[self._cache.key(encoding) for encoding in family.encodings(pair.prompt)] for pair in pairs],
+            family.process,
             seed=self._seed,
             step=step,
             first_index=first,
             save_latents=self._save_latents,
         )
         examples = [
-            EncodedExample(
-                rows=[self._encodings.row(encoding) for encoding in some],
-                bucket=self._family.bucket(pair.prompt),
-                x0={
-                    "winner": latents_from_array(pair.winner.latents),
-                    "loser": latents_from_array(pair.loser.latents),
-                },
+            _example(
+                family,
+                self._cache.row,
+                pair.prompt,
+                {"winner": latents_from_array(pair.winner.latents), "loser": latents_from_array(pair.loser.latents)},
             )
-            for pair, some in zip(pairs, encodings, strict=True)
+            for pair in pairs
         ]
-        size = self._trainer.train_batch_size
-        return _micro_batches(self._family, examples, size=size, seed=self._seed, step=step, first_index=first)
+        return batches_of(
+            family, examples, self._trainer.train_batch_size, seed=self._seed, step=step, first_index=first
+        )
 
     def held_out(self, rank: int) -> list[Batch]:
         return []
 
 
 # --- offline -----------------------------------------------------------------------------------------------------------
-
-
-class Examples(Protocol):
-    """Examples by visit, as tensors."""
-
-    @property
-    def block_sizes(self) -> tuple[int, ...]: ...
-
-    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample: ...
 
 
 class IndexedExamples:
@@ -144,34 +118,44 @@ class IndexedExamples:
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
+        """Examples per block."""
         return tuple(self.index.block_sizes().tolist())
 
     def example(self, visit: Visit, pair: Preference | None = None) -> Example:
-        """The example of a visit, cropped and mirrored as that says; `pair`: its row, for whoever has read it."""
-        return self.index.example(pair or self.index[visit.row], visit, self._geometry, self._roles)
+        """The example of a visit, cropped and mirrored as that says; `pair`: its row, for whoever has read it.
 
-    def _seen(self, visit: Visit, prompt: Prompt) -> tuple[Encoding, ...]:
-        """What the model is told of a visit's prompt: of one that is blank the unguided one's."""
+        What is preferred is a target too.
+        """
+        pair = pair or self.index[visit.row]
+        media = pair.pictures(self.index.blocks[pair.block])
+        media.setdefault(
+            "target", media.get("winner", next(iter(media.values())))
+        )  # a picture without a loser is one already
+        shown = partial(replace, mirrored=visit.mirrored, crop=visit.crop)
+        sources = tuple(map(shown, pair.sources()))
+        prompt = Prompt(key=pair.key, instruction=pair.caption, sources=sources, geometry=self._geometry)
+        return Example(prompt=prompt, targets={role: shown(media[role]) for role in self._roles})
+
+    def _seen(self, visit: Visit, prompt: Prompt) -> Prompt:
+        """What the model is told of a visit's prompt: of one that is blank the unguided one."""
         seen = self._family.unguided(prompt) if visit.blank else prompt
         assert seen is not None, "recipes refuse caption dropout for a family without an unguided prompt"
-        return self._family.encodings(seen)
+        return seen
+
+    def _targets(self, example: Example) -> dict[str, Encoding]:
+        return {role: self._family.target(source, self._geometry) for role, source in example.targets.items()}
 
     def encodings(self, visit: Visit, pair: Preference | None = None) -> tuple[Encoding, ...]:
         """Everything that is encoded of a visit."""
         example = self.example(visit, pair)
-        targets = (self._family.target(source, self._geometry) for source in example.targets.values())
-        return (*self._seen(visit, example.prompt), *targets)
+        seen = self._family.encodings(self._seen(visit, example.prompt))
+        return (*seen, *self._targets(example).values())
 
-    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample:
-        example, family = self.example(visit), self._family
-        return EncodedExample(
-            rows=[encodings.row(encoding) for encoding in self._seen(visit, example.prompt)],
-            bucket=family.bucket(example.prompt),
-            x0={
-                role: encodings.row(family.target(source, self._geometry))["latents"].float()
-                for role, source in example.targets.items()
-            },
-        )
+    def encoded(self, visit: Visit, row: ReadRow) -> EncodedExample:
+        """A visit as tensors."""
+        example = self.example(visit)
+        x0 = {role: row(target)["latents"].float() for role, target in self._targets(example).items()}
+        return _example(self._family, row, example.prompt, x0, self._seen(visit, example.prompt))
 
 
 class RecordedExamples:
@@ -194,19 +178,14 @@ class RecordedExamples:
     def block_sizes(self) -> tuple[int, ...]:
         return (len(self._places),)
 
-    def encoded(self, visit: Visit, encodings: Encodings) -> EncodedExample:
+    def encoded(self, visit: Visit, row: ReadRow) -> EncodedExample:
         file, place = self._places[visit.row]
-        row = self._rows(file)[place]
-        prompt = audit.prompt_of(row)
-        return EncodedExample(
-            rows=[encodings.row(encoding) for encoding in self._family.encodings(prompt)],
-            bucket=self._family.bucket(prompt),
-            x0={role: _latents(row, self.SIDES[role]) for role in self._roles},
-        )
+        pair = self._rows(file)[place]
+        x0 = {role: audit.latents_of(pair, self.SIDES[role]) for role in self._roles}
+        return _example(self._family, row, audit.recorded_prompt(pair), x0)
 
 
-def _latents(row: Mapping[str, Any], side: str) -> Tensor:
-    return latents_from_array(np.frombuffer(row[f"{side}_latents"], np.int16).reshape(row["latents_shape"]))
+Examples = IndexedExamples | RecordedExamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +210,7 @@ class OfflineWork:
         trainer: TrainerConfig,
         data: PairDataConfig,
         evaluation: HeldOutConfig,
-        cache: CachePlace,
+        cache: EncodingCache,
         training: ExamplesPlace,
         held_out: ExamplesPlace | None,
         *,
@@ -243,20 +222,28 @@ class OfflineWork:
 
     def open(self, family: Family) -> None:
         training, held_out = self._places
-        self._family, self._encodings = family, self._cache.open()
+        self._family = family
         self._training = training.open(family, self._roles)
         self._held_out = held_out.open(family, self._roles) if held_out else None
-        self._stream = training_stream(self._data, self._training.block_sizes, self._seed)
+        self._stream = PairStream(block_sizes=self._training.block_sizes, data=self._data, seed=self._seed)
 
-    def batches(self, step: int, rank: int, handed: None, values: Sequence[Handed]) -> list[Batch]:
+    def batches(self, step: int, rank: int, handed: None, values: Sequence[EncodedRows]) -> list[Batch]:
         """values: rows that encoders made beside the trainer; all others are in the cache."""
         trainer = self._trainer
         first = rank * trainer.pairs_per_rank
         start = (step - 1) * trainer.pairs_per_step + first
         visits = [self._stream[place] for place in range(start, start + trainer.pairs_per_rank)]
-        rows = {encoding: _tensors(arrays) for part in values for encoding, arrays in part.items()}
-        encodings = HandedEncodings(rows, self._encodings)
-        return self._batches(self._training, visits, encodings, step, first)
+        # Copies: what comes out of the object store cannot be written to.
+        rows = {
+            encoding: {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+            for part in values
+            for encoding, arrays in part.items()
+        }
+
+        def row(encoding: Encoding) -> Mapping[str, Tensor]:
+            return rows[encoding] if encoding in rows else self._cache.row(encoding)
+
+        return self._batches(self._training, visits, row, step, first)
 
     def held_out(self, rank: int) -> list[Batch]:
         """The first pairs as they are, `eval.draws` times, at noise that never changes."""
@@ -268,20 +255,15 @@ class OfflineWork:
         for draw in range(self._evaluation.draws):
             index = draw * self._evaluation.max_pairs + first
             chosen = visits[first : first + mine]
-            batches += self._batches(self._held_out, chosen, self._encodings, HELD_OUT_STEP, index)
+            batches += self._batches(self._held_out, chosen, self._cache.row, HELD_OUT_STEP, index)
         return batches
 
     def _batches(
-        self, examples: Examples, visits: Sequence[Visit], encodings: Encodings, step: int, first_index: int
+        self, examples: Examples, visits: Sequence[Visit], row: ReadRow, step: int, first_index: int
     ) -> list[Batch]:
-        encoded = [examples.encoded(visit, encodings) for visit in visits]
+        encoded = [examples.encoded(visit, row) for visit in visits]
         size = self._trainer.train_batch_size
-        return _micro_batches(self._family, encoded, size=size, seed=self._seed, step=step, first_index=first_index)
-
-
-def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Copies: what comes out of the object store cannot be written to."""
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        return batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=first_index)
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
@@ -302,14 +284,13 @@ def recorded_prompts(folder: Path) -> Iterator[Prompt]:
     """The prompts of a record, in order."""
     for file in sorted(folder.glob("*.parquet")):
         columns = ["key", "instruction", "sources", "height", "width", "frames"]
-        yield from map(audit.prompt_of, audit.read_file(file, columns=columns).to_pylist())
+        yield from map(audit.recorded_prompt, audit.read_file(file, columns=columns).to_pylist())
 
 
-def check_record(
-    folder: Path, family: Family, encodings: CachedEncodings, known: Container[str], cache: str, geometry: Geometry
-) -> None:
-    """Raise BadInput with every recorded pair that this model cannot train on again. `known`: keys that are in the cache."""
+def check_record(folder: Path, family: Family, cache: EncodingCache, geometry: Geometry) -> None:
+    """Raise BadInput with every recorded pair that this model cannot train on again."""
     problems: list[Problem] = []
+    known = read_manifest(cache.folder).places
     latent_shape = list(family.latent_shape(geometry))
     for file in sorted(folder.glob("*.parquet")):
         without = _without_latents(file)
@@ -321,26 +302,25 @@ def check_record(
 
             if without:
                 problem("latents", "are missing", "only a run with run.save_latents = true can be replayed")
-            prompt = audit.prompt_of(row)
+            prompt = audit.recorded_prompt(row)
             if prompt.geometry != geometry:
                 given = f"model.height × width × frames is {geometry.height} × {geometry.width} × {geometry.frames}"
                 what = f"are {row['height']} × {row['width']} × {row['frames']}, but {given}"
                 problem("height, width, frames", what, "give the run's own size")
                 continue
-            keys = [encodings.key(encoding) for encoding in family.encodings(prompt)]
+            keys = [cache.key(encoding) for encoding in family.encodings(prompt)]
             if keys != row["encoding_keys"] or row["latents_shape"] != latent_shape:
                 problem("encoding_keys", "were made by another model", "set model.* to the run's own")
             elif not all(key in known for key in keys):
-                problem("encoding_keys", f"are not all in data.cache = {cache}", "give the cache of that run")
+                problem("encoding_keys", f"are not all in data.cache = {cache.folder}", "give the cache of that run")
     if problems:
         raise BadInput(problems)
 
 
 def _without_latents(file: Path) -> bool:
     """Whether a file of a record has no latents, from its statistics alone: they are a megabyte a pair."""
-    groups = pq.ParquetFile(file)
-    column = groups.schema_arrow.get_field_index("winner_latents")
-    names = [groups.metadata.row_group(0).column(i).path_in_schema for i in range(groups.metadata.num_columns)]
-    place = names.index("winner_latents") if column >= 0 else -1
-    statistics = [groups.metadata.row_group(i).column(place).statistics for i in range(groups.num_row_groups)]
-    return any(found is not None and found.null_count for found in statistics)
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    latents = [column.statistics for column in columns if column.path_in_schema == "winner_latents"]
+    return any(found is not None and found.null_count for found in latents)

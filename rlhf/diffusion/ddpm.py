@@ -1,9 +1,7 @@
 """The process of Stable Diffusion's networks, which know N timesteps, and sampling by any scheduler of diffusers.
 
-Everything comes from the checkpoint's scheduler_config.json. Apart from `process.py`, because importing diffusers takes
-seconds that the processes without a network need not pay.
-Left out: the target "sample"; SNR weights (Diffusion-DPO has none); DPMSolverSDE and CosineDPMSolverMultistep, whose
-Brownian noise no seed per picture can reach.
+Apart from `process.py`, because importing diffusers takes seconds that the processes without a network need not pay. Left out:
+the target "sample"; SNR weights (Diffusion-DPO has none); schedulers whose Brownian noise no seed per picture can reach.
 
 Shapes: B batch, N training timesteps, … any latent dimensions.
 """
@@ -19,18 +17,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rlhf.diffusion.process import per_sample
-from rlhf.diffusion.solvers import Solver
+from rlhf.diffusion.process import Network, per_sample
 from rlhf.errors import Refused
 from rlhf.types import seed_from
 
 BETA_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "rescale_betas_zero_snr"),
 )
 UNSEEDED = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
@@ -49,31 +42,10 @@ def scheduler_class(config: Mapping[str, Any], file: str) -> type:
     return found
 
 
-class DiffusersSolver:
-    """Any scheduler of diffusers for networks that were trained on the timesteps 0 … N − 1.
-
-    Stochastic schedulers draw each row's noise from a generator that the row's own starting noise seeds: the same start
-    draws the same, whatever its neighbours in the batch and on whatever device.
-    """
-
-    def __init__(self, config: Mapping[str, Any], file: str, train_timesteps: int, steps: int, device: torch.device):
-        self._scheduler: Any = scheduler_class(config, file).from_config(dict(config))  # type: ignore[attr-defined]
-        self._scheduler.set_timesteps(steps, device=device)
-        # Double, so that a network is asked for the scheduler's own timestep and not for its neighbour in fp32.
-        self.times = (self._scheduler.timesteps.double() + 1) / train_timesteps
-        self._options: dict[str, Any] = {}
-
-    def begin(self, noise: Tensor) -> Tensor:
-        if "generator" in inspect.signature(self._scheduler.step).parameters:
-            seeds = [seed_from("solver", xxhash.xxh3_64_intdigest(row.cpu().numpy().tobytes())) for row in noise]
-            self._options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return noise * self._scheduler.init_noise_sigma
-
-    def x_t(self, x: Tensor, i: int) -> Tensor:
-        return self._scheduler.scale_model_input(x, self._scheduler.timesteps[i])
-
-    def step(self, x: Tensor, i: int, prediction: Tensor) -> Tensor:
-        return self._scheduler.step(prediction, self._scheduler.timesteps[i], x, **self._options, return_dict=False)[0]
+def row_generators(noise: Tensor) -> list[torch.Generator]:
+    """A generator per row of noise (B, …), seeded by the row's own bytes."""
+    seeds = [seed_from("solver", xxhash.xxh3_64_intdigest(row.cpu().numpy().tobytes())) for row in noise]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +76,8 @@ class DDPM:
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """ᾱ of the N timesteps, (N,) in double precision."""
-        return diffusers.DDPMScheduler(
-            **{key: self.config[key] for key in BETA_KEYS if key in self.config}
-        ).alphas_cumprod.double()
+        betas = {key: self.config[key] for key in BETA_KEYS if key in self.config}
+        return diffusers.DDPMScheduler(**betas).alphas_cumprod.double()
 
     def timestep(self, t: Tensor) -> Tensor:
         """k = t·N − 1, fp32, shape (B,). A whole one is exactly whole, also from a t in fp32; samplers may ask between."""
@@ -133,5 +104,17 @@ class DDPM:
         count = len(self.alphas_cumprod)
         return (torch.randint(count, (), generator=torch.Generator().manual_seed(seed)).item() + 1) / count
 
-    def solver(self, steps: int, tokens: int, device: torch.device) -> Solver:
-        return DiffusersSolver(self.config, self.file, len(self.alphas_cumprod), steps, device)
+    def sample(self, network: Network, noise: Tensor, steps: int, tokens: int) -> Tensor:
+        """Stochastic schedulers draw each row's noise from a generator that the row's own starting noise seeds: the same
+        start draws the same, whatever its neighbours in the batch and on whatever device."""
+        scheduler: Any = scheduler_class(self.config, self.file).from_config(dict(self.config))  # type: ignore[attr-defined]
+        scheduler.set_timesteps(steps, device=noise.device)
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": row_generators(noise)} if draws else {}
+        x = noise * scheduler.init_noise_sigma
+        for i, timestep in enumerate(scheduler.timesteps):
+            # Double, so that a network is asked for the scheduler's own timestep and not for its neighbour in fp32.
+            t = (timestep.double() + 1) / len(self.alphas_cumprod)
+            prediction = network(scheduler.scale_model_input(x, timestep), t, i)
+            x = scheduler.step(prediction, timestep, x, **options, return_dict=False)[0]
+        return x

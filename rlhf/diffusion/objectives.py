@@ -1,8 +1,7 @@
 """Objectives: from predictions of a policy (and of frozen sides) to a loss.
 
-An objective knows no model and no data source. It names the roles whose latents it reads and the frozen sides that it
-compares the policy with, and is handed a function `predict(x_t, t, condition) -> prediction` per side, the family's process
-and a batch. Left out: weighting of the loss over t (public flow-matching DPO uses a constant β; so do we).
+An objective knows no model and no data source: it is handed a function `predict` per side, the family's process and a batch.
+Left out: weighting of the loss over t (public flow-matching DPO uses a constant β; so do we).
 
 Shapes: B examples, C latent channels, … height and width, with frames before them where there are any, D = C·… dimensions.
 """
@@ -20,22 +19,18 @@ from rlhf.types import POLICY, REFERENCE, Batch, Condition
 
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t (B, C, …), t (B,), condition) -> prediction (B, C, …), fp32. A frozen side's carries no gradient."""
+Loss = tuple[Tensor, Mapping[str, Tensor]]
+"""The loss and scalars to log, all of them means over B by the batch's weights."""
 
 
 class Objective(Protocol):
-    """`__call__` gives the loss and scalars to log, both means over B by the batch's weights."""
+    """Roles of the latents that it reads, frozen sides that the trainer must keep for it, and a call."""
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        """Of the latents in a batch."""
-
+    def roles(self) -> tuple[str, ...]: ...
     @property
-    def sides(self) -> tuple[str, ...]:
-        """Frozen sides that the trainer must keep beside the policy."""
-
-    def __call__(
-        self, predict: Mapping[str, Predict], process: Process, batch: Batch
-    ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+    def sides(self) -> tuple[str, ...]: ...
+    def __call__(self, predict: Mapping[str, Predict], process: Process, batch: Batch) -> Loss: ...
 
 
 def errors(predict: Predict, process: Process, batch: Batch, roles: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -73,9 +68,7 @@ class DPO:
     roles: ClassVar[tuple[str, ...]] = ("winner", "loser")
     sides: ClassVar[tuple[str, ...]] = (REFERENCE,)
 
-    def __call__(
-        self, predict: Mapping[str, Predict], process: Process, batch: Batch
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def __call__(self, predict: Mapping[str, Predict], process: Process, batch: Batch) -> Loss:
         # The reference first: it keeps no activations, so the policy's are never in memory beside it.
         with torch.no_grad():
             reference_w, reference_l = errors(predict[REFERENCE], process, batch, self.roles)
@@ -103,13 +96,7 @@ class SFT:
     roles: ClassVar[tuple[str, ...]] = ("target",)
     sides: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(
-        self, predict: Mapping[str, Predict], process: Process, batch: Batch
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def __call__(self, predict: Mapping[str, Predict], process: Process, batch: Batch) -> Loss:
         (error,) = errors(predict[POLICY], process, batch, self.roles)
         loss = (error * batch.weight["target"]).mean()
         return loss, {"target_error": loss.detach()}
-
-
-OBJECTIVES: Mapping[str, type[DPO] | type[SFT]] = {"dpo": DPO, "sft": SFT}
-"""By the name that recipes give them."""

@@ -1,35 +1,34 @@
-"""Forward processes: how a clean latent is noised and what a network regresses.
+"""Processes: how a clean latent is noised, what a network regresses, and how a sampler goes back from noise to data.
 
-An objective sees only `noisy`, `target` and `draw_t`, so one DPO loss serves every family. Left out: anything a network
-needs to be called (timestep scaling, guidance, packing); that belongs to the family. `ddpm.py` has the other process.
+An objective sees only `noisy` and `target`, so one DPO loss serves every family. Left out: anything a network needs to be
+called (timestep scaling, guidance, packing); that belongs to the family. `ddpm.py` has the other process.
 
 Shapes: B batch, … any latent dimensions.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.diffusion.solvers import Euler, Solver
+Network = Callable[[Tensor, Tensor, int], Tensor]
+"""(x_t (B, …), t (), the number of the call from 0) -> prediction (B, …)."""
 
 
 class Process(Protocol):
-    """A family's noising rule. t is process time: 1 is pure noise, 0 is data."""
+    """A family's noising rule. t (B,) is process time: 1 is pure noise, 0 is data; x0, noise and x_t are (B, …).
 
-    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of shape (B, …) from x0 and noise of that shape and t of shape (B,)."""
+    noisy: x_t. target: what the network regresses at x_t. draw_t: a training time from the process's distribution, equal for
+    equal seeds. sample: x0 from normal noise in fp32 and in `steps` steps, for pictures of `tokens` target tokens.
+    """
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network regresses at x_t, shape (B, …)."""
-
-    def draw_t(self, seed: int) -> float:
-        """One training time, from the process's training distribution; equal seeds give equal times."""
-
-    def solver(self, steps: int, tokens: int, device: torch.device) -> Solver:
-        """What a sampler follows from 1 to 0 in `steps` steps, for a picture of `tokens` target tokens."""
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def draw_t(self, seed: int) -> float: ...
+    def sample(self, network: Network, noise: Tensor, steps: int, tokens: int) -> Tensor: ...
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
@@ -61,8 +60,12 @@ class RectifiedFlow:
     def draw_t(self, seed: int) -> float:
         return torch.sigmoid(torch.randn((), generator=torch.Generator().manual_seed(seed))).item()
 
-    def solver(self, steps: int, tokens: int, device: torch.device) -> Solver:
-        return Euler(self.sigmas(steps, tokens).to(device))
+    def sample(self, network: Network, noise: Tensor, steps: int, tokens: int) -> Tensor:
+        """Euler's method: x += (σ' − σ)·v."""
+        x, sigmas = noise, self.sigmas(steps, tokens).to(noise.device)
+        for i in range(steps):
+            x = x + (sigmas[i + 1] - sigmas[i]) * network(x, sigmas[i], i)
+        return x
 
     def sigmas(self, steps: int, tokens: int) -> Tensor:
         """(steps + 1,) decreasing process times, 1 … 0."""

@@ -6,37 +6,31 @@ For every judge, over the pairs (base b, tuned t) of one prompt and one seed tha
     mean difference = mean of t − b
 
 with 95 % intervals by the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)
-over PROMPTS: a resample draws as many prompts as there are, with replacement, and takes all pictures of each along.
-Pictures of one prompt are alike, so drawing pictures would make the intervals too narrow. Where every prompt says the
-same, the interval has no width: it then only says that these prompts agree.
-
-Left out: corrections for several judges (each interval stands for itself), and bias-corrected intervals.
+over PROMPTS: a resample draws as many prompts as there are, with replacement, and takes all pictures of each along, since
+pictures of one prompt are alike. Where every prompt says the same, the interval has no width: it then only says that these
+prompts agree. Left out: corrections for several judges (each interval stands for itself), bias-corrected intervals.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
-RESAMPLES = 10_000
-LEVEL = 0.95
 _CELLS = 4_000_000
 """Prompts drawn at once: bounds memory to some tens of megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """What is known of one generated picture."""
-
     file: str
     """Relative to the evaluation's folder."""
     scores: Mapping[str, float]
     """By judge; one that failed is absent."""
     source_distance: float | None = None
-    """See `source_distance`; None where the model sees no source."""
+    """None where the model sees no source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +45,6 @@ class Duel:
     """The prompt's name in the data set."""
     instruction: str
     height: int
-    """Pixels of all its pictures."""
     width: int
     source: str | None
     """The picture that was edited, as the model saw it; relative to the evaluation's folder."""
@@ -76,8 +69,6 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeResult:
-    """What one judge says of base against tuned."""
-
     prompts: int
     pairs: int
     left_out: int
@@ -106,8 +97,6 @@ class SourceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FailedScore:
-    """A judge gave no usable score of a picture."""
-
     judge: str
     file: str
     reason: str
@@ -125,8 +114,8 @@ class Evaluation:
     source: SourceResult | None
     """None where the model sees no source."""
     duels: Sequence[Duel]
-    failed: Sequence[FailedScore] = field(default=())
-    left_out: Sequence[str] = field(default=())
+    failed: Sequence[FailedScore] = ()
+    left_out: Sequence[str] = ()
     """Problems of the prompt file that were left out."""
 
 
@@ -156,13 +145,12 @@ def judge_result(judge: str, duels: Sequence[Duel], seed: int) -> JudgeResult | 
 
 def source_result(duels: Sequence[Duel], seed: int) -> SourceResult | None:
     """The numbers of the source distance; None where the pictures have no source."""
-    pairs = [(duel.prompt, duel.base.source_distance, duel.tuned.source_distance) for duel in duels]
-    measured = [(prompt, base, tuned) for prompt, base, tuned in pairs if base is not None and tuned is not None]
+    measured = [duel for duel in duels if duel.base.source_distance is not None]
     if not measured:
         return None
-    prompts = [prompt for prompt, _, _ in measured]
-    base = np.array([value for _, value, _ in measured])
-    tuned = np.array([value for _, _, value in measured])
+    prompts = [duel.prompt for duel in measured]
+    base = np.array([duel.base.source_distance for duel in measured], dtype=float)
+    tuned = np.array([duel.tuned.source_distance for duel in measured], dtype=float)
     (difference,) = estimates(prompts, (tuned - base)[:, None], seed)
     return SourceResult(
         prompts=len(set(prompts)),
@@ -174,7 +162,7 @@ def source_result(duels: Sequence[Duel], seed: int) -> SourceResult | None:
 
 
 def estimates(
-    prompts: Sequence[int], values: np.ndarray, seed: int, resamples: int = RESAMPLES, level: float = LEVEL
+    prompts: Sequence[int], values: np.ndarray, seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> list[Estimate]:
     """The mean of each column of values (pairs, columns), with its percentile bootstrap interval over prompts.
 

@@ -19,7 +19,7 @@ import xxhash
 
 from rlhf.errors import Refused
 from rlhf.rewards.protocols import fingerprint
-from rlhf.runs.folder import write_durably
+from rlhf.runs.durable import write_durably
 from rlhf.tables import EvaluatedModelTable, SamplingTable, WeightsTable
 from rlhf.types import Prompt
 
@@ -70,12 +70,9 @@ def claim(out: Path, ours: Mapping[str, Any], recipe: str) -> Iterator[Path]:
         begun = out / "painting.json"
         if begun.exists():
             theirs = json.loads(begun.read_text())
-            other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            if other:
-                raise Refused(
-                    f"out = {str(out)!r} was begun with other values of {', '.join(other)}; choose another folder, or "
-                    "remove that one"
-                )
+            if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+                begun_with = f"out = {str(out)!r} was begun with other values of {', '.join(other)}"
+                raise Refused(f"{begun_with}; choose another folder, or remove that one")
         write_durably(begun, json.dumps(ours, indent=1))
         (out / "pictures").mkdir(exist_ok=True)
         (out / "config.toml").write_text(recipe, encoding="utf-8")

@@ -1,7 +1,7 @@
 """The page of an evaluation: one HTML file beside its pictures, without scripts or anything from the network.
 
-The template escapes everything that it is given; nothing is marked as safe. Left out: sorting by clicks. The rows stay in
-the order of the prompts, and links lead to each judge's largest wins and losses.
+The template escapes everything that it is given. Left out: sorting by clicks. The rows stay in the order of the prompts,
+and links lead to each judge's largest wins and losses.
 """
 
 from collections.abc import Sequence
@@ -10,33 +10,22 @@ from jinja2 import Environment, StrictUndefined
 
 from rlhf.evaluation.duels import Duel, Estimate, Evaluation, JudgeResult
 
-EXTREMES = 5
-"""Links per judge to the largest wins and as many to the largest losses."""
+number = "{:.4g}".format
+"""A score, with four digits that count."""
+signed = "{:+.3g}".format
+"""A difference."""
 
 
 def page(evaluation: Evaluation) -> str:
     """The HTML of index.html; pictures are linked as they lie in the evaluation's folder."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "interval": interval}
-    template = environment.from_string(TEMPLATE)
-    names = list(evaluation.judges)
-    return template.render(
+    return environment.from_string(TEMPLATE).render(
         evaluation=evaluation,
         prompts=len({duel.prompt for duel in evaluation.duels}),
         verdict=verdict,
-        winner=winner,
-        extremes={name: extremes(evaluation.duels, name) for name in names},
+        extremes={name: extremes(evaluation.duels, name) for name in evaluation.judges},
     )
-
-
-def number(value: float) -> str:
-    """A score, with four digits that count."""
-    return f"{value:.4g}"
-
-
-def signed(value: float) -> str:
-    """A difference."""
-    return f"{value:+.3g}"
 
 
 def percent(value: float) -> str:
@@ -44,7 +33,7 @@ def percent(value: float) -> str:
 
 
 def interval(estimate: Estimate, form: str) -> str:
-    """[low, high] of an estimate, each as the filter of that name writes it; of a single prompt there is none."""
+    """[low, high] of an estimate, as the filter named `form` writes them; of a single prompt there is none."""
     if estimate.low is None or estimate.high is None:
         return "no interval: one prompt"
     write = {"signed": signed, "percent": percent}[form]
@@ -61,20 +50,12 @@ def verdict(result: JudgeResult) -> str:
     return "not decided"
 
 
-def winner(duel: Duel, judge: str) -> str:
-    """base, tuned, tie, or nothing where a score is missing."""
-    difference = duel.difference(judge)
-    if difference is None:
-        return ""
-    return "tuned" if difference > 0 else "base" if difference < 0 else "tie"
-
-
 def extremes(duels: Sequence[Duel], judge: str) -> dict[str, list[tuple[Duel, float]]]:
-    """The largest wins and the largest losses with their differences, the largest first."""
+    """The five largest wins and the five largest losses with their differences, the largest first."""
     scored = [(duel, difference) for duel in duels if (difference := duel.difference(judge)) is not None]
     wins = sorted((pair for pair in scored if pair[1] > 0), key=lambda pair: -pair[1])
     losses = sorted((pair for pair in scored if pair[1] < 0), key=lambda pair: pair[1])
-    return {"largest wins": wins[:EXTREMES], "largest losses": losses[:EXTREMES]}
+    return {"largest wins": wins[:5], "largest losses": losses[:5]}
 
 
 TEMPLATE = """<!DOCTYPE html>
@@ -187,13 +168,14 @@ width="{{ duel.width }}" height="{{ duel.height }}"></a>
 <figcaption>{{ side }}</figcaption>
 <dl>
 {% for name in evaluation.judges %}
+{% set difference = duel.difference(name) %}
 <dt>{{ name }}</dt>
 {% if name not in picture.scores %}
 <dd>failed</dd>
-{% elif winner(duel, name) == side %}
+{% elif difference and (difference > 0) == (side == "tuned") %}
 <dd class="won">{{ picture.scores[name] | number }} ✓</dd>
 {% else %}
-<dd>{{ picture.scores[name] | number }}{{ " =" if winner(duel, name) == "tie" }}</dd>
+<dd>{{ picture.scores[name] | number }}{{ " =" if difference == 0 }}</dd>
 {% endif %}
 {% endfor %}
 {% if picture.source_distance is not none %}

@@ -17,20 +17,13 @@ FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stab
 
 def load_family(model: ModelTable) -> Family:
     """The family of a recipe's [model]. Raises Refused for a name that is neither in FAMILIES nor can be imported."""
-    guidance = {} if model.guidance_scale is None else {"guidance_scale": model.guidance_scale}
-    denoiser = Path(model.denoiser) if model.denoiser else None
-    return _class_of(model.family)(
-        path=Path(model.path), denoiser=denoiser, dtype=getattr(torch, model.dtype), **guidance
-    )
-
-
-def _class_of(name: str) -> Callable[..., Family]:
-    if name in FAMILIES:
-        return FAMILIES[name]
     try:
-        return pkgutil.resolve_name(name)
+        make = FAMILIES.get(model.family) or pkgutil.resolve_name(model.family)
     except Exception as error:  # importing runs the module, which may raise anything
         raise Refused(
-            f"model.family = {name!r} is neither one of {', '.join(FAMILIES)} nor module:NAME of a family that can be "
-            f"imported here: {type(error).__name__}: {error}"
+            f"model.family = {model.family!r} is neither one of {', '.join(FAMILIES)} nor module:NAME of a family that can "
+            f"be imported here: {type(error).__name__}: {error}"
         ) from error
+    guidance = {} if model.guidance_scale is None else {"guidance_scale": model.guidance_scale}
+    denoiser = Path(model.denoiser) if model.denoiser else None
+    return make(path=Path(model.path), denoiser=denoiser, dtype=getattr(torch, model.dtype), **guidance)

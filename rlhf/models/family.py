@@ -1,8 +1,7 @@
-"""What a model family must say about itself, so that one sampler and one trainer serve every model.
+"""What a model family must say about itself, so that one trainer and the only sampler, `sample_batch`, serve every model.
 
-A family owns every convention of its network: packing, timestep scaling, guidance, position ids, what is encoded of a prompt
-and how the rows become a condition. It is made from a folder in the diffusers layout and reads only small JSON files until
-asked to load something.
+A family owns every convention of its network: packing, timestep scaling, guidance, position ids, what is encoded and how rows
+become a condition. It is made from a folder in the diffusers layout and reads only JSON files until asked to load something.
 
 Shapes: B batch, C latent channels, F frames (1 of a picture), H W pixels, h w latents.
 """
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.diffusion.process import Process
+from rlhf.tables import SamplingTable
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 Rows = Sequence[Sequence[Mapping[str, Tensor]]]
@@ -29,19 +29,15 @@ class Kind:
     folders: tuple[str, ...]
     """Subfolders of the checkpoint that are loaded for it. Their content is part of a row's cache key."""
     dtype: torch.dtype
-    """What its encoders compute in."""
     settings: tuple[str, ...] = ()
     """Whatever else changes its rows."""
 
 
 class Codec(Protocol):
-    """The frozen part of a checkpoint: text encoders and VAE, each loaded when first used. The trainer never loads one."""
+    """The frozen part of a checkpoint: text encoders, loaded when first used, and VAE. The trainer never has one."""
 
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
-        """The rows of encodings of one kind and one set of geometries.
-
-        media: per encoding its sources in order, each uint8 (F, H, W, 3) at its geometry.
-        """
+        """The rows of encodings of one kind and one set of geometries. Media: per encoding its sources, uint8 (F, H, W, 3)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 (B, F, H, W, 3) on the CPU of x0 (B, C, …)."""
@@ -54,27 +50,22 @@ class Family(Protocol):
     """Module classes that FSDP shards and gradient checkpointing recomputes one by one."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Module-name endings that LoRA adapts by default."""
-    lora_prefix: ClassVar[str]
-    """What the family's diffusers pipeline puts before the keys of a LoRA file."""
     denoiser_folder: ClassVar[str]
+    """In the model's folder. The diffusers pipeline puts the same word before the keys of a LoRA file."""
     sees_source: ClassVar[bool]
     """Whether prompts have sources: the family edits, and does not only paint from a text."""
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
-        """The kinds of encodings by name."""
-
+    def kinds(self) -> Mapping[str, Kind]: ...
     @property
     def path(self) -> Path: ...
-
-    @property
-    def denoiser_path(self) -> Path:
-        """The folder of the denoiser to begin with: `path`/`denoiser_folder`, or another that was trained from it."""
-
     @property
     def dtype(self) -> torch.dtype: ...
     @property
     def process(self) -> Process: ...
+    @property
+    def denoiser_path(self) -> Path:
+        """The folder of the denoiser to begin with: `path`/`denoiser_folder`, or another that was trained from it."""
 
     def check(self) -> None:
         """Raise Refused where `path`, or the denoiser to begin with, is no folder of this family. Reads JSON files only."""
@@ -85,16 +76,13 @@ class Family(Protocol):
     def finish(self, denoiser: nn.Module, device: str) -> None:
         """Fill in what an empty denoiser lacks beside its parameters: buffers and tables that are plain attributes.
 
-        It is called once on every denoiser that trains or takes publications, loaded ones included. Walk
-        `denoiser.modules()`: modules may be wrapped, and may have copies.
+        Called once on every denoiser that trains or takes publications. Walk `modules()`: some are wrapped or have copies.
         """
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> nn.Module:
         """The whole network in `dtype`, frozen, for sampling: the base, another `folder` (a trained export), a LoRA."""
 
     def load_codec(self, device: str) -> Codec: ...
-
-    # --- sizes ---------------------------------------------------------------------------------------------------------
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) that the model was trained on, nearest in aspect to a picture of (H, W) pixels."""
@@ -105,30 +93,18 @@ class Family(Protocol):
     def tokens(self, latents: Tensor) -> int:
         """Target tokens of one sample of latents (B, C, …)."""
 
-    # --- conditions ----------------------------------------------------------------------------------------------------
-
-    def encodings(self, prompt: Prompt) -> tuple[Encoding, ...]:
-        """What is encoded of a prompt, in a fixed order."""
-
+    def encodings(self, prompt: Prompt) -> tuple[Encoding, ...]: ...
     def target(self, source: Source, geometry: Geometry) -> Encoding:
         """The encoding whose row has the x0 of a medium, (C, …), as its tensor "latents"."""
 
     def unguided(self, prompt: Prompt) -> Prompt | None:
-        """The prompt of guidance's other branch, also that of caption dropout; None: there is no such thing.
-
-        Its rows are made a condition in the bucket of `prompt`, so that both branches have one shape.
-        """
+        """Guidance's other branch, also caption dropout; its condition is made in `prompt`'s bucket. None: there is none."""
 
     def bucket(self, prompt: Prompt) -> Hashable:
         """Whatever must agree within a batch: sizes, numbers of sources, the padded length of a condition."""
 
     def condition(self, rows: Rows, bucket: Hashable) -> Condition:
-        """The condition of B prompts of one bucket, or of unguided ones of such prompts.
-
-        A padded length follows from the bucket, never from neighbours.
-        """
-
-    # --- the network ---------------------------------------------------------------------------------------------------
+        """The condition of B prompts of one bucket, or of their unguided ones. Padding follows from the bucket alone."""
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output for x_t (B, C, …) fp32 at t (B,), in fp32: what objectives compare."""
@@ -148,10 +124,30 @@ class Family(Protocol):
         step: int,
         state: dict[str, Any],
     ) -> Tensor:
-        """The prediction that a sampler follows at its `step` (from 0); `state` is kept between the steps of one sample.
+        """The prediction that a sampler follows at its `step` (from 0); `state` is kept between the steps of one sample."""
 
-        guidance_scale: None: the family's own.
-        """
+
+@torch.no_grad()
+def sample_batch(
+    family: Family,
+    denoiser: nn.Module,
+    condition: Condition,
+    unguided: Condition | None,
+    noise: Tensor,
+    sampling: SamplingTable,
+) -> Tensor:
+    """From noise (B, C, …) to x0 along the family's guided prediction; fp32 between steps, whatever the network computes in.
+
+    unguided: the condition of the family's `unguided` prompts where it `needs_unguided`, else None. A row's bits may depend
+    on its place in the batch and on the batch size, never on what the other rows are: whoever must repeat a sample keeps both.
+    """
+    state = dict[str, Any]()
+
+    def guided(x_t: Tensor, t: Tensor, step: int) -> Tensor:
+        times, scale = t.expand(len(x_t)), sampling.guidance_scale
+        return family.guided(denoiser, x_t, times, condition, unguided, guidance_scale=scale, step=step, state=state)
+
+    return family.process.sample(guided, noise.float(), sampling.steps, family.tokens(noise))
 
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> Condition:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
@@ -34,7 +35,6 @@ from rlhf.models.folder import (
     to_pixels,
     token_ids,
 )
-from rlhf.models.sizes import kontext_size
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 
@@ -75,7 +75,6 @@ class FluxKontext:
     )
     denoiser_folder: ClassVar[str] = "transformer"
     sees_source: ClassVar[bool] = True
-    lora_prefix: ClassVar[str] = "transformer"
 
     @property
     def denoiser_path(self) -> Path:
@@ -110,9 +109,8 @@ class FluxKontext:
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
             denoiser = FluxTransformer2DModel.from_config(self._transformer)
-        return torch.nn.Module.to(
-            denoiser, dtype
-        )  # diffusers' own `to` warns about parts to keep in fp32: Flux has none
+        # diffusers' own `to` warns about parts to keep in fp32: Flux has none.
+        return torch.nn.Module.to(denoiser, dtype)
 
     def finish(self, denoiser: torch.nn.Module, device: str) -> None:
         """Nothing: the network has neither buffers nor tables."""
@@ -122,7 +120,7 @@ class FluxKontext:
     ) -> FluxTransformer2DModel:
         self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
-            FluxTransformer2DModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
+            FluxTransformer2DModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
 
     def load_codec(self, device: str) -> "KontextCodec":
@@ -130,7 +128,10 @@ class FluxKontext:
         return KontextCodec(self.path, device, self.dtype)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
-        return kontext_size(height, width)
+        """One of Kontext's own sizes, chosen as `FluxKontextPipeline` does."""
+        aspect = width / height
+        _, W, H = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        return H, W
 
     def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
         return latent_shape(self._vae, geometry, patch=2)
@@ -234,11 +235,8 @@ class KontextCodec:
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         """Rows of kind "text": `prompt_embeds` (L, 4096) of T5, `pooled_prompt_embeds` (768,) of CLIP; "picture": `latents`."""
-        return self._encode[encodings[0].kind](encodings, media)
-
-    @property
-    def _encode(self):
-        return {"text": self._encode_texts, "picture": self._encode_pictures}
+        encode = {"text": self._encode_texts, "picture": self._encode_pictures}[encodings[0].kind]
+        return encode(encodings, media)
 
     def _encode_texts(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         clip_tokenizer, clip, t5_tokenizer, t5 = self._text

@@ -31,7 +31,7 @@ def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
 
 
 def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
-    """What is wrong with the folder of a trained denoiser, whose base has this config; empty if nothing is."""
+    """What is wrong with the folder of a trained denoiser, whose base has this config; empty: nothing."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         return "holds no config.json with *.safetensors"
     name = json.loads((folder / "config.json").read_text()).get("_class_name")
@@ -41,9 +41,8 @@ def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
 def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
     """Raise Refused where `model.denoiser`, if it is given, is none for a model with this config."""
     if folder is not None and (fault := trained_fault(folder, config)):
-        raise Refused(
-            f"model.denoiser = {str(folder)!r} {fault}; give a trained folder of this family, from a run's final/"
-        )
+        remedy = "give a trained folder of this family, from a run's final/"
+        raise Refused(f"model.denoiser = {str(folder)!r} {fault}; {remedy}")
 
 
 def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dtype) -> Any:
@@ -52,10 +51,7 @@ def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dty
 
 
 def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device: str, dtype: torch.dtype) -> Any:
-    """A denoiser for sampling, frozen, with a LoRA (its file or the folder of it) if one is given.
-
-    A folder may hold modules that were trained with the LoRA: they come with it.
-    """
+    """A denoiser for sampling, frozen, with a LoRA if one is given: its file, or its folder and the modules trained with it."""
     model = cls.from_pretrained(folder, dtype=dtype)
     if lora is not None:
         file = lora / LORA_FILE if lora.is_dir() else lora
@@ -98,15 +94,14 @@ def to_pixels(images: Tensor, vae: torch.nn.Module) -> Tensor:
 
 def to_images(pixels: Tensor) -> Tensor:
     """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded."""
-    pictures = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return pictures.unsqueeze(1)
+    images = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return images.permute(0, 2, 3, 1).cpu().unsqueeze(1)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], device: str) -> Tensor:
     """(B, L) ids of texts, padded and cut to the tokenizer's own length L."""
-    batch = tokenizer(
-        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    limit = tokenizer.model_max_length
+    batch = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
     return batch.input_ids.to(device)
 
 

@@ -69,7 +69,6 @@ class StableDiffusion:
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     denoiser_folder: ClassVar[str] = "unet"
     sees_source: ClassVar[bool] = False
-    lora_prefix: ClassVar[str] = "unet"
 
     @property
     def denoiser_path(self) -> Path:
@@ -139,7 +138,7 @@ class StableDiffusion:
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
         self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
-            UNet2DConditionModel, folder or self.denoiser_path, lora, self.lora_prefix, device, self.dtype
+            UNet2DConditionModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
 
     def load_codec(self, device: str) -> "StableDiffusionCodec":
@@ -245,19 +244,13 @@ class StableDiffusionCodec:
         if not self.xl:
             return [(self._tokenizer, first)]
         second = load_frozen(CLIPTextModelWithProjection, self.path, "text_encoder_2", self.device, self.dtype)
-        return [
-            (self._tokenizer, first),
-            (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second),
-        ]
+        return [(self._tokenizer, first), (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second)]
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         """Rows of kind "text": `prompt_embeds` (L, D), XL's `pooled_prompt_embeds` (1280,); "picture": `latents` (C, h, w)."""
-        return self._encode[encodings[0].kind](encodings, media)
-
-    @property
-    def _encode(self):
-        return {"text": self._encode_texts, "picture": self._encode_pictures}
+        encode = {"text": self._encode_texts, "picture": self._encode_pictures}[encodings[0].kind]
+        return encode(encodings, media)
 
     def _encode_texts(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
         texts = [encoding.text or "" for encoding in encodings]

@@ -1,9 +1,8 @@
 """What of a denoiser is trained, and what the frozen sides beside it are: all of it, LoRA adapters, or whole submodules.
 
-A `Trainable` is made of parts, each of which declares its own parameters. `add` prepares a denoiser for the trainer (on the
-meta device), for a sampler and for a frozen copy alike, so that all three have the same names. A side is a frozen state of
-what is trained, e.g. the reference that preferences are measured against: LoRA and Modules keep a twin of every trained
-parameter inside the same network, Full keeps a second network.
+`Trainable.add` prepares a denoiser for the trainer (on the meta device), for a sampler and for a frozen copy alike, so that
+all three have the same names. A side is a frozen state of what is trained, e.g. the reference that preferences are measured
+against: LoRA and Modules keep a twin of every trained parameter inside the same network, Full keeps a second network.
 
 A parameter has two names: the one in the denoiser, and the one in publications, checkpoints and optimizer state, which is the
 same for every side. Left out: LoRA dropout (rollouts and training must agree), adapters on embeddings that are tied.
@@ -13,7 +12,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,90 +33,59 @@ from rlhf.types import POLICY, seed_from
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One file of exported weights, and small text files beside it."""
+    """One file of exported weights (`names`: published name → name in it), and small text files `beside` it, by name."""
 
     file: str
     names: Mapping[str, str]
-    """Published name → name in the file: what the file holds."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
-    """File name → text."""
+
+
+ADAPTER, COPY = re.compile(r"(\.lora_[AB]\.)([^.]+)\."), re.compile(r"\.sided\.([^.]+)\.")
+"""In a parameter's name: PEFT's two matrices, or a copy inside a `Sided`, and the side that it belongs to."""
+
+
+def owner(name: str) -> tuple[str | None, str]:
+    """Of a parameter's name in the denoiser: its side (None: the frozen base), and its name in files and publications."""
+    if adapter := ADAPTER.search(name):
+        return adapter[2], ADAPTER.sub(rf"\1{POLICY}.", name)
+    if copied := COPY.search(name):
+        return copied[1], COPY.sub(".", name)
+    return None, name.replace(".base_layer.", ".")  # which PEFT puts around an adapted layer
 
 
 class Part(Protocol):
     """One way to train a denoiser."""
 
-    @property
-    def twins(self) -> bool:
-        """Whether sides live in the policy's own network; otherwise each is a network of its own."""
-
-    def folder(self, family: Family) -> str:
-        """What its exports are called."""
+    label: ClassVar[str | None] = None
+    """What its exports are called; None: like the denoiser's own folder."""
+    twins: ClassVar[bool] = True
+    """Whether sides live in the policy's own network; otherwise each is a network of its own."""
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
-        """Put what is trained, and a twin for each of `sides`, into the denoiser in `dtype`.
+        """Put what is trained, and a twin for each of `sides`, into the denoiser. Raises Refused where it does not fit."""
 
-        Raises Refused where the recipe does not fit the denoiser.
-        """
-
-    def names(self, denoiser: nn.Module, side: str) -> dict[str, str]:
-        """The part's parameters of a side: name in the denoiser → published name."""
-
-    def stored(self, denoiser: nn.Module) -> dict[str, str]:
-        """Name in the denoiser → name in a plain checkpoint, for parameters that the part has renamed."""
-
-    def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        """The value, fp32 and whole, that a parameter begins with; None: the one in the checkpoint."""
-
-    def activate(self, denoiser: nn.Module, side: str) -> None:
-        """Make `side` the one that the denoiser computes with."""
-
-    def export(self, denoiser: nn.Module, family: Family) -> Export:
-        """The file of the part's parameters in a trainer's denoiser."""
-
-
-# --- full --------------------------------------------------------------------------------------------------------------
+    def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
+        """The file of the part's own among the `trained` parameters, published names of a trainer's denoiser."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Part):
     """Every parameter. A side is a second network, in the compute dtype: half the memory of the masters."""
 
     twins: ClassVar[bool] = False
 
-    def folder(self, family: Family) -> str:
-        return family.denoiser_folder
-
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
-        assert not sides, "full fine-tuning keeps a side in a network of its own"
         _cast(denoiser.parameters(), dtype)
 
-    def names(self, denoiser: nn.Module, side: str) -> dict[str, str]:
-        return {name: name for name, _ in denoiser.named_parameters()}
-
-    def stored(self, denoiser: nn.Module) -> dict[str, str]:
-        return {}
-
-    def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        return None
-
-    def activate(self, denoiser: nn.Module, side: str) -> None:
-        pass
-
-    def export(self, denoiser: nn.Module, family: Family) -> Export:
+    def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
         """The original config: what FSDP's class would save has another `_class_name`."""
         config = (family.denoiser_path / "config.json").read_text()
-        return Export(file=WEIGHTS_FILE, names=self.names(denoiser, POLICY), beside={"config.json": config})
-
-
-# --- LoRA --------------------------------------------------------------------------------------------------------------
-
-ADAPTER = re.compile(r"(\.lora_[AB]\.)([^.]+)\.")
-"""In a parameter's name: PEFT's two matrices, and the adapter that they belong to."""
+        return Export(file=WEIGHTS_FILE, names={name: name for name in trained}, beside={"config.json": config})
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(Part):
     """PEFT's adapters, dropout 0, on every layer whose name ends in one of `targets`; a side is one more adapter.
 
     A second adapter is exact after every refresh. Switching the adapter off is the reference only until the first one.
@@ -126,20 +94,10 @@ class LoRA:
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    twins: ClassVar[bool] = True
-
-    def folder(self, family: Family) -> str:
-        return "lora"
+    label: ClassVar[str | None] = "lora"
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
-        """Layers inside a module that another part trains whole get none."""
-        config = PeftConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=0.0,
-            target_modules=list(self.targets),
-            **self._left_out(denoiser),
-        )
+        config = PeftConfig(lora_dropout=0.0, **self._settings(denoiser))
         on_meta = next(denoiser.parameters()).is_meta  # or PEFT draws values that nobody reads: 20 s for 12B
         for adapter in (POLICY, *sides):
             try:
@@ -147,64 +105,26 @@ class LoRA:
             except ValueError as error:  # PEFT's, where no layer matches or one can have no adapter
                 raise Refused(f"trainable.targets = {list(self.targets)} does not fit this model: {error}") from error
         _cast((p for name, p in denoiser.named_parameters() if ADAPTER.search(name)), dtype)
-        self.activate(denoiser, POLICY)
+        _activate(denoiser, POLICY)
 
-    def _left_out(self, denoiser: nn.Module) -> dict[str, str]:
-        """PEFT's setting that leaves out modules that are trained whole; none where no target is inside one, as it warns."""
-        whole = "|".join(rf"{re.escape(name)}(\..*)?" for name in _sided(denoiser))
-        inside = any(
-            f".{name}".endswith(f".{target}") and re.fullmatch(whole, name)
-            for name, _ in denoiser.named_modules()
-            for target in self.targets
-        )
-        return {"exclude_modules": whole} if inside else {}
+    def _settings(self, denoiser: nn.Module) -> dict[str, Any]:
+        """PEFT's. Modules that are trained whole are excluded where a target lies inside: of others PEFT would warn."""
+        settings = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": sorted(self.targets)}
+        modules = dict(denoiser.named_modules())
+        whole = "|".join(rf"{re.escape(name)}(\..*)?" for name, module in modules.items() if isinstance(module, Sided))
+        endings = tuple(f".{target}" for target in self.targets)
+        inside = any(f".{name}".endswith(endings) and re.fullmatch(whole, name) for name in modules)
+        return settings | ({"exclude_modules": whole} if inside else {})
 
-    def names(self, denoiser: nn.Module, side: str) -> dict[str, str]:
-        found = ((name, ADAPTER.search(name)) for name, _ in denoiser.named_parameters())
-        return {name: _of_policy(name) for name, match in found if match and match[2] == side}
-
-    def stored(self, denoiser: nn.Module) -> dict[str, str]:
-        """PEFT wraps an adapted layer in `base_layer`."""
-        renamed = ((name, name.replace(".base_layer.", ".")) for name, _ in denoiser.named_parameters())
-        return {name: plain for name, plain in renamed if plain != name}
-
-    def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        """A uniform in ±1/sqrt(in) (PEFT's Kaiming choice), B zero; every side begins with the policy's values."""
-        if not ADAPTER.search(name):
-            return None
-        if ".lora_B." in name:
-            return torch.zeros(tuple(shape))
-        generator = torch.Generator().manual_seed(seed_from(seed, _of_policy(name)))
-        return torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
-
-    def activate(self, denoiser: nn.Module, side: str) -> None:
-        """PEFT's own `set_adapter` also flips `requires_grad`, which FSDP reads only once and the optimizer never expects."""
-        for module in denoiser.modules():
-            if isinstance(module, LoraLayer):
-                module._active_adapter = [side]
-
-    def export(self, denoiser: nn.Module, family: Family) -> Export:
+    def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
         """A LoRA file of diffusers. Without rank and alpha in its header diffusers would take alpha = rank."""
-        prefix = family.lora_prefix
-        values = {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "target_modules": sorted(self.targets),
-            **self._left_out(denoiser),
-        }
-        names = self.names(denoiser, POLICY).values()
+        prefix = family.denoiser_folder
+        settings = {f"{prefix}.{key}": value for key, value in self._settings(denoiser).items()}
         return Export(
             file=LORA_FILE,
-            names={name: f"{prefix}.{name.replace(f'.{POLICY}.', '.')}" for name in names},
-            metadata={"lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in values.items()})},
+            names={name: f"{prefix}.{name.replace(f'.{POLICY}.', '.')}" for name in trained if ADAPTER.search(name)},
+            metadata={"lora_adapter_metadata": json.dumps(settings)},
         )
-
-
-def _of_policy(name: str) -> str:
-    return ADAPTER.sub(rf"\1{POLICY}.", name)
-
-
-# --- modules -----------------------------------------------------------------------------------------------------------
 
 
 class Sided(nn.Module):
@@ -212,40 +132,36 @@ class Sided(nn.Module):
 
     def __init__(self, policy: nn.Module, sides: Sequence[str]):
         super().__init__()
-        self.policy = policy
-        for side in sides:
-            self.add_module(side, copy.deepcopy(policy))
+        self.sided = nn.ModuleDict({POLICY: policy} | {side: copy.deepcopy(policy) for side in sides})
         self.active = POLICY
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        return self._modules[self.active](*arguments, **named)
+        return self.sided[self.active](*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("_modules", "active"):  # not yet there, while a copy is made
+            if name in ("sided", "active"):  # not yet there, while a copy is made
                 raise
-            return getattr(self._modules[self.active], name)
+            return getattr(self.sided[self.active], name)
 
 
-def _sided(denoiser: nn.Module) -> dict[str, Sided]:
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, Sided)}
-
-
-LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-"""Who holds one of these may index it, so its members are wrapped and not the list."""
+def _activate(denoiser: nn.Module, side: str) -> None:
+    """PEFT's own `set_adapter` also flips `requires_grad`, which FSDP reads only once and the optimizer never expects."""
+    for module in denoiser.modules():
+        if isinstance(module, Sided):
+            module.active = side
+        elif isinstance(module, LoraLayer):
+            module._active_adapter = [side]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Modules:
+class Modules(Part):
     """Whole submodules whose dotted name matches a glob pattern, e.g. `transformer_blocks.*.attn2` (`*` matches dots too)."""
 
     patterns: tuple[str, ...]
-    twins: ClassVar[bool] = True
-
-    def folder(self, family: Family) -> str:
-        return "modules"
+    label: ClassVar[str | None] = "modules"
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
         for name in self._matching(denoiser):
@@ -257,13 +173,17 @@ class Modules:
     def _matching(self, denoiser: nn.Module) -> list[str]:
         """Names of the outermost modules that match and have parameters. Raises Refused for a pattern without any."""
         found: list[str] = []
+        lists: set[str] = set()  # indexed by their owners, so their members are wrapped instead
         unused = set(self.patterns)
         for name, module in denoiser.named_modules():
             matching = {pattern for pattern in self.patterns if name and fnmatchcase(name, pattern)}
-            if not matching or next(module.parameters(), None) is None:
+            chosen = matching or name.rpartition(".")[0] in lists
+            if not chosen or next(module.parameters(), None) is None:
                 continue
             unused -= matching
-            if not any(f"{name}.".startswith(f"{outer}.") for outer in found):
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                lists.add(name)
+            elif not any(name.startswith(f"{outer}.") for outer in found):
                 found.append(name)
         if unused:
             tops = ", ".join(name for name, _ in denoiser.named_children())
@@ -271,57 +191,22 @@ class Modules:
                 f"trainable.patterns: {', '.join(map(repr, sorted(unused)))} matches no module with parameters; a pattern is "
                 f"compared with whole dotted names, which begin with {tops}"
             )
-        return [inner for name in found for inner in _without_lists(name, denoiser.get_submodule(name))]
+        return found
 
-    def names(self, denoiser: nn.Module, side: str) -> dict[str, str]:
-        return {
-            f"{prefix}.{side}.{name}": f"{prefix}.{name}"
-            for prefix, sided in _sided(denoiser).items()
-            if side in sided._modules
-            for name, _ in sided.get_submodule(side).named_parameters()
-        }
-
-    def stored(self, denoiser: nn.Module) -> dict[str, str]:
-        sides = {side for sided in _sided(denoiser).values() for side in sided._modules}
-        return {name: plain for side in sides for name, plain in self.names(denoiser, side).items()}
-
-    def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        return None
-
-    def activate(self, denoiser: nn.Module, side: str) -> None:
-        for sided in _sided(denoiser).values():
-            sided.active = side
-
-    def export(self, denoiser: nn.Module, family: Family) -> Export:
+    def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
         """Plain names, as in the denoiser's own checkpoint: `rlhf.models.folder.load_modules` reads it."""
         table = json.dumps({"patterns": list(self.patterns)}, indent=1)
-        names = self.names(denoiser, POLICY).values()
-        return Export(file=MODULES_FILE, names={name: name for name in names}, beside={MODULES_TABLE: table})
-
-
-def _without_lists(name: str, module: nn.Module) -> Iterator[str]:
-    """`name`, or its members with parameters where it is a list."""
-    if not isinstance(module, LISTS):
-        yield name
-        return
-    for leaf, member in module.named_children():
-        if next(member.parameters(), None) is not None:
-            yield from _without_lists(f"{name}.{leaf}", member)
-
-
-# --- together ----------------------------------------------------------------------------------------------------------
+        names = {name: name for name in trained if not ADAPTER.search(name)}
+        return Export(file=MODULES_FILE, names=names, beside={MODULES_TABLE: table})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sizes of a trainable on one model."""
+    """Trained parameters; bytes of the base in the policy's network, in the compute dtype; bytes of all sides together."""
 
     trained: int
-    """Parameters."""
     frozen_bytes: int
-    """Of the base in the policy's network, in the compute dtype."""
     side_bytes: int
-    """Of all sides together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,64 +221,51 @@ class Trainable:
 
     @property
     def twins(self) -> bool:
-        """Whether sides live in the policy's own network."""
         return all(part.twins for part in self.parts)
 
     def folder(self, family: Family) -> str:
         """What exports are called: `transformer`, `lora`, `lora_modules`."""
-        return "_".join(part.folder(family) for part in self.parts)
+        return "_".join(part.label or family.denoiser_folder for part in self.parts)
 
     def add(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
-        """Prepare a denoiser on any device: what is trained, in `dtype` (fp32 to train), a gradient for it alone, and twins.
-
-        `family.finish` comes after it. Raises Refused where the recipe does not fit the denoiser.
-        """
+        """Prepare a denoiser, before `family.finish`: attach the parts in `dtype`, and leave a gradient to what is trained."""
         # LoRA last: it leaves out what another part trains whole, and PEFT changes requires_grad of everything.
         for part in sorted(self.parts, key=lambda part: isinstance(part, LoRA)):
             part.attach(denoiser, sides if self.twins else (), dtype)
-        trained = self._names(denoiser, POLICY)
-        for name, parameter in denoiser.named_parameters():
-            parameter.requires_grad_(name in trained)
-
-    def _names(self, denoiser: nn.Module, side: str) -> dict[str, str]:
-        return {name: published for part in self.parts for name, published in part.names(denoiser, side).items()}
+        denoiser.requires_grad_(False)
+        for parameter in self.trained(denoiser).values():
+            parameter.requires_grad_(True)
 
     def trained(self, denoiser: nn.Module, side: str = POLICY) -> dict[str, nn.Parameter]:
         """The parameters of a side by published name, in the denoiser's order: what a publication must cover."""
-        names = self._names(denoiser, side)
-        return {names[name]: parameter for name, parameter in denoiser.named_parameters() if name in names}
-
-    def stored(self, denoiser: nn.Module) -> dict[str, str]:
-        """Name in the denoiser → name in a plain checkpoint, for every parameter."""
-        names = {name: name for name, _ in denoiser.named_parameters()}
-        return names | {name: plain for part in self.parts for name, plain in part.stored(denoiser).items()}
+        named = ((*owner(name), parameter) for name, parameter in denoiser.named_parameters())
+        return {name: parameter for whose, name, parameter in named if whose == side or not self.twins}
 
     def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        """The value, fp32 and whole, that a parameter begins with; None: the one in the checkpoint."""
-        starts = (part.start(name, shape, seed) for part in self.parts)
-        return next((start for start in starts if start is not None), None)
+        """What an adapter begins with on every side, fp32 and whole: A uniform in ±1/sqrt(in) (PEFT's Kaiming choice), B zero.
+
+        None: the parameter is in the checkpoint.
+        """
+        if not ADAPTER.search(name):
+            return None
+        if ".lora_B." in name:
+            return torch.zeros(tuple(shape))
+        generator = torch.Generator().manual_seed(seed_from(seed, owner(name)[1]))
+        return torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
     @contextmanager
     def using(self, denoiser: nn.Module, side: str) -> Iterator[None]:
         """Compute with `side` inside the block and with the policy after it."""
-        self._activate(denoiser, side)
+        _activate(denoiser, side)
         try:
             yield
         finally:
-            self._activate(denoiser, POLICY)
-
-    def _activate(self, denoiser: nn.Module, side: str) -> None:
-        for part in self.parts:
-            part.activate(denoiser, side)
-
-    def exports(self, denoiser: nn.Module, family: Family) -> list[Export]:
-        """A file per part."""
-        return [part.export(denoiser, family) for part in self.parts]
+            _activate(denoiser, POLICY)
 
     def counts(self, family: Family, sides: Sequence[str]) -> Counts:
         """What a trainer of the family's model holds, without loading anything."""
         denoiser = family.empty_denoiser(family.dtype)
-        whole = sum(p.numel() for p in denoiser.parameters()) * family.dtype.itemsize
+        whole = _nbytes(denoiser.parameters())
         self.add(denoiser, sides, torch.float32)
         trained = self.trained(denoiser).values()
         twins = [p for side in sides for p in self.trained(denoiser, side).values()] if self.twins else []
@@ -419,28 +291,17 @@ def _cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-# --- from a recipe -----------------------------------------------------------------------------------------------------
-
-
-def _lora(table: TrainableTable, family: Family) -> LoRA:
-    assert table.rank is not None and table.alpha is not None
-    return LoRA(rank=table.rank, alpha=table.alpha, targets=tuple(table.targets or family.lora_targets))
-
-
-def _modules(table: TrainableTable) -> tuple[Modules, ...]:
-    return (Modules(patterns=table.patterns),) if table.patterns else ()
-
-
-KINDS: Mapping[str, Callable[[TrainableTable, Family], Trainable]] = {
-    "full": lambda table, family: Trainable(parts=(Full(),)),
-    "lora": lambda table, family: Trainable(parts=(_lora(table, family), *_modules(table))),
-    "modules": lambda table, family: Trainable(parts=_modules(table)),
-}
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def load_trainable(table: TrainableTable, family: Family) -> Trainable:
     """What a recipe's `[trainable]` means for a family."""
-    return KINDS[table.kind](table, family)
+    parts: list[Part] = []
+    if table.kind == "full":
+        parts.append(Full())
+    if table.kind == "lora":
+        assert table.rank is not None and table.alpha is not None
+        parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=tuple(table.targets or family.lora_targets)))
+    if table.patterns:
+        parts.append(Modules(patterns=table.patterns))
+    return Trainable(parts=tuple(parts))

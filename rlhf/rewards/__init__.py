@@ -8,9 +8,9 @@ from rlhf.rewards.protocols import Reward
 REWARDS = {
     "hps": "rlhf.rewards.hpsv2:HPSv2Reward",
     "ctr": "rlhf.rewards.ctr.model:CTRReward",
-    "pickscore": "rlhf.rewards.clip:PickScoreReward",
+    "pickscore": "rlhf.rewards.clip:CLIPReward",
     "clip": "rlhf.rewards.clip:CLIPReward",
-    "aesthetic": "rlhf.rewards.aesthetic:AestheticReward",
+    "aesthetic": "rlhf.rewards.clip:AestheticReward",
     "python": "rlhf.rewards.python:PythonReward",
     "http": "rlhf.rewards.remote:HTTPReward",
 }
@@ -19,5 +19,5 @@ _NAMED_BY_USERS: dict[type[JudgeConfig], str] = {PythonJudgeConfig: "python", HT
 
 
 def load_reward(name: str, judge: JudgeConfig, device: str) -> Reward:
-    """The loaded model of the judge `name`. Raises: what its `from_config` does, Refused mostly."""
-    return pkgutil.resolve_name(REWARDS[_NAMED_BY_USERS.get(type(judge), name)]).from_config(name, judge, device)
+    """The loaded model of the judge `name`. Raises: what its class does, Refused mostly."""
+    return pkgutil.resolve_name(REWARDS[_NAMED_BY_USERS.get(type(judge), name)])(name, judge, device)

@@ -1,8 +1,12 @@
-"""CLIP score (arXiv 2104.08718) and PickScore (arXiv 2305.01569) over a CLIPModel folder of transformers.
+"""CLIP score (arXiv 2104.08718), PickScore (arXiv 2305.01569) and LAION aesthetic over a CLIPModel folder of transformers.
 
-Both compare a picture with its prompt: CLIP score is the cosine of the two features, PickScore the same cosine of a CLIP
+Two compare a picture with its prompt: CLIP score is the cosine of the two features, PickScore the same cosine of a CLIP
 fine-tuned on people's choices, times the model's logit scale. The paper's CLIPScore is 2.5·max(cosine, 0); the weight
 and the clamp are left out, since a reward below zero still ranks, and so is the ×100 of many tables.
+
+The aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor) tells how much people like a picture on
+average, from its CLIP ViT-L/14 feature alone: five linear layers without activations on the unit feature, trained on ratings
+from 1 to 10. The other heads of that repository are left out.
 
 Pictures go through the processor of the model, as in the published scorers: shortest side to 224, then a centre crop.
 That cuts the ends off a 1312×784 picture, 40 % of it (HPSv2 pads instead). It runs on torchvision, the default of
@@ -12,23 +16,23 @@ Left out: downloading. `judges.NAME.path` and `.processor` are folders on every 
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
-from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
-from rlhf.types import Item
+from rlhf.rewards.features import cached_texts, existing, forward_rows
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
 
 FOLDER = "a CLIPModel folder of transformers: config.json, model.safetensors and its processor's files"
 _MAX_ASPECT = 16
@@ -41,52 +45,23 @@ _PROCESSOR_FILES = {
 class CLIPFeatures:
     """A CLIP and its processor: unit features of pictures and of prompts."""
 
-    def __init__(
-        self,
-        path: Path | str | None,
-        *,
-        name: str,
-        processor: Path | str | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_rows: int | None = None,
-    ) -> None:
-        """path, processor: folders, the second where the first holds no processor; name: the judge, for messages.
-
-        batch_rows: see `forward_rows`. Raises: Refused, naming the key of the recipe.
-        """
-        folder = existing(f"judges.{name}.path", path, FOLDER)
-        self.device = device
-        self.dtype = dtype
-        self.batch_rows = batch_rows
+    def __init__(self, name: str, judge: CLIPJudgeConfig | AestheticJudgeConfig, device: str) -> None:
+        """The CLIP of `judges.NAME`. Raises: Refused, naming the key of the recipe."""
+        folder = existing(f"judges.{name}.path", judge.path, FOLDER)
+        self.device, self.dtype, self.rows = device, getattr(torch, judge.dtype), judge.padded_rows
         model = load_model(f"judges.{name}.path", folder)
-        self.processor = load_processor(f"judges.{name}.processor", processor or folder, model.config)
+        self.processor = load_processor(f"judges.{name}.processor", judge.processor or folder, model.config)
         # Read before the cast: ln 100 in bfloat16 is 4.594, a scale of 98.9.
         self.scale = model.logit_scale.exp().item()
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.texts = TextFeatures(self._encode_text)
+        self.model = model.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
+        self.texts = cached_texts(self._encode_text)
         self.version = f"{folder.name}@{fingerprint(folder)}"
-        if processor is not None:
-            self.version += f"+{fingerprint(Path(processor))}"
-
-    @classmethod
-    def from_config(cls, name: str, judge: CLIPJudgeConfig | AestheticJudgeConfig, device: str) -> Self:
-        """The CLIP of `judges.NAME` on `device`."""
-        return cls(
-            judge.path,
-            name=name,
-            processor=judge.processor,
-            device=device,
-            dtype=getattr(torch, judge.dtype),
-            batch_rows=judge.max_batch_size if judge.pad_batches else None,
-        )
+        if judge.processor is not None:
+            self.version += f"+{fingerprint(Path(judge.processor))}"
 
     @torch.inference_mode()
-    def images(self, media: Sequence[np.ndarray], head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, D) fp32 unit features of pictures (1, H, W, 3) on the CPU; with `head`, what it makes of them. B ≥ 1.
-
-        Raises: ValueError for anything else than such pictures.
-        """
+    def images(self, media: Media, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, D) fp32 unit features of pictures (1, H, W, 3) on the CPU; with `head`, what it makes of them. B ≥ 1."""
 
         def forward(pixels: Tensor) -> Tensor:
             output = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype))
@@ -96,12 +71,7 @@ class CLIPFeatures:
         # As Pillow images, whose channels cannot be mistaken: an array of 3 rows looks like one of 3 channels.
         pictures = [Image.fromarray(_middle(picture_of(medium))) for medium in media]
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
-        return forward_rows(forward, pixels, self.batch_rows)
-
-    @torch.inference_mode()
-    def cosines(self, media: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
-        """(B,) fp32: of each picture with its prompt."""
-        return (self.images(media) * self.texts(prompts)).sum(dim=-1)
+        return forward_rows(forward, self.rows, pixels)
 
     def _encode_text(self, prompt: str) -> Tensor:
         limit = self.model.config.text_config.max_position_embeddings  # 77 in every published CLIP
@@ -109,60 +79,26 @@ class CLIPFeatures:
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output
 
 
-class CLIPReward:
-    """The `Reward` "clip": image feature · text feature, in [−1, 1], around 0.2–0.35 for real weights."""
+class CLIPReward(Reward):
+    """The `Reward` "clip": image feature · text feature, in [−1, 1], around 0.2–0.35 for real weights.
 
-    name = "clip"
+    As "pickscore" it is exp(logit scale) times that, around 20 for the published PickScore_v1.
+    """
 
-    def __init__(self, features: CLIPFeatures) -> None:
-        self.features = features
-        self.version = features.version
-        self.device = features.device
+    def __init__(self, name: str, judge: CLIPJudgeConfig, device: str) -> None:
+        self.features = CLIPFeatures(name, judge, device)
+        self.name, self.version, self.device = name, self.features.version, device
+        self.scale = self.features.scale if name == "pickscore" else 1.0
 
-    @classmethod
-    def from_config(cls, name: str, judge: CLIPJudgeConfig, device: str) -> Self:
-        """`judges.clip` on `device`."""
-        return cls(CLIPFeatures.from_config(name, judge, device))
-
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
-        """Cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
-        check_batch(media, prompts, sources, items)
-        if not media:
-            return []
-        return checked_scores(self.name, self.features.cosines(media, prompts).tolist(), len(media))
-
-
-class PickScoreReward:
-    """The `Reward` "pickscore": exp(logit scale) · cosine, around 20 for the published PickScore_v1."""
-
-    name = "pickscore"
-
-    def __init__(self, features: CLIPFeatures) -> None:
-        self.features = features
-        self.version = features.version
-        self.device = features.device
-
-    @classmethod
-    def from_config(cls, name: str, judge: CLIPJudgeConfig, device: str) -> Self:
-        """`judges.pickscore` on `device`."""
-        return cls(CLIPFeatures.from_config(name, judge, device))
-
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
-        """Scaled cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
-        check_batch(media, prompts, sources, items)
-        if not media:
-            return []
-        scores = self.features.scale * self.features.cosines(media, prompts)
-        return checked_scores(self.name, scores.tolist(), len(media))
+    @torch.inference_mode()
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
+        """(Scaled) cosine of each picture with its prompt; sources and items are not read."""
+        cosines = (self.features.images(media) * self.features.texts(prompts)).sum(dim=-1)
+        return (self.scale * cosines).tolist()
 
 
 def _middle(image: np.ndarray) -> np.ndarray:
     """A uint8 (H, W, 3) picture without what the centre crop would drop anyway: resized, a 1×10000 strip is 1.5 GB."""
-    check_array(image)
     height, width = image.shape[:2]
     longest = _MAX_ASPECT * min(height, width)
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
@@ -205,3 +141,56 @@ def load_processor(key: str, path: Path | str, config: CLIPConfig) -> CLIPProces
     if tokens > known:
         raise Refused(f"{key}: '{folder}' has {tokens} tokens, but the model knows {known}; give its own")
     return processor
+
+
+# --- aesthetic ----------------------------------------------------------------------------------------------------------
+
+HEAD = "sac+logos+ava1-l14-linearMSE.pth or a .safetensors of it"
+
+
+def aesthetic_head(width: int) -> nn.Sequential:
+    """Unit features (B, width) → ratings (B,). The numbers between those of the layers are the published file's dropouts."""
+    shapes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+    layers = nn.Sequential(OrderedDict((number, nn.Linear(*shape)) for number, shape in shapes.items()))
+    return nn.Sequential(OrderedDict(layers=layers, rating=nn.Flatten(0)))
+
+
+class AestheticReward(Reward):
+    """The `Reward` "aesthetic": a rating, around 4–7 for real weights. Prompts, sources and items are not read."""
+
+    def __init__(self, name: str, judge: AestheticJudgeConfig, device: str) -> None:
+        """Raises: Refused, naming the key of the recipe."""
+        self.name, self.device = name, device
+        self.features = CLIPFeatures(name, judge, device)
+        file = existing("judges.aesthetic.head", judge.head, HEAD)
+        # Always fp32: its work is nothing beside the CLIP's, and each of its five products would round.
+        self.head = load_head(file, self.features.model.config.projection_dim).to(device)
+        self.version = f"{file.stem}@{fingerprint(file)}+{self.features.version}"
+
+    @torch.inference_mode()
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
+        """The predicted rating of each picture."""
+        return self.features.images(media, self.head).tolist()
+
+
+def load_head(file: Path, width: int) -> nn.Sequential:
+    """The predictor of `file` for features of `width`, fp32 on the CPU in eval mode.
+
+    Raises: Refused if the file is not in the published layout or reads features of another width.
+    """
+    key = f"judges.aesthetic.head = '{file}'"
+    state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    first = state.get("layers.0.weight") if isinstance(state, dict) else None
+    if not isinstance(first, Tensor) or first.ndim != 2:
+        raise Refused(f"{key} is no aesthetic predictor: it has no matrix `layers.0.weight`; give {HEAD}")
+    if first.shape[1] != width:
+        raise Refused(
+            f"{key} reads features of width {first.shape[1]}, but judges.aesthetic.path is a CLIP of width {width}; "
+            "give the CLIP that the head was trained on (the published one: ViT-L/14, width 768)"
+        )
+    head = aesthetic_head(width)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        raise Refused(f"{key} does not fit 768→1024→128→64→16→1: {error}; give {HEAD}") from error
+    return head.float().eval().requires_grad_(False)

@@ -2,28 +2,22 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from string import Formatter
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf.section import LocalPath, Section
 
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
-SHORTHANDS: dict[str, dict[str, float]] = {
-    "hps": {"hps": 1.0},
-    "hpsv2": {"hps": 1.0},
-    "ctr": {"ctr": 1.0},
-    "hps_ctr": {"hps": 1.0, "ctr": 1.0},
-}
-"""`--reward_type` of FEAST's train_dpo_flux_kontext.py as weights."""
+SHORTHANDS = {"hps": ("hps",), "hpsv2": ("hps",), "ctr": ("ctr",), "hps_ctr": ("hps", "ctr")}
+"""`--reward_type` of FEAST's train_dpo_flux_kontext.py as judges of weight 1."""
 
 
 class RewardConfig(Section):
-    weights: dict[str, Weight] | None = None
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}. Unset: those of `type`."""
     type: Literal["hps", "hpsv2", "ctr", "hps_ctr"] | None = None
     """Shorthand for `weights`; with neither: hps_ctr."""
@@ -37,25 +31,21 @@ class RewardConfig(Section):
     @property
     def mix(self) -> dict[str, float]:
         """Judge → weight."""
-        return self.weights or SHORTHANDS[self.type or "hps_ctr"]
+        return self.weights or dict.fromkeys(SHORTHANDS[self.type or "hps_ctr"], 1.0)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.mix)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if self.weights is not None and self.type is not None:
-            raise ValueError(f'weights = {self.weights} and type = "{self.type}" say the same thing: unset one of them')
+            yield f'weights = {self.weights} and type = "{self.type}" say the same thing: unset one of them'
         if self.weights == {}:
-            raise ValueError("weights = {} names no reward; give at least one, e.g. {hps = 1}")
+            yield "weights = {} names no reward; give at least one, e.g. {hps = 1}"
         if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
-            raise ValueError(
-                f'scaling = "fixed" is a formula for hps with ctr (FEAST\'s train_dpo_flux_kontext.py), but weights = '
-                f'{self.mix}; use "running"'
-            )
+            formula = "a formula for hps with ctr (FEAST's train_dpo_flux_kontext.py)"
+            yield f'scaling = "fixed" is {formula}, but weights = {self.mix}; use "running"'
         template_parts(self.empty_prompt)
-        return self
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -100,32 +90,22 @@ class JudgeConfig(Section):
 
     @property
     def external(self) -> str | None:
-        """Address of a service elsewhere that is asked directly, instead of a deployment."""
-        return None
+        """Address of a service elsewhere that is asked directly; None where a deployment of ours asks it, or judges."""
+        return None if self.source == "url" else getattr(self, "url", None)
 
     @property
     def deployable(self) -> bool:
         """Whether there is something to deploy."""
-        return getattr(self, self.source) is not None
+        return self.external is None and getattr(self, self.source) is not None
 
-    @property
-    def most_replicas(self) -> int:
-        return self.max_replicas or self.replicas
-
-    @property
-    def calls_at_once(self) -> int:
-        return self.most_replicas * self.max_ongoing_requests
-
-    @model_validator(mode="after")
-    def _check_capacity(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if self.max_ongoing_requests < self.max_batch_size:
-            raise ValueError(
+            yield (
                 f"max_ongoing_requests = {self.max_ongoing_requests} is below max_batch_size = {self.max_batch_size}: "
                 "batches would never fill"
             )
         if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas = {self.max_replicas} is below replicas = {self.replicas}")
-        return self
+            yield f"max_replicas = {self.max_replicas} is below replicas = {self.replicas}"
 
 
 class ModelJudgeConfig(JudgeConfig):
@@ -144,12 +124,9 @@ class ModelJudgeConfig(JudgeConfig):
     With max_batch_size = 1 there is one place, so that equal questions get equal bits."""
 
     @property
-    def external(self) -> str | None:
-        return self.url
-
-    @property
-    def deployable(self) -> bool:
-        return self.url is None and super().deployable
+    def padded_rows(self) -> int | None:
+        """Rows of every forward; None: as many as there are."""
+        return self.max_batch_size if self.pad_batches else None
 
 
 class HPSJudgeConfig(ModelJudgeConfig):
@@ -177,11 +154,10 @@ class AestheticJudgeConfig(ModelJudgeConfig):
     processor: LocalPath | None = None
     """Folder of the CLIP processor where `path` holds none."""
 
-    @model_validator(mode="after")
-    def _check_head(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if (self.path is None) != (self.head is None) and self.url is None:
-            raise ValueError(f"path = {self.path!r} and head = {self.head!r}: the aesthetic score needs both")
-        return self
+            yield f"path = {self.path!r} and head = {self.head!r}: the aesthetic score needs both"
 
 
 class PythonJudgeConfig(JudgeConfig):
@@ -242,18 +218,14 @@ class FilterJudgeConfig(ModelJudgeConfig):
         base = os.environ.get("QWEN_API_BASE")
         if not base or self.path or self.url or self.api_base:
             return self
-        return self.model_copy(
-            update={"api_base": base, "model_name": os.environ.get("QWEN_MODEL_NAME") or self.model_name}
-        )
+        model_name = os.environ.get("QWEN_MODEL_NAME") or self.model_name
+        return self.model_copy(update={"api_base": base, "model_name": model_name})
 
-    @model_validator(mode="after")
-    def _check_filter(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if self.tensor_parallel_size > 1 and self.num_gpus not in (0, self.tensor_parallel_size):
-            raise ValueError(
-                f"tensor_parallel_size = {self.tensor_parallel_size}, but num_gpus = {self.num_gpus:g}: a replica "
-                "needs one whole GPU for each part"
-            )
-        return self
+            sizes = f"tensor_parallel_size = {self.tensor_parallel_size}, but num_gpus = {self.num_gpus:g}"
+            yield f"{sizes}: a replica needs one whole GPU for each part"
 
 
 class JudgesConfig(Section):
@@ -280,8 +252,8 @@ class JudgesConfig(Section):
 
     def to_deploy(self, names: Iterable[str]) -> dict[str, JudgeConfig]:
         """Those of `names` that are ours to deploy, the filter first: its engine loads longest."""
-        judges = {name: self[name] for name in sorted(names, key=lambda name: name != "filter")}
-        return {name: judge for name, judge in judges.items() if judge.deployable}
+        ordered = sorted(names, key=lambda name: name != "filter")
+        return {name: self[name] for name in ordered if self[name].deployable}
 
     def __getitem__(self, name: str) -> JudgeConfig:
         return self.filter.from_environment() if name == "filter" else self.rewards[name]
@@ -293,42 +265,35 @@ class JudgesConfig(Section):
 
     @property
     def _built_in(self) -> dict[str, JudgeConfig]:
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != "filter"}
-        return {name: value for name, value in values.items() if isinstance(value, JudgeConfig)}
+        return {name: value for name, value in self if isinstance(value, JudgeConfig) and name != "filter"}
 
-    def unusable(self, names: Iterable[str], asked_by: str) -> list[str]:
+    def unusable(self, names: Iterable[str], asked_by: str) -> Iterator[str]:
         """Those reward judges of `names`, which the key `asked_by` asks for, that cannot answer; a line each."""
-        found = []
         for name in names:
             if name not in self.rewards:
                 near = difflib.get_close_matches(name, self.rewards, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.rewards)}"
-                found.append(f"{asked_by} names {name!r}, which is no judge; {hint}")
+                yield f"{asked_by} names {name!r}, which is no judge; {hint}"
             elif not self[name].external and not self[name].deployable:
-                key, judge = self.key(name), self[name]
-                found.append(f"the reward {name!r} needs {key}.{judge.source} (what to deploy) or {key}.url")
-        return found
+                key = self.key(name)
+                yield f"the reward {name!r} needs {key}.{self[name].source} (what to deploy) or {key}.url"
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         taken = {*self._built_in, "filter", "hpsv2"}
         for table in ("python", "http"):
             for name, judge in getattr(self, table).items():
                 if name in taken:
-                    raise ValueError(f"{table}.{name}: the name {name!r} belongs to another judge; choose another")
+                    yield f"{table}.{name}: the name {name!r} belongs to another judge; choose another"
                 taken.add(name)
                 if getattr(judge, judge.source) is None:
-                    raise ValueError(f"{table}.{name} has no {judge.source}")
-        return self
+                    yield f"{table}.{name} has no {judge.source}"
 
-    def problems(self, reward: RewardConfig) -> list[str]:
+    def problems(self, reward: RewardConfig) -> Iterator[str]:
         """What keeps these judges from giving `reward` its scores, a line each."""
-        found = self.unusable(reward.names, "reward.weights")
+        yield from self.unusable(reward.names, "reward.weights")
         if self.filter.enabled and not (self.filter.url or self["filter"].deployable):
-            found.append(
-                "judges.filter needs path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
-            )
-        return found
+            remedy = "path (a Qwen3-VL folder), url or api_base; or set judges.filter.enabled = false"
+            yield f"judges.filter needs {remedy}"
 
 
 class ServeConfig(Section):

@@ -1,60 +1,70 @@
-"""What the rewards on CLIP-like encoders share: forwards of one fixed shape, a cache of prompts, a look at their paths.
+"""What the rewards with an encoder share: the frame of a picture, forwards of one fixed shape, a cache of prompts, a path.
 
-Both keep one promise: a score never depends on what it was computed with. Its place and the size of a forward may change
+All keep one promise: a score never depends on what it was computed with. Its place and the size of a forward may change
 its last bits, by the order of sums; features come back to the CPU, where the last sums run row by row.
 
-Left out: the models and their transforms, which differ (`rlhf.rewards.hpsv2`, `rlhf.rewards.clip`).
+Left out: the models, which differ (`rlhf.rewards.hpsv2`, `rlhf.rewards.clip`, `rlhf.rewards.ctr.model`).
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 
 from rlhf.errors import Refused
 
-_CACHED_PROMPTS = 4096
+Channels = tuple[float, float, float]
 
 
-def forward_rows(forward: Callable[[Tensor], Tensor], pixels: Tensor, rows: int | None) -> Tensor:
-    """`forward` of pixels (B, 3, S, S), B ≥ 1, in fp32 on the CPU: (B, …).
+def letterbox(
+    image: np.ndarray, size: int, interpolation: InterpolationMode, *, fill: float, mean: Channels, std: Channels
+) -> Tensor:
+    """A uint8 (H, W, 3) picture whole in a square: fp32 (3, size, size), its longest side `size`, normalised.
 
-    rows: every forward gets exactly so many pictures, black ones after the last, so that no bit of a picture's result
-    depends on its neighbours, only on its place among them. None: one forward of all.
+    fill: value around its centre, from 0 (black) to 1 (white).
     """
-    outputs = []
-    for chunk in pixels.split(rows or len(pixels)):
-        short = (rows or len(chunk)) - len(chunk)
-        padded = F.pad(chunk, (0, 0) * (chunk.ndim - 1) + (0, short))
-        outputs.append(forward(padded)[: len(chunk)].float().cpu())
-    return torch.cat(outputs)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    height, width = tensor.shape[1:]
+    scale = size / max(height, width)
+    if scale != 1.0:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        tensor = resize(tensor, [height, width], interpolation, antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    tensor = F.pad(tensor, [left, size - width - left, top, size - height - top], value=fill)
+    return (tensor - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-class TextFeatures:
-    """Unit text features of prompts, of which the last used are kept.
+def forward_rows(forward: Callable[..., Tensor], rows: int | None, *inputs: Tensor) -> Tensor:
+    """`forward` of the inputs (B, …), B ≥ 1, in fp32 on the CPU: (B, …).
 
-    Each prompt is encoded alone, so that neither the cache nor a longer neighbour changes a score.
+    rows: every forward gets exactly so many, copies of the last row at the end, so that no bit of a row's result depends on
+    its neighbours, only on its place among them. None: one forward of all.
+    """
+    count = len(inputs[0])
+    rows = rows or count
+    places = torch.arange(-(-count // rows) * rows).clamp(max=count - 1).split(rows)
+    outputs = [forward(*(values[chosen] for values in inputs)).float().cpu() for chosen in places]
+    return torch.cat(outputs)[:count]
+
+
+def cached_texts(encode: Callable[[str], Tensor], limit: int = 4096) -> Callable[[Sequence[str]], Tensor]:
+    """From B ≥ 1 prompts to their unit features (B, D) in fp32 on the CPU; those of the `limit` last used are kept.
+
+    encode: a prompt → its feature (1, D), of any length and on any device. Each prompt is encoded alone, so that neither
+    the cache nor a longer neighbour changes a score.
     """
 
-    def __init__(self, encode: Callable[[str], Tensor], *, limit: int = _CACHED_PROMPTS) -> None:
-        """encode: a prompt → its feature (1, D), of any length and on any device; limit: prompts kept."""
-        self._encode = encode
-        self._limit = limit
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+    @lru_cache(limit)
+    def unit(prompt: str) -> Tensor:
+        return F.normalize(encode(prompt).float(), dim=-1)[0].cpu()
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D) in fp32 on the CPU, B ≥ 1."""
-        for prompt in prompts:
-            if prompt not in self._known:
-                self._known[prompt] = F.normalize(self._encode(prompt).float(), dim=-1)[0].cpu()
-            self._known.move_to_end(prompt)
-        features = torch.stack([self._known[prompt] for prompt in prompts])
-        while len(self._known) > self._limit:
-            self._known.popitem(last=False)
-        return features
+    return lambda prompts: torch.stack([unit(prompt) for prompt in prompts])
 
 
 def existing(key: str, path: Path | str | None, needed: str) -> Path:

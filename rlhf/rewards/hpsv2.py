@@ -6,8 +6,8 @@ format loads through the same code.
 
 The transform is the official one (longest side to the model's size, bicubic on the tensor, zero padding around the
 centre, normalise). open_clip's own would centre-crop and lose 40 % of a 1312×784 picture. Scores equal those of the
-`hpsv2` package's own code; two kinds of picture, which it fails on, get one here: not square with a longest side of
-exactly the model's size, and so narrow that the shorter side rounds to 0.
+`hpsv2` package's own code, which fails on two kinds of picture: not square with a longest side of exactly the model's size,
+and so narrow that the shorter side rounds to 0.
 
 bfloat16 instead of float32 moved scores by at most 0.005 and 0.0015 on average, where they spread by 0.09–0.19, in the
 tiny config on a CPU (24 pictures, 6 prompts, 4 seeds); it was not measured on the published checkpoints.
@@ -19,7 +19,7 @@ checkpoint on every call and lacks its vocabulary file.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -28,69 +28,38 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import HPSJudgeConfig
-from rlhf.rewards.features import TextFeatures, existing, forward_rows
-from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
-from rlhf.types import Item
+from rlhf.rewards.features import cached_texts, existing, forward_rows, letterbox
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 _BUFFERS = ("attn_mask", "position_ids")
 
 
-class HPSv2Reward:
+class HPSv2Reward(Reward):
     """The `Reward` "hps": L2-normalised image feature · text feature, in [−1, 1], around 0.2–0.3 for real weights."""
 
-    name = "hps"
-
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        version: Literal["v2.0", "v2.1"] = "v2.1",
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_rows: int | None = None,
-    ) -> None:
-        """path: a checkpoint file, or a folder that holds the file of `version` under its published name.
-
-        batch_rows: see `forward_rows`.
-        """
-        file = find_checkpoint(Path(path), version)
-        self.device = device
-        self.dtype = dtype
-        self.batch_rows = batch_rows
-        self.model = load_model(file, device=device, dtype=dtype)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
-        self.image_size = _square(self.model.visual.image_size)
+    def __init__(self, name: str, judge: HPSJudgeConfig, device: str) -> None:
+        self.name, self.device = name, device
+        needed = f"a checkpoint, or a folder that holds {FILES[judge.version]}"
+        file = find_checkpoint(existing("judges.hps.path", judge.path, needed), judge.version)
         self.version = f"{file.stem}@{fingerprint(file)}"
-        self.texts = TextFeatures(lambda prompt: self.model.encode_text(self.tokenizer([prompt]).to(device)))
-
-    @classmethod
-    def from_config(cls, name: str, judge: HPSJudgeConfig, device: str) -> Self:
-        """`judges.hps` on `device`."""
-        return cls(
-            existing("judges.hps.path", judge.path, f"a checkpoint, or a folder that holds {FILES[judge.version]}"),
-            version=judge.version,
-            device=device,
-            dtype=getattr(torch, judge.dtype),
-            batch_rows=judge.max_batch_size if judge.pad_batches else None,
-        )
+        self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
+        self.model = load_model(file).to(device=device, dtype=self.dtype)
+        height, *width = np.ravel(self.model.visual.image_size).tolist()  # one number, or both
+        if width not in ([], [height]):
+            raise Refused(f"an HPSv2 model reads square pictures, not {height}×{width[0]}")
+        self.image_size = height
+        tokenize = open_clip.SimpleTokenizer(context_length=self.model.context_length)
+        self.texts = cached_texts(lambda prompt: self.model.encode_text(tokenize([prompt]).to(device)))
 
     @torch.inference_mode()
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
-        """Cosine of each picture with its prompt; sources and items are not read. See `Reward.score`."""
-        check_batch(media, prompts, sources, items)
-        if not media:
-            return []
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
+        """Cosine of each picture with its prompt; sources and items are not read."""
         pixels = torch.stack([transform(picture_of(medium), self.image_size) for medium in media])
-        cosines = (forward_rows(self._encode_images, pixels, self.batch_rows) * self.texts(prompts)).sum(dim=-1)
-        return checked_scores(self.name, cosines.tolist(), len(media))
+        return (forward_rows(self._encode_images, self.rows, pixels) * self.texts(prompts)).sum(dim=-1).tolist()
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.model.encode_image(pixels.to(self.device, self.dtype)).float(), dim=-1)
@@ -98,17 +67,8 @@ class HPSv2Reward:
 
 def transform(image: np.ndarray, size: int) -> Tensor:
     """The official HPSv2 transform of one uint8 (H, W, 3) picture: fp32 (3, size, size), normalised as CLIP is."""
-    check_array(image)
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    height, width = tensor.shape[1:]
-    scale = size / max(height, width)
-    if scale != 1.0:
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        tensor = resize(tensor, [height, width], InterpolationMode.BICUBIC, antialias=True)
-    left, top = (size - width) // 2, (size - height) // 2
-    tensor = F.pad(tensor, [left, size - width - left, top, size - height - top])
-    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
-    return (tensor - mean[:, None, None]) / std[:, None, None]
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return letterbox(image, size, InterpolationMode.BICUBIC, fill=0.0, mean=mean, std=std)
 
 
 def find_checkpoint(path: Path, version: str) -> Path:
@@ -122,8 +82,8 @@ def find_checkpoint(path: Path, version: str) -> Path:
     return file
 
 
-def load_model(file: Path, *, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """An open_clip CLIP in eval mode with the weights of `file`.
+def load_model(file: Path) -> torch.nn.Module:
+    """An open_clip CLIP in eval mode with the weights of `file`, fp32 on the CPU.
 
     Raises: Refused if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
     """
@@ -132,27 +92,19 @@ def load_model(file: Path, *, device: str, dtype: torch.dtype) -> torch.nn.Modul
     config = json.loads(sidecar.read_text()) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")
     model = open_clip.CLIP(**config)
     state = _read_state(file)
+    names = {name: name.removeprefix("module.") for name in state}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)})
     except RuntimeError as error:
         raise Refused(f"{file} does not fit {source}: {error}") from error
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        state: Any = load_file(file)
-    else:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-        if not isinstance(state, dict):
-            raise Refused(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")
-    names = {name: name.removeprefix("module.") for name in state}
-    return {new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)}
-
-
-def _square(image_size: int | tuple[int, int]) -> int:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height != width:
-        raise Refused(f"an HPSv2 model reads square pictures, not {height}×{width}")
-    return height
+        return load_file(file)
+    checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise Refused(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")
+    return state

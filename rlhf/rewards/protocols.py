@@ -6,6 +6,7 @@ A judge that fails raises: there is no default score, no NaN, and no verdict wit
 Shapes: F frames (a picture has one), H W pixels.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from rlhf.types import Item, Verdict
 
 Sources = tuple[np.ndarray, ...]
 """What one medium was made from: uint8 (F, H, W, 3) each, as the model saw them; empty where the judge reads none."""
+Media = Sequence[np.ndarray]
+"""uint8 (F, H, W, 3) each; sizes may differ."""
+Items = Sequence[Item]
 
 
 class JudgeError(RuntimeError):
@@ -31,7 +35,7 @@ class JudgeUnreachable(JudgeError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores media in one batch. Implementations: `rlhf.rewards.REWARDS`, made by their `from_config`.
+    """Scores media in one batch. Implementations: `rlhf.rewards.REWARDS`, called with (name, table, device).
 
     Its config class declares how many frames it reads and whether it reads sources (`JudgeConfig.frames`, `reads_sources`).
     Where that depends on the recipe (a function of the user's, a service), the reward has an attribute `reads_sources`.
@@ -43,41 +47,44 @@ class Reward(Protocol):
     """Model name and a fingerprint of its weights, as /health reports them."""
     device: str
 
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
+    def score(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """One finite scalar per medium, higher is better.
 
-        media: uint8 (F, H, W, 3) RGB with at most the config's `frames`, sizes may differ; prompts, sources and items: one
-        per medium, an item is empty where nothing is known.
+        media: RGB with at most the config's `frames`; prompts, sources and items: one per medium, an item is empty where
+        nothing is known.
         Raises: Refused for inputs a caller can mend, JudgeError where the model gives no usable number.
         """
-        ...
+        check_batch(media, prompts, sources, items)
+        scores = self._scores(media, prompts, sources, items) if media else []
+        if len(scores) != len(media):
+            raise JudgeError(f"reward {self.name!r} gave {len(scores)} scores for {len(media)} media")
+        for index, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise JudgeError(f"reward {self.name!r} gave {score} for medium {index} of {len(media)}")
+        return [float(score) for score in scores]
+
+    def _scores(
+        self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items
+    ) -> Sequence[float]:
+        """What `score` gives, before it is checked. Its arguments are checked, and there is at least one medium."""
 
 
 @runtime_checkable
 class Filter(Protocol):
     """Judges pictures one at a time; concurrent calls are how an engine fills its batches."""
 
-    name: str
     version: str
     device: str
 
     async def judge(self, image: np.ndarray, sources: Sources, prompt: str) -> Verdict:
-        """The verdict on one edit.
+        """The verdict on one edit. Raises: Refused for bad inputs, JudgeError where the model's answer is not a verdict.
 
         image: uint8 (H, W, 3) RGB; sources: pictures of that kind, what was edited, empty where the filter is not to see
         them; prompt: the edit instruction, may be empty.
-        Raises: Refused for bad inputs, JudgeError where the model's answer is not a verdict.
         """
-        ...
 
     async def close(self) -> None:
         """Free the engine or the connections."""
-        ...
-
-
-# --- media -------------------------------------------------------------------------------------------------------------
 
 
 def as_media(array: np.ndarray) -> np.ndarray:
@@ -86,9 +93,7 @@ def as_media(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"media must be a numpy array uint8 (F, H, W, 3), not {type(array).__name__}")
     media = array[None] if array.ndim == 3 else array
     if media.dtype != np.uint8 or media.ndim != 4 or media.shape[3] != 3 or 0 in media.shape:
-        raise ValueError(
-            f"media must be uint8 (F, H, W, 3), a picture uint8 (H, W, 3), not {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"media are uint8 (F, H, W, 3), a picture uint8 (H, W, 3), not {array.dtype} {array.shape}")
     return media
 
 
@@ -101,46 +106,27 @@ def frames_of(medium: np.ndarray, count: int) -> np.ndarray:
 def picture_of(medium: np.ndarray) -> np.ndarray:
     """(H, W, 3), the one frame of a medium. Raises: ValueError where it has more."""
     if len(medium) != 1:
-        raise ValueError(
-            f"a reward of pictures was given a medium of {len(medium)} frames; choose one with `frames_of`"
-        )
+        raise ValueError(f"a reward of pictures was given {len(medium)} frames; choose one with `frames_of`")
     return medium[0]
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
-
-
-def checked_scores(name: str, scores: Sequence[float], count: int) -> list[float]:
-    """`scores` as floats, or JudgeError if there are not `count` of them or one is not finite."""
-    if len(scores) != count:
-        raise JudgeError(f"reward {name!r} gave {len(scores)} scores for {count} media")
-    for index, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise JudgeError(f"reward {name!r} gave {score} for medium {index} of {count}")
-    return [float(score) for score in scores]
-
-
-def check_batch(
-    media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-) -> None:
+def check_batch(media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> None:
     """ValueError unless all are media, with one prompt, one tuple of sources and one item for each."""
     counts = len(media), len(prompts), len(sources), len(items)
     if len(set(counts)) > 1:
         raise ValueError("{} media, {} prompts, {} sources and {} items: counts must agree".format(*counts))
-    for medium in (*media, *(source for some in sources for source in some)):
-        if not isinstance(medium, np.ndarray) or medium.ndim != 4:
-            shape = getattr(medium, "shape", "")
-            raise ValueError(f"each medium must be uint8 (F, H, W, 3), not {type(medium).__name__} {shape}")
+    for medium in itertools.chain(media, *sources):
         as_media(medium)
+        if medium.ndim != 4:
+            raise ValueError(f"each medium must be uint8 (F, H, W, 3), not a picture {medium.shape}")
 
 
 def check_columns(judge: str, columns: Sequence[str], item: Item) -> None:
     """Refused, naming what is missing, unless the item has all `columns` that the judge reads."""
     if missing := [column for column in columns if column not in item]:
         there = ", ".join(item) or "none"
-        raise Refused(
-            f"the judge {judge!r} reads the item columns {', '.join(columns)}; missing: {', '.join(missing)} (there: {there})"
-        )
+        reads = f"the judge {judge!r} reads the item columns {', '.join(columns)}"
+        raise Refused(f"{reads}; missing: {', '.join(missing)} (there: {there})")
 
 
 def fingerprint(path: Path) -> str:

@@ -19,54 +19,36 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Any
 
 from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.protocols import JudgeError, Sources, check_batch, checked_scores, fingerprint, picture_of
-from rlhf.types import Item
+from rlhf.rewards.protocols import Items, JudgeError, Media, Reward, Sources, fingerprint, picture_of
+
+ARGUMENTS = "(images, prompts, sources, items)"
 
 
-class PythonReward:
+class PythonReward(Reward):
     """The `Reward` of [judges.python.NAME]: whatever the function returns."""
 
-    def __init__(self, name: str, function: str, *, device: str = "cpu") -> None:
-        """function: "package.module:function"; device: where its replica's card is, reported and not passed on.
-
-        Raises: Refused naming the key where the function cannot be had.
-        """
-        self.name = name
-        self.device = device
-        self.key = f"judges.python.{name}.function = {function!r}"
-        self._function = resolve(self.key, function)
-        self.reads_sources = takes_sources(self._function)
-        self.version = version(self._function, function)
-
-    @classmethod
-    def from_config(cls, name: str, judge: PythonJudgeConfig, device: str) -> Self:
-        """`judges.python.NAME` on `device`."""
+    def __init__(self, name: str, judge: PythonJudgeConfig, device: str) -> None:
+        """device: where its replica's card is, reported and not passed on. Raises: Refused, naming the key."""
         if judge.function is None:
             raise Refused(f'judges.python.{name}.function is not set; give "package.module:function"')
-        return cls(name, judge.function, device=device)
+        self.name, self.device = name, device
+        self.key = f"judges.python.{name}.function = {judge.function!r}"
+        self._function = resolve(self.key, judge.function)
+        self.reads_sources = takes_sources(self._function)
+        self.version = version(self._function, judge.function)
 
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """The function's scores. Raises: JudgeError with what it raised, or with what is wrong with its answer."""
-        check_batch(media, prompts, sources, items)
-        if not media:
-            return []
         images = [picture_of(medium) for medium in media]
         befores = [[tuple(picture_of(source) for source in some) for some in sources]] if self.reads_sources else []
         try:
             answer = self._function(images, list(prompts), *befores, list(items))
         except (Exception, SystemExit) as error:  # it is not our code: it may raise anything
             raise JudgeError(f"{self.key} raised {type(error).__name__}: {error}") from error
-        return checked_scores(self.name, self._numbers(answer), len(media))
-
-    def _numbers(self, answer: Any) -> list[float]:
         values = answer.tolist() if hasattr(answer, "tolist") else answer
         if not isinstance(values, list | tuple):
             raise JudgeError(f"{self.key} gave {type(answer).__name__}, not one number for each picture")
@@ -87,13 +69,11 @@ def resolve(key: str, function: str) -> Callable[..., Any]:
             "or keep its module in the job's working directory"
         ) from error
     if not callable(found):
-        raise Refused(f"{key} is {type(found).__name__}, not a function (images, prompts, sources, items) -> scores")
+        raise Refused(f"{key} is {type(found).__name__}, not a function {ARGUMENTS} -> scores")
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in (found, found.__call__)):
         raise Refused(f"{key} is async; write a plain function, which gets a whole batch at a time")
     if not (_fits(found, 3) or _fits(found, 4)):
-        raise Refused(
-            f"{key} cannot be called with (images, prompts, sources, items): it is {inspect.signature(found)}"
-        )
+        raise Refused(f"{key} cannot be called with {ARGUMENTS}: it is {inspect.signature(found)}")
     return found
 
 
@@ -105,9 +85,8 @@ def takes_sources(found: Callable[..., Any]) -> bool:
     if not _fits(found, 4):
         return False
     parameters = inspect.signature(found).parameters
-    return (
-        not _fits(found, 3) or "sources" in parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    )
+    any_number = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
+    return not _fits(found, 3) or any_number or "sources" in parameters
 
 
 def _fits(found: Callable[..., Any], count: int) -> bool:
@@ -122,10 +101,7 @@ def _fits(found: Callable[..., Any], count: int) -> bool:
 
 
 def version(found: Callable[..., Any], function: str) -> str:
-    """The import path and a fingerprint of the file that the function is written in.
-
-    Of a callable object, which has no source, it is its module's file.
-    """
+    """The import path and a fingerprint of the function's source file; of a callable object, its module's file."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:

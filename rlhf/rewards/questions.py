@@ -14,9 +14,6 @@ from rlhf.rewards.config import JudgesConfig, template_parts
 from rlhf.rewards.protocols import Sources, check_columns
 from rlhf.types import Geometry, Prompt, Source
 
-_CACHED_SOURCES = 64
-"""About 3 MB each at 1312×784. The candidates of a prompt are judged within a short time of each other."""
-
 
 def reward_text(prompt: Prompt, template: str | None) -> str:
     """What rewards read: the instruction or, where it is empty, `template` (reward.empty_prompt) filled from the item.
@@ -25,8 +22,7 @@ def reward_text(prompt: Prompt, template: str | None) -> str:
     """
     if template is None or prompt.instruction.strip():
         return prompt.instruction
-    item = prompt.item
-    parts = template_parts(template)
+    item, parts = prompt.item, template_parts(template)
     if missing := [column for _, column in parts if column is not None and column not in item]:
         there = f"its item has {', '.join(item)}" if item else "it has no item metadata"
         raise Refused(
@@ -48,14 +44,11 @@ def check_prompt(judges: JudgesConfig, names: Sequence[str], template: str | Non
 
 
 def sources_of(prompt: Prompt) -> Sources:
-    """The prompt's sources as the model saw them, uint8 (F, H, W, 3) each; the last used are kept.
-
-    Raises: OSError, Refused where one has changed.
-    """
+    """The prompt's sources as the model saw them. Raises: OSError, Refused where one has changed."""
     return tuple(_open(source, prompt.geometry) for source in prompt.sources)
 
 
-@lru_cache(_CACHED_SOURCES)
+@lru_cache(64)  # about 3 MB each at 1312×784; the candidates of a prompt are judged within a short time of each other
 def _open(source: Source, geometry: Geometry) -> np.ndarray:
     medium = seen_source(source, geometry)
     medium.flags.writeable = False

@@ -3,7 +3,7 @@
 `RemoteJudge` (`judges.NAME.url`) has the methods of the in-cluster handles and speaks the HTTP contract of `serve_apps`, so it
 also reaches another cluster's apps: `url` is the app's address, for example http://host:8000/hpsv2.
 
-`HTTPReward` ([judges.http.NAME]) is a reward that posts {"items": [{"image_base64", "prompt", "item", "source_base64"}]} and
+`HTTPReward` ([judges.http.NAME]) posts {"items": [{"image_base64", "prompt", "item", "source_base64"}]} and
 reads {"scores": [one number each]}; /score_batch of every reward app here is such a service. Pictures go as PNG in base64.
 It sends small grey pictures with the text "probe" at the start and when idle.
 
@@ -16,28 +16,17 @@ import ipaddress
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import numpy as np
 import xxhash
 
 from rlhf.data.media import encode_base64, encode_png
+from rlhf.rewards import protocols
 from rlhf.rewards.config import CTRJudgeConfig, HTTPJudgeConfig, ModelJudgeConfig
-from rlhf.rewards.protocols import (
-    JudgeError,
-    JudgeUnreachable,
-    Sources,
-    as_media,
-    check_batch,
-    check_columns,
-    checked_scores,
-    frames_of,
-    picture_of,
-)
+from rlhf.rewards.protocols import Items, JudgeError, JudgeUnreachable, Media, Reward, Sources, picture_of
 from rlhf.types import Item, Verdict
-
-# --- connections -------------------------------------------------------------------------------------------------------
 
 
 def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
@@ -45,20 +34,13 @@ def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
 
     A client obeys the proxies of the environment (HTTP_PROXY, …) unless the service is on this machine.
     """
-    return {
-        "headers": {"Authorization": f"Bearer {token}"} if token else {},
-        "timeout": timeout_s,
-        "trust_env": not is_loopback(url),
-    }
-
-
-def is_loopback(url: str) -> bool:
-    """Whether `url` names this machine by localhost or a loopback address."""
     host = httpx.URL(url).host
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
-        return False
+        here = False
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return {"headers": headers, "timeout": timeout_s, "trust_env": not here}
 
 
 def read_json(url: str, response: httpx.Response) -> dict[str, Any]:
@@ -92,9 +74,6 @@ def question(image: np.ndarray, prompt: str, sources: Sequence[np.ndarray], item
     return body
 
 
-# --- one judge ---------------------------------------------------------------------------------------------------------
-
-
 class RemoteJudge:
     """One service. `score` and `judge` take and give what the deployment handles of the same judge do."""
 
@@ -107,23 +86,23 @@ class RemoteJudge:
     async def score(self, media: np.ndarray, prompt: str, sources: Sources = (), item: Item | None = None) -> float:
         """The reward of one picture or medium. Raises: JudgeError; Refused where a needed column of the item is missing."""
         item = item or {}
-        image, pictures = self._picture(media), [self._picture(source) for source in sources]
+        image, *befores = self._pictures(media, sources)
         if isinstance(self._config, CTRJudgeConfig):
             columns = self._config.item_columns
-            check_columns(self.url, columns, item)
+            protocols.check_columns(self.url, columns, item)
             file = await asyncio.to_thread(encode_png, image)
             form = {column: item[column] for column in columns}
             answer = await self._post("predict", data=form, files={"image": ("image.png", file, "image/png")})
             if answer.get("success") is not True or not isinstance(answer.get("data"), dict):
                 raise JudgeError(f"{self.url}: no success: {str(answer)[:200]}")
             return number(self.url, "ctr", answer["data"].get("ctr"))
-        body = await asyncio.to_thread(question, image, prompt, pictures, item)
+        body = await asyncio.to_thread(question, image, prompt, befores, item)
         return number(self.url, "score", (await self._post("score", json=body)).get("score"))
 
     async def judge(self, media: np.ndarray, sources: Sources, prompt: str) -> Verdict:
         """The verdict on one edit. Raises: JudgeError."""
-        image, pictures = self._picture(media), [self._picture(source) for source in sources]
-        answer = await self._post("validate", json=await asyncio.to_thread(question, image, prompt, pictures, {}))
+        image, *befores = self._pictures(media, sources)
+        answer = await self._post("validate", json=await asyncio.to_thread(question, image, prompt, befores, {}))
         if not isinstance(answer.get("valid"), bool):
             raise JudgeError(f"{self.url}: `valid` is neither true nor false: {str(answer)[:200]}")
         probability = answer.get("pass_probability")
@@ -135,11 +114,11 @@ class RemoteJudge:
         )
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._client.aclose()
 
-    def _picture(self, media: np.ndarray) -> np.ndarray:
-        return picture_of(frames_of(as_media(media), self._config.frames))
+    def _pictures(self, media: np.ndarray, sources: Sources) -> list[np.ndarray]:
+        arrays = map(protocols.as_media, (media, *sources))
+        return [picture_of(protocols.frames_of(array, self._config.frames)) for array in arrays]
 
     async def _post(self, route: str, **request: Any) -> dict[str, Any]:
         url = f"{self.url}/{route}"
@@ -150,36 +129,20 @@ class RemoteJudge:
         return read_json(url, response)
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
-
-
-class HTTPReward:
-    """The `Reward` of [judges.http.NAME]."""
+class HTTPReward(Reward):
+    """The `Reward` of [judges.http.NAME]; the device is the service's own affair."""
 
     device = "remote"
 
-    def __init__(
-        self, name: str, url: str, *, token: str | None = None, timeout_s: float = 60.0, send_source: bool = False
-    ) -> None:
-        self.name = name
-        self.url = url
-        self.version = f"{url}@{xxhash.xxh3_64_hexdigest(url.encode())}"
-        self.reads_sources = send_source
-        self._client = httpx.Client(**connection(url, token, timeout_s))
+    def __init__(self, name: str, judge: HTTPJudgeConfig, device: str) -> None:
+        self.name, self.url = name, str(judge.url)
+        self.version = f"{self.url}@{xxhash.xxh3_64_hexdigest(self.url.encode())}"
+        self.reads_sources = judge.send_source
+        self._client = httpx.Client(**connection(self.url, judge.token, judge.timeout_s))
         self._encoders = ThreadPoolExecutor(4)
 
-    @classmethod
-    def from_config(cls, name: str, judge: HTTPJudgeConfig, device: str) -> Self:
-        """`judges.http.NAME`; the device is the service's own affair."""
-        return cls(name, str(judge.url), token=judge.token, timeout_s=judge.timeout_s, send_source=judge.send_source)
-
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
-        """The service's scores. Raises: JudgeError where it gives none, too few, or one that is no finite number."""
-        check_batch(media, prompts, sources, items)
-        if not media:
-            return []
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
+        """The service's scores. Raises: JudgeError where it gives none, or one that is no finite number."""
         images = [picture_of(medium) for medium in media]
         befores = [[picture_of(source) for source in some] if self.reads_sources else [] for some in sources]
         rows = list(self._encoders.map(question, images, prompts, befores, items))
@@ -188,7 +151,6 @@ class HTTPReward:
         except httpx.HTTPError as error:
             raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
         answer = read_json(self.url, response)
-        scores = answer.get("scores")
-        if not isinstance(scores, list):
+        if not isinstance(answer.get("scores"), list):
             raise JudgeError(f"{self.url}: `scores` is no list: {str(answer)[:200]}")
-        return checked_scores(self.name, [number(self.url, "scores", score) for score in scores], len(media))
+        return [number(self.url, "scores", score) for score in answer["scores"]]

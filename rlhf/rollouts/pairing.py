@@ -1,12 +1,10 @@
 """From the rewards of one prompt's candidates to a preference pair.
 
-A pair is the best against the worst of the VALID candidates of one prompt. With several rewards the order needs one
-number per candidate, and a plain 1:1 sum would let the reward with the larger units decide everything. `RewardScale`
-makes the units comparable: `running` divides each reward by its pooled WITHIN-GROUP standard deviation (the spread
-that decides a pair; the spread across prompts cancels inside one), `fixed` is the hand-set mixture of FEAST's
-train_dpo_flux_kontext.py.
-
-Pure values: no tensors, no clock, no randomness. Left out: learned weights between rewards, pairs of middle ranks.
+A pair is the best against the worst of the VALID candidates of one prompt. With several rewards the order needs one number
+per candidate, and a plain 1:1 sum would let the reward with the larger units decide everything. `RewardScale` makes the units
+comparable: `running` divides each reward by its pooled WITHIN-GROUP standard deviation (the spread that decides a pair; the
+spread across prompts cancels inside one), `fixed` is the hand-set mixture of FEAST's train_dpo_flux_kontext.py. Left out:
+learned weights between rewards, pairs of middle ranks.
 """
 
 import math
@@ -20,7 +18,7 @@ WINDOW = 256
 """Groups whose spread a running scale pools."""
 
 Spread = tuple[tuple[float, int], ...]
-"""Of one group, in the order of `RewardScale.names`: (sum of squared deviations, degrees of freedom) of each reward."""
+"""Of one group, in the order of `RewardScale.weights`: (sum of squared deviations, degrees of freedom) of each reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,6 @@ class RolloutGroup:
     """The valid candidates of one prompt and their scores, in the order of their attempts: at least two."""
 
     cursor: int
-    """Position of the prompt in the run's prompt stream."""
     prompt: Prompt
     candidates: tuple[Candidate, ...]
     scores: tuple[Score, ...]
@@ -46,7 +43,7 @@ class RewardScale:
     running: Σ over rewards of w·(r − group mean) / σ, where σ is the pooled within-group standard deviation of that
         reward over `window`: σ² = Σ_groups Σ_candidates (r − group mean)² / Σ_groups (K − 1). With σ = 0 it adds 0.
     fixed: clip((hps − 0.15) / 0.2, 0, 1) and ctr, averaged by weight (FEAST's script, there 1:1); a single reward
-        is taken as it is.
+        is taken as it is. `RewardConfig` refuses it for others.
     """
 
     weights: Mapping[str, float]
@@ -55,28 +52,17 @@ class RewardScale:
     window: tuple[Spread, ...] = ()
     """The last 256 consumed groups, newest last."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    def __post_init__(self) -> None:
-        if self.scaling == "fixed" and len(self.names) > 1 and set(self.names) != {"hps", "ctr"}:
-            raise ValueError(
-                f'reward scaling "fixed" is defined for hps with ctr and for single rewards, not for {self.names}; '
-                'use "running"'
-            )
-
     def observe(self, groups: Sequence[RolloutGroup]) -> "RewardScale":
         """The scale with `groups` as its newest. All of a batch count, even one of more than 256 groups."""
         if self.scaling == "fixed":
             return self
-        window = self.window + tuple(tuple(_spread(group.values(name)) for name in self.names) for group in groups)
+        window = self.window + tuple(tuple(_spread(group.values(name)) for name in self.weights) for group in groups)
         return replace(self, window=window[-max(WINDOW, len(groups)) :])
 
     def deviations(self) -> dict[str, float]:
         """Pooled within-group standard deviation of each reward over the window; 0 where nothing has been seen."""
         pooled = {}
-        for index, name in enumerate(self.names):
+        for index, name in enumerate(self.weights):
             freedom = sum(spread[index][1] for spread in self.window)
             squares = math.fsum(spread[index][0] for spread in self.window)
             pooled[name] = math.sqrt(squares / freedom) if freedom else 0.0
@@ -86,7 +72,7 @@ class RewardScale:
         """One number per candidate of the group, higher is better."""
         if self.scaling == "fixed":
             return tuple(self._fixed(score.rewards) for score in group.scores)
-        columns = [
+        columns = [  # w·(r − mean)/σ
             _standardised(group.values(name), deviation / self.weights[name])
             for name, deviation in self.deviations().items()
             if deviation > 0
@@ -97,22 +83,19 @@ class RewardScale:
         """Whether the group can make no pair, whatever the running window will hold."""
         if self.scaling == "fixed":
             return len(set(self.totals(group))) == 1
-        return all(len(set(group.values(name))) == 1 for name in self.names)
+        return all(len(set(group.values(name))) == 1 for name in self.weights)
 
     def _fixed(self, rewards: Mapping[str, float]) -> float:
-        if len(self.names) == 1:
-            return float(rewards[self.names[0]])
+        if len(self.weights) == 1:
+            return float(rewards[next(iter(self.weights))])
         scaled = {"hps": min(max((rewards["hps"] - 0.15) / 0.2, 0.0), 1.0), "ctr": rewards["ctr"]}
         total = math.fsum(self.weights.values())
         return math.fsum(weight / total * scaled[name] for name, weight in self.weights.items())
 
     def snapshot(self) -> dict[str, Any]:
         """JSON-able; floats survive JSON exactly."""
-        return {
-            "weights": dict(self.weights),
-            "scaling": self.scaling,
-            "window": [list(map(list, s)) for s in self.window],
-        }
+        window = [list(map(list, spread)) for spread in self.window]
+        return {"weights": dict(self.weights), "scaling": self.scaling, "window": window}
 
     @classmethod
     def restore(cls, snapshot: Mapping[str, Any]) -> "RewardScale":
@@ -121,10 +104,10 @@ class RewardScale:
 
 
 def make_pair(group: RolloutGroup, totals: Sequence[float]) -> Pair | None:
-    """Best against worst of a group, or None where all totals are equal.
+    """Best against worst of a group by one total per candidate, or None where all are equal.
 
-    `totals` has one number per candidate of the group. Among equals the earliest attempt is taken, so the order in
-    which candidates arrived never matters. The margin is > 0, in the units of the totals.
+    Among equals the earliest attempt is taken, so the order in which candidates arrived never matters. The margin is in the
+    units of the totals.
     """
     ranked = list(zip(totals, group.candidates, group.scores, strict=True))
     best, winner, winner_score = max(ranked, key=lambda entry: (entry[0], -entry[1].attempt))

@@ -3,6 +3,7 @@
 Pure. Left out: retries, which come before a call counts as failed (`actors.judges`).
 """
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from rlhf.errors import Refused
@@ -36,18 +37,16 @@ class FailureRates:
     def __init__(self, limit: float):
         """`limit`: `judges.max_failure_rate`."""
         self.limit = limit
-        self._calls: dict[str, tuple[bool, ...]] = {}
-        self._reasons: dict[str, str] = {}
+        self._calls: dict[str, deque[str | None]] = defaultdict(lambda: deque(maxlen=WINDOW))
 
     def add(self, judge: str, reason: str | None) -> None:
         """One call, and why it failed if it did. Raises JudgeUnreliable, once there are calls enough to believe it."""
-        self._calls[judge] = calls = (*self._calls.get(judge, ()), reason is not None)[-WINDOW:]
-        if reason is not None:
-            self._reasons[judge] = reason
-        if len(calls) >= MIN_CALLS:
-            check_rate(judge, calls, self.limit, self._reasons.get(judge, ""))
+        self._calls[judge].append(reason)
+        if len(self._calls[judge]) >= MIN_CALLS:
+            self.check(judge)
 
     def check(self, judge: str) -> None:
         """At the end: raise JudgeUnreliable also where the calls were few. A judge that was never asked is fine."""
-        if calls := self._calls.get(judge):
-            check_rate(judge, calls, self.limit, self._reasons.get(judge, ""))
+        calls = self._calls[judge]
+        if reasons := [reason for reason in calls if reason is not None]:
+            check_rate(judge, [reason is not None for reason in calls], self.limit, reasons[-1])

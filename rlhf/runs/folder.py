@@ -3,11 +3,10 @@
     <root>/<name>/v0/  config.toml  epoch  lock  metrics.jsonl  pairs/  samples/  discarded/
                        checkpoint_000100/{..., COMMITTED}  exports/step_000100/  final/
 
-Three things keep two drivers from spoiling one folder. A lock (flock, freed by the kernel when its driver dies)
-refuses a second driver at once. A fenced epoch, raised at every claim and compared at commit, publish and audit
-append, stops a driver that slept while another took over. And a checkpoint counts only with its COMMITTED file,
-written after everything else is on disk. Nothing is ever overwritten: a new run takes the next vN, rows of undone
-steps move to discarded/.
+Three things keep two drivers from spoiling one folder. A lock (flock, freed by the kernel when its driver dies) refuses a
+second driver at once. A fenced epoch, raised at every claim and compared at commit, publish and audit append, stops a driver
+that slept while another took over. And a checkpoint counts only with its COMMITTED file, written after everything else is on
+disk. Nothing is ever overwritten: a new run takes the next vN, rows of undone steps move to discarded/.
 
 A step in a file name or metric row is the number of optimizer updates done when it was written; the first is 1.
 Left out: what is inside a checkpoint (`trainer.py`), and copying to remote storage.
@@ -22,18 +21,21 @@ import shutil
 import socket
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.errors import Refused
+from rlhf.runs.durable import sync, write_durably
 
-MAY_DIFFER = ("run.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s")
-"""What a resume may change of the configuration: where and how to run, not what."""
+MAY_DIFFER, MUST_AGREE = (
+    ("run.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s"),
+    ("run.seed",),
+)
+"""A resume may change where and how to run, not what; with another seed it would not continue the first half."""
 SPLIT = ("trainer.ranks", "trainer.train_batch_size", "trainer.gradient_accumulation_steps")
 """How the pairs of an update are split may change too, if their product stays: a cluster may have lost a node."""
-MUST_AGREE = ("run.seed",)
-"""But for these: with another seed the resumed half would not continue the first."""
 
 
 class RunInUse(Refused):
@@ -52,8 +54,8 @@ class Fence:
     epoch: int
 
     def check(self) -> None:
-        """Raise Fenced unless the folder is still ours."""
-        now = _read_epoch(self.path)
+        """Raise Fenced unless the folder is still ours. Call before every commit, publish and audit append."""
+        now = int((self.path / "epoch").read_text())
         if now != self.epoch:
             raise Fenced(
                 f"{self.path} was taken over by another driver (epoch {now}, ours {self.epoch}); this one stops"
@@ -66,7 +68,6 @@ class RunFolder:
 
     path: Path
     epoch: int
-    """Raised by every claim of this folder; ours as long as the file says so."""
     resumed: bool
     """Whether the folder had been claimed before."""
     started: bool
@@ -80,9 +81,8 @@ class RunFolder:
     ) -> "RunFolder":
         """Take the folder to write to, creating it if need be.
 
-        The newest vN is resumed if it is unfinished and `config_toml` (the resolved configuration) agrees with its
-        own but for the keys in MAY_DIFFER. A finished one, or resume = "never", leads to vN+1. Raises RunInUse if a
-        live driver holds it, Refused naming every key that differs.
+        The newest vN is resumed if it is unfinished; else, and with resume = "never", it is vN+1. Raises RunInUse, and Refused
+        naming every key by which `config_toml`, the resolved configuration, may not differ from a resumed run's.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise Refused(f"run.name = {name!r}: use letters, digits, '.', '_', '-'; start with a letter or digit")
@@ -90,14 +90,13 @@ class RunFolder:
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Refused(
-                f"run.dir = {str(root)!r}: {parent} cannot be made: {error.strerror}; choose another"
-            ) from error
+            problem = f"{parent} cannot be made: {error.strerror}; choose another"
+            raise Refused(f"run.dir = {str(root)!r}: {problem}") from error
         with (parent / "claim.lock").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
-            newest = max((int(p.name[1:]) for p in parent.iterdir() if re.fullmatch(r"v\d+", p.name)), default=-1)
-            path = parent / f"v{max(newest, 0)}"
-            if newest >= 0 and (resume == "never" or (path / "final").exists()):
+            newest = max((int(p.name[1:]) for p in parent.iterdir() if re.fullmatch(r"v\d+", p.name)), default=0)
+            path = parent / f"v{newest}"
+            if path.exists() and (resume == "never" or (path / "final").exists()):
                 path = parent / f"v{newest + 1}"
             path.mkdir(exist_ok=True)
             lock = _lock(path)
@@ -110,30 +109,25 @@ class RunFolder:
     @classmethod
     def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
         config = path / "config.toml"
-        metrics = path / "metrics.jsonl"
-        rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        started = any(_row_step(row) != 0 for row in rows) or any(path.glob("checkpoint_*/COMMITTED"))
+        started = any(step != 0 for _, step in _rows(path)) or any(path.glob("checkpoint_*/COMMITTED"))
         if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
             differ = _differences(tomllib.loads(config.read_text()), tomllib.loads(config_toml))
             if differ:
                 raise Refused(
-                    f"{path} was started with another configuration:\n  " + "\n  ".join(differ) + "\n"
+                    "\n  ".join([f"{path} was started with another configuration:", *differ]) + "\n"
                     'Put the old values back to resume it, or start anew with run.resume = "never" or another run.name.'
                 )
         else:
             write_durably(config, config_toml)
-        resumed = (path / "epoch").exists()
-        epoch = _read_epoch(path) + 1 if resumed else 1
+        number = path / "epoch"
+        resumed = number.exists()
+        epoch = int(number.read_text()) + 1 if resumed else 1
         if resumed and config.read_text() != config_toml:
             write_durably(path / f"config.epoch_{epoch}.toml", config_toml)
-        write_durably(path / "epoch", f"{epoch}\n")
+        write_durably(number, f"{epoch}\n")
         return cls(path=path, epoch=epoch, resumed=resumed, started=started, lock=lock)
-
-    def check(self) -> None:
-        """Raise Fenced unless the folder is still ours. Call before every commit, publish and audit append."""
-        self.fence.check()
 
     @property
     def fence(self) -> Fence:
@@ -146,78 +140,79 @@ class RunFolder:
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint_{step:06d}"
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """An empty folder for the checkpoint of `step`; what an interrupted save left there is removed."""
-        self.check()
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """An empty folder for the checkpoint of `step`, which counts from the end of the block on.
+
+        Ranks on other nodes must have fsynced their own files: this process can only flush its own node's. Raises
+        FileExistsError where the step is committed already, and FileNotFoundError where the block wrote nothing.
+        """
+        self.fence.check()
         path = self.checkpoint_path(step)
         if (path / "COMMITTED").exists():
             raise FileExistsError(f"{path} is committed already and is never overwritten")
-        return _empty_folder(path)
-
-    def begin_final(self) -> Path:
-        """An empty folder for the final export, which `finish` turns into final/."""
-        self.check()
-        return _empty_folder(self.path / "final.partial")
-
-    def begin_export(self, step: int) -> Path:
-        """An empty folder for the weights of `step`, which `finish_export` turns into exports/step_N: never pruned."""
-        self.check()
-        (self.path / "exports").mkdir(exist_ok=True)
-        return _empty_folder(self.path / "exports" / f"step_{step:06d}.partial")
-
-    def finish_export(self, step: int) -> Path:
-        """Raises FileExistsError where that step has been exported: a resume sets aside what it will do again."""
-        self.check()
-        return self._rename_partial(self.path / "exports" / f"step_{step:06d}")
-
-    def commit(self, step: int) -> None:
-        """Make the checkpoint of `step` count: its files and folders reach the disk first, COMMITTED last.
-
-        On several nodes each rank must have fsynced its own files; this process can only flush its own node's.
-        Raises Fenced, and FileNotFoundError if the checkpoint is missing or empty.
-        """
-        self.check()
-        path = self.checkpoint_path(step)
+        yield _empty_folder(path)
+        self.fence.check()
         if not any(path.glob("*")):
             raise FileNotFoundError(f"{path} is missing or empty: nothing to commit")
-        sync_tree(path)
-        self.check()
+        _sync_tree(path)
+        self.fence.check()
         write_durably(path / "COMMITTED", json.dumps({"step": step, "epoch": self.epoch}) + "\n")
-        _sync(self.path)
+        sync(self.path)
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """An empty folder that becomes `name`, final or exports/step_N, at the end of the block. With final/ a run is over.
+
+        Raises FileExistsError where `name` is there already.
+        """
+        self.fence.check()
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        partial = _empty_folder(path.with_name(f"{path.name}.partial"))
+        yield partial
+        self.fence.check()
+        if path.exists():
+            raise FileExistsError(f"{path} exists already and is never overwritten")
+        _sync_tree(partial)
+        os.rename(partial, path)
+        sync(path.parent)
 
     def last_committed(self) -> int | None:
         """The newest step with a committed checkpoint; None: there is none yet."""
         return max(self._checkpoints(committed=True), default=None)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` committed checkpoints, and leftovers of saves that are older than the
-        newest.
-
-        The newest committed checkpoint always stays; without one nothing is removed. Raises ValueError for keep < 1.
-        """
+        """Remove all but the newest `keep` committed checkpoints, and leftovers of saves before the newest one, if any."""
         if keep < 1:
             raise ValueError(f"run.keep_checkpoints = {keep}: at least 1, the newest checkpoint is never removed")
-        self.check()
+        self.fence.check()
         committed = sorted(self._checkpoints(committed=True))
         leftovers = [step for step in self._checkpoints(committed=False) if committed and step < committed[-1]]
         for step in committed[:-keep] + leftovers:
             path = self.checkpoint_path(step)
             (path / "COMMITTED").unlink(missing_ok=True)  # first, so that a half-removed checkpoint never counts
-            _sync(path)
+            sync(path)
             shutil.rmtree(path)
 
     def move_uncommitted_to_discarded(self, step: int | None) -> int:
-        """Set aside what was written after the last commit: metric rows, pair files, samples and exports of steps
-        above `step`.
+        """Set aside metric rows, pair files, samples and exports of steps above `step`, the last that was committed.
 
-        `step` is `last_committed()`; None sets everything aside. Each epoch has its own folder discarded/epoch_N.
-        Rows are on disk there before they leave metrics.jsonl, so a crash in between can repeat a row but not lose
-        one. A torn last row goes too. Returns the number of rows and files moved.
+        None sets everything aside. Each epoch has its own folder discarded/epoch_N. Rows are on disk there before they leave
+        metrics.jsonl, so a crash in between can repeat a row but not lose one. A torn last row goes too. Returns the number of
+        rows and files moved.
         """
-        self.check()
+        self.fence.check()
         target = self.path / "discarded" / f"epoch_{self.epoch}"
         last = -1 if step is None else step
-        moved = self._discard_rows(target / "metrics.jsonl", last)
+        rows = _rows(self.path)
+        undone = [line for line, row in rows if row is None or row > last]
+        if undone:
+            target.mkdir(parents=True, exist_ok=True)
+            write_durably(target / "metrics.jsonl", "".join(undone))
+            kept = [line for line, row in rows if row is not None and row <= last]
+            write_durably(self.path / "metrics.jsonl", "".join(kept))
+        moved = len(undone)
         for folder in ("pairs", "samples", "exports"):
             for file in sorted((self.path / folder).glob("*")):
                 number = re.search(r"(\d+)(\.\w+)*$", file.name)
@@ -226,34 +221,9 @@ class RunFolder:
                     os.replace(file, target / folder / file.name)
                     moved += 1
             if (target / folder).exists():
-                _sync(target / folder)
-                _sync(self.path / folder)
+                sync(target / folder)
+                sync(self.path / folder)
         return moved
-
-    def _discard_rows(self, target: Path, last: int) -> int:
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        undone = [line for line in lines if (row := _row_step(line)) is None or row > last]
-        if undone:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(target, "".join(undone))
-            kept = [line for line in lines if (row := _row_step(line)) is not None and row <= last]
-            write_durably(metrics, "".join(kept))
-        return len(undone)
-
-    def finish(self) -> Path:
-        """Turn the folder of `begin_final` into final/: the run is finished and is never resumed again."""
-        self.check()
-        return self._rename_partial(self.path / "final")
-
-    def _rename_partial(self, path: Path) -> Path:
-        if path.exists():
-            raise FileExistsError(f"{path} exists already and is never overwritten")
-        partial = path.with_name(f"{path.name}.partial")
-        sync_tree(partial)
-        os.rename(partial, path)
-        _sync(path.parent)
-        return path
 
     def _checkpoints(self, *, committed: bool) -> Iterator[int]:
         for path in self.path.glob("checkpoint_*"):
@@ -262,23 +232,9 @@ class RunFolder:
                 yield int(step)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file in one step: readers see the old text or the new, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def sync_tree(path: Path) -> None:
-    """fsync every file and folder below `path`, leaves first."""
-    for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+def _sync_tree(path: Path) -> None:
+    for inner in (*sorted(path.rglob("*"), reverse=True), path):  # leaves first
+        sync(inner)
 
 
 def _empty_folder(path: Path) -> Path:
@@ -286,14 +242,6 @@ def _empty_folder(path: Path) -> Path:
         shutil.rmtree(path)
     path.mkdir()
     return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(path: Path) -> int:
@@ -309,12 +257,14 @@ def _lock(path: Path) -> int:
     return lock
 
 
-def _read_epoch(path: Path) -> int:
-    return int((path / "epoch").read_text())
+def _rows(path: Path) -> list[tuple[str, int | None]]:
+    """The lines of a run's metrics with their steps; None for a torn one."""
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [(line, _step(line)) for line in lines]
 
 
-def _row_step(line: str) -> int | None:
-    """The step of a metrics row; None for a torn one."""
+def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
@@ -322,22 +272,20 @@ def _row_step(line: str) -> int | None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    before, after = _with_whole_batch(dict(_flat(old))), _with_whole_batch(dict(_flat(new)))
-    every = sorted(before.keys() | after.keys())
-    keys = [key for key in every if key in MUST_AGREE or not key.startswith(MAY_DIFFER)]
+    before, after = _compared(old), _compared(new)
     return [
         f"{key}: was {before.get(key, '(unset)')!r}, now {after.get(key, '(unset)')!r}"
-        for key in keys
+        for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
 
 
-def _with_whole_batch(flat: dict[str, Any]) -> dict[str, Any]:
-    """The product of SPLIT in place of its factors."""
-    if not flat.keys() >= set(SPLIT):
-        return flat
-    kept = {key: value for key, value in flat.items() if key not in SPLIT}
-    return kept | {" × ".join(SPLIT): math.prod(flat[key] for key in SPLIT)}
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resume must leave as it was, by dotted key: the product of SPLIT in place of its factors."""
+    flat = dict(_flat(config))
+    if flat.keys() >= set(SPLIT):
+        flat[" × ".join(SPLIT)] = math.prod([flat.pop(key) for key in SPLIT])
+    return {key: value for key, value in flat.items() if key in MUST_AGREE or not key.startswith(MAY_DIFFER)}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

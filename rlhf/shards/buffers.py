@@ -1,7 +1,4 @@
-"""Shards in flat uint8 buffers, with a manifest and a checksum (xxh3-64) each: how weights go through the object store.
-
-Left out: compression, delta updates.
-"""
+"""Shards in flat uint8 buffers, with a manifest and a checksum each: how weights go through the object store, uncompressed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +8,19 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rlhf.shards.files import SAFETENSORS_DTYPES, Shard, as_bytes
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+from rlhf.shards.files import Shard, as_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Where some rows of a tensor lie in a buffer: bytes [offset, offset + nbytes)."""
+    """Rows [start, stop) of the tensor `name` of global `shape`, at the byte `offset` of a buffer."""
 
     name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
     offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +37,12 @@ def pack(shards: Iterable[Shard], capacity: int = 512 * 2**20) -> Iterator[tuple
     waiting: list[Shard] = []
     size = 0
     for shard in shards:
-        nbytes = shard.rows.numel() * shard.rows.element_size()
-        if waiting and size + nbytes > capacity:
+        if waiting and size + shard.rows.nbytes > capacity:
             yield _pack_one(waiting, size)
             waiting, size = [], 0
-        if nbytes:
+        if shard.rows.nbytes:
             waiting.append(shard)
-            size += nbytes
+            size += shard.rows.nbytes
     if waiting:
         yield _pack_one(waiting, size)
 
@@ -59,37 +52,24 @@ def _pack_one(shards: Sequence[Shard], size: int) -> tuple[np.ndarray, BufferMan
     for shard in shards:
         data = as_bytes(shard.rows)
         buffer[offset : offset + data.size] = data
-        dtype = str(shard.rows.dtype).removeprefix("torch.")
-        stop = shard.start + shard.rows.shape[0]
-        slices.append(
-            Slice(
-                name=shard.name,
-                dtype=dtype,
-                shape=shard.shape,
-                start=shard.start,
-                stop=stop,
-                offset=offset,
-                nbytes=data.size,
-            )
-        )
+        start, stop, dtype = shard.start, shard.start + len(shard.rows), shard.rows.dtype
+        slices.append(Slice(name=shard.name, dtype=dtype, shape=shard.shape, start=start, stop=stop, offset=offset))
         offset += data.size
     return buffer, BufferManifest(slices=tuple(slices), nbytes=size, checksum=xxhash.xxh3_64_intdigest(buffer.data))
 
 
 @torch.no_grad()
 def load(parameters: Mapping[str, Tensor], buffer: np.ndarray, manifest: BufferManifest) -> None:
-    """Copy a buffer's slices into whole tensors of the same names, shapes and dtypes. The buffer is only read.
-
-    Raises ValueError when a tensor is unknown or differs in shape or dtype.
-    """
+    """Copy a buffer's slices into whole tensors. Raises ValueError where one is unknown or differs in shape or dtype."""
     for piece in manifest.slices:
         target = parameters.get(piece.name)
-        if target is None or tuple(target.shape) != piece.shape or target.dtype != DTYPES[piece.dtype]:
+        if target is None or (tuple(target.shape), target.dtype) != (piece.shape, piece.dtype):
             have = None if target is None else (tuple(target.shape), target.dtype)
-            raise ValueError(f"published {piece.name} is {piece.shape} {piece.dtype}, this model has {have}")
-        data = buffer[piece.offset : piece.offset + piece.nbytes]
-        source = torch.from_numpy(np.copy(data)).view(target.dtype).view(piece.stop - piece.start, *piece.shape[1:])
-        target[piece.start : piece.stop].copy_(source)
+            dtype = str(piece.dtype).removeprefix("torch.")
+            raise ValueError(f"published {piece.name} is {piece.shape} {dtype}, this model has {have}")
+        rows = target[piece.start : piece.stop]
+        data = np.copy(buffer[piece.offset : piece.offset + rows.nbytes])
+        rows.copy_(torch.from_numpy(data).view(target.dtype).view(rows.shape))
 
 
 def checksum(parameters: Mapping[str, Tensor], manifest: BufferManifest) -> int:

@@ -1,7 +1,7 @@
 """The only collectives: process group, FSDP2 sharding, sums over ranks.
 
-Every trainable or frozen parameter of a sharded module is a DTensor whose rows (dimension 0) are spread over the ranks, a
-world of one rank included, so nothing downstream has a special case. Left out: tensor and context parallelism.
+Every parameter of a sharded module is a DTensor whose rows (dimension 0) are spread over the ranks, be it one rank, so nothing
+downstream has a special case. Left out: tensor and context parallelism.
 """
 
 import warnings
@@ -17,10 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def start(*, rank: int, world: int, store: dist.Store, device: str, timeout_s: float) -> DeviceMesh:
-    """Join the process group over `store` and return the one-dimensional mesh of all ranks.
-
-    A collective that waits longer than `timeout_s` raises instead of hanging.
-    """
+    """Join the process group over `store`; returns the mesh of all ranks. A collective over `timeout_s` raises."""
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
@@ -73,10 +70,6 @@ def mean_over_ranks(values: dict[str, Tensor], device: str) -> dict[str, float]:
     flat = torch.stack([value.detach().double().cpu() for value in values.values()]).to(device)
     dist.all_reduce(flat)
     return dict(zip(values, (flat / dist.get_world_size()).tolist(), strict=True))
-
-
-def barrier() -> None:
-    dist.barrier()
 
 
 def stop() -> None:

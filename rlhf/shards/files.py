@@ -1,8 +1,7 @@
 """Files of tensors that are spread by rows over ranks.
 
-A `Shard` is some rows of a named tensor. Because shards are contiguous rows, a safetensors file of the WHOLE tensors can be
-written by all ranks at once, each at its own byte offsets, and read back by any number of ranks: no gather, no pickle, no
-resharding step.
+Because shards are contiguous rows, a safetensors file of the WHOLE tensors can be written by all ranks at once, each at its
+own byte offsets, and read back by any number of ranks: no gather, no pickle, no resharding step.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,6 @@ class Shard:
     shape: tuple[int, ...]
     start: int
     rows: Tensor
-
-    def renamed(self, name: str) -> "Shard":
-        return replace(self, name=name)
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
@@ -96,26 +92,23 @@ class SafetensorsFolder:
         if not files or not files[0].is_file():
             raise Refused(f"no *.safetensors under {path}")
         self.path = path
-        self._where: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
+        self.where: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
         for file in files:
             with open(file, "rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
             for name, entry in header.items():
-                if name != "__metadata__":
-                    if entry["dtype"] not in SAFETENSORS_NAMES:
-                        raise Refused(f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}")
-                    dtype = SAFETENSORS_NAMES[entry["dtype"]]
-                    self._where[name] = (file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
-
-    def names(self) -> set[str]:
-        return set(self._where)
+                dtype = SAFETENSORS_NAMES.get(entry["dtype"])
+                if dtype is None:
+                    raise Refused(f"{file}: {name} is {entry['dtype']}; readable: {', '.join(SAFETENSORS_NAMES)}")
+                self.where[name] = (file, 8 + length + entry["data_offsets"][0], dtype, entry["shape"])
 
     def rows(self, name: str, start: int, stop: int, shape: Sequence[int]) -> Tensor:
         """Rows [start, stop) of `name`. Raises Refused when it is missing, of another shape, or cut off."""
-        if name not in self._where:
+        if name not in self.where:
             raise Refused(f"{self.path} has no tensor {name!r}")
-        file, offset, dtype, saved = self._where[name]
+        file, offset, dtype, saved = self.where[name]
         if saved != list(shape):
             raise Refused(f"{file}: {name} has shape {saved}, the model wants {list(shape)}")
         row = math.prod(shape[1:]) * dtype.itemsize

@@ -1,60 +1,34 @@
 """The optimizers of `trainer.optimizer` over FSDP2 shards, and their state as files want it.
 
-Every parameter is a DTensor whose rows (dimension 0) are spread over the ranks, unevenly or with none on some of them. AdamW
-is elementwise and torch's knows DTensors. Adafactor takes means over whole parameters: torch's is another algorithm (its
-rate always follows the weights' RMS) and wrong on two ranks, transformers' refuses DTensors; the one below sums over ranks.
-
-Left out: Adafactor's relative steps, parameter scaling and first moment, which Diffusion-DPO switches off.
+A parameter's rows may be uneven over the ranks, with none on some. AdamW is elementwise and torch's knows DTensors. Adafactor
+takes means over whole parameters: torch's is another algorithm (its rate always follows the weights' RMS) and wrong on two
+ranks, transformers' refuses DTensors; the one below sums over ranks. Left out: Adafactor's relative steps, parameter scaling
+and first moment, which Diffusion-DPO switches off.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, zeros
+from torch.optim import Optimizer
 
 from rlhf.errors import Refused
 from rlhf.tables import TrainerConfig
 
 
-def adamw(parameters: Iterable[DTensor], config: TrainerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, **_adam_settings(config))
-
-
-def adafactor(parameters: Iterable[DTensor], config: TrainerConfig) -> torch.optim.Optimizer:
-    return Adafactor(parameters, lr=config.scaled_learning_rate, weight_decay=config.weight_decay)
-
-
-def adamw_8bit(parameters: Iterable[DTensor], config: TrainerConfig) -> torch.optim.Optimizer:
-    return AdamW8bit(parameters, **_adam_settings(config))
-
-
-def _adam_settings(config: TrainerConfig) -> dict[str, Any]:
-    return {
-        "lr": config.scaled_learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
-
-
-OPTIMIZERS: Mapping[str, Callable[[Iterable[DTensor], TrainerConfig], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adafactor": adafactor,
-    "adamw_8bit": adamw_8bit,
-}
-
-
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(Optimizer):
     """Adafactor (Shazeer & Stern, arXiv 1804.04235, algorithms 4 and 5) with a rate from outside, over shards.
 
     Steps as transformers.optimization.Adafactor(scale_parameter=False, relative_step=False, clip_threshold=1.0) would on
     the whole parameters. The second moment of (…, n, m) is kept as its means over m, (…, n), and over n, (…, m).
     """
 
-    def __init__(self, parameters: Iterable[DTensor], *, lr: float, weight_decay: float):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, parameters: Iterable[DTensor], **settings: float):
+        """settings: `lr` and `weight_decay`."""
+        super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -69,9 +43,8 @@ class Adafactor(torch.optim.Optimizer):
         if not state:
             state |= {"step": 0, **self._second_moment(parameter)}
         state["step"] += 1
-        new = (
-            state["step"] ** -0.8
-        )  # 1 − β2 of this step (section 7.2); 1 at the first, so that zeros need no correction
+        # 1 − β2 of this step (section 7.2); 1 at the first, so that zeros need no correction.
+        new = state["step"] ** -0.8
         moment = {key: value.to_local() for key, value in state.items() if key != "step"}
         weights, gradient = parameter.to_local(), parameter.grad.to_local()
         square = gradient.square() + 1e-30
@@ -94,14 +67,14 @@ class Adafactor(torch.optim.Optimizer):
 
     @staticmethod
     def _second_moment(parameter: DTensor) -> dict[str, DTensor]:
-        shape, mesh, by_rows = parameter.shape, parameter.device_mesh, parameter.placements
+        shape, by_rows = parameter.shape, parameter.placements
+        new = partial(zeros, device_mesh=parameter.device_mesh)
         if len(shape) == 1:
-            return {"exp_avg_sq": zeros(shape, device_mesh=mesh, placements=by_rows)}
+            return {"exp_avg_sq": new(shape, placements=by_rows)}
+        of_columns = [Replicate()] if len(shape) == 2 else by_rows
         return {
-            "exp_avg_sq_row": zeros(shape[:-1], device_mesh=mesh, placements=by_rows),
-            "exp_avg_sq_col": zeros(
-                (*shape[:-2], shape[-1]), device_mesh=mesh, placements=[Replicate()] if len(shape) == 2 else by_rows
-            ),
+            "exp_avg_sq_row": new(shape[:-1], placements=by_rows),
+            "exp_avg_sq_col": new((*shape[:-2], shape[-1]), placements=of_columns),
         }
 
 
@@ -110,7 +83,7 @@ def _over_ranks(part: Tensor, parameter: DTensor) -> Tensor:
     return DTensor.from_local(part, parameter.device_mesh, [Partial()], run_check=False).full_tensor()
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(Optimizer):
     """bitsandbytes' AdamW8bit, which knows no DTensor, on this rank's rows: AdamW is elementwise.
 
     Its blocks of 256 values share a scale and run along a rank's flat rows, and shards below 4,096 values keep 32 bits, so
@@ -147,49 +120,53 @@ class AdamW8bit(torch.optim.Optimizer):
                 self.state[parameter] = self._inner.state[rows]
 
 
-# --- state -------------------------------------------------------------------------------------------------------------
+OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adafactor": Adafactor,
+    "adamw_8bit": AdamW8bit,
+}
+
+
+def make_optimizer(parameters: Iterable[DTensor], config: TrainerConfig) -> Optimizer:
+    """The one that `trainer.optimizer` names."""
+    settings: dict[str, Any] = {"lr": config.scaled_learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer != "adafactor":
+        settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    return OPTIMIZERS[config.optimizer](parameters, **settings)
+
 
 _NOT_SAVED = ("step", "qmap1", "qmap2")
 """The count of updates is kept once for all; the two maps from 8 bits to numbers are constants of bitsandbytes."""
 
 
-def state_by_rows(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, DTensor]
-) -> dict[str, list[tuple[str, DTensor]]]:
-    """What fits any number of ranks, the same on all of them: state key → (parameter name, its DTensor)."""
-    files: dict[str, list[tuple[str, DTensor]]] = {}
+def state_of(
+    optimizer: Optimizer, parameters: Mapping[str, DTensor]
+) -> tuple[dict[str, dict[str, DTensor]], dict[str, Tensor]]:
+    """What fits any number of ranks, by state key and parameter name, and what is this rank's, by "key/name"."""
+    by_rows: dict[str, dict[str, DTensor]] = {}
+    of_this_rank = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, DTensor):
-                files.setdefault(key, []).append((name, value))
-    return files
-
-
-def state_of_this_rank(optimizer: torch.optim.Optimizer, parameters: Mapping[str, DTensor]) -> dict[str, Tensor]:
-    """What belongs to this rank of this number of ranks: "state key/parameter name" → tensor."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and not isinstance(value, DTensor) and key not in _NOT_SAVED
-    }
+                by_rows.setdefault(key, {})[name] = value
+            elif isinstance(value, Tensor) and key not in _NOT_SAVED:
+                of_this_rank[f"{key}/{name}"] = value
+    return by_rows, of_this_rank
 
 
 @torch.no_grad()
-def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[DTensor], *, updates: int) -> None:
+def make_state(optimizer: Optimizer, parameters: Iterable[DTensor], *, updates: int) -> None:
     """Give `parameters` of a fresh optimizer the state that `updates` updates leave, its values yet to be filled in.
 
     Only the optimizer knows the shapes, so it makes them itself: one update with zero gradients at rate 0. A collective.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    (group,) = optimizer.param_groups
+    rate, group["lr"] = group["lr"], 0.0
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    group["lr"] = rate
     for state in optimizer.state.values():
         step = state["step"]
         state["step"] = torch.full_like(step, updates) if isinstance(step, Tensor) else updates

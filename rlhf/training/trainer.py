@@ -1,8 +1,8 @@
 """The only trainer: one FSDP2 rank of it. Knows no data source, no reward and no model by name.
 
-Masters are fp32 and computed in the family's dtype (bf16, or fp16 under a loss scale), because at lr 1e-5 a bf16 AdamW
-step rounds away. No rank ever holds more than its shard plus one block: weights are read by rows, refreshed shard to shard,
-and written by rows. Left out: CPU offload, tensor parallelism.
+Master weights are fp32, because at lr 1e-5 a bf16 AdamW step rounds away; forward and backward run in the family's dtype
+(bf16, or fp16 under a loss scale). No rank ever holds more than its shard plus one block: weights are read by rows, refreshed
+shard to shard, and written by rows. Left out: CPU offload, tensor parallelism.
 
 Shapes: B examples, C latent channels, … height and width, with frames before them where there are any.
 """
@@ -10,7 +10,8 @@ Shapes: B examples, C latent channels, … height and width, with frames before 
 import json
 import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,39 +26,55 @@ from torch.distributed.tensor import DTensor
 from rlhf.diffusion.objectives import Objective, Predict
 from rlhf.errors import Refused
 from rlhf.models.family import Family
-from rlhf.models.trainable import Export, Trainable
+from rlhf.models.trainable import Trainable, owner
 from rlhf.shards import distributed
 from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
 from rlhf.tables import TrainerConfig
 from rlhf.training import optimizers
-from rlhf.training.loss_scale import LossScale
 from rlhf.types import POLICY, Batch, Condition
 
 EMA = "ema"
-Entry = tuple[str, DTensor, Tensor]
-"""A published name, its DTensor, this rank's rows."""
 
 
 class NonFiniteLoss(Refused):
     """Three steps in a row had a loss or gradient that was not finite, or weights to be saved are not."""
 
 
+@dataclass
+class LossScale:
+    """The scale that keeps fp16 gradients from vanishing: doubled after 2000 good steps in a row, halved after a bad one.
+
+    As torch.amp.GradScaler moves it, which decides by itself, with a collective of its own, whether a step is good; here the
+    one decision follows from the norm that the trainer has reduced over all ranks already.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+
+    def update(self, good: bool) -> None:
+        """`good`: the step's gradients were finite. Must be the same on every rank."""
+        self.good_steps = self.good_steps + 1 if good else 0
+        if not good:
+            self.value /= 2
+        elif self.good_steps == 2000:
+            self.value, self.good_steps = self.value * 2, 0
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
     """`step / evaluate / refresh / shards / save / restore / export` over one rank's shard of a denoiser."""
 
-    def __init__(
-        self,
-        *,
-        family: Family,
-        config: TrainerConfig,
-        trainable: Trainable,
-        objective: Objective,
-        mesh: DeviceMesh,
-        seed: int,
-    ):
-        self.family, self.config, self.trainable, self.objective = family, config, trainable, objective
-        self.mesh, self.seed = mesh, seed
-        self.rank, self.device = mesh.get_rank(), mesh.device_type
+    family: Family
+    config: TrainerConfig
+    trainable: Trainable
+    objective: Objective
+    mesh: DeviceMesh
+    seed: int
+
+    def __post_init__(self) -> None:
+        family, config, objective = self.family, self.config, self.objective
+        self.rank, self.device = self.mesh.get_rank(), self.mesh.device_type
+        self._write = partial(write_sharded, rank=self.rank, barrier=torch.distributed.barrier)
         self.policy = self._load_policy()
         self.trained = self._trained(self.policy, POLICY)
         self._networks = {POLICY: self.policy}
@@ -68,7 +85,7 @@ class Trainer:
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay is not None:
             self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
-        self.optimizer = optimizers.OPTIMIZERS[config.optimizer](self.trained.values(), config)
+        self.optimizer = optimizers.make_optimizer(self.trained.values(), config)
         schedule = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -78,13 +95,10 @@ class Trainer:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
+        # The factor alone: the rate is set at every update.
         self._lr_factor: Callable[[int], float] = schedule.lr_lambdas[0]
         self.loss_scale = LossScale() if family.dtype == torch.float16 else None
-        self.steps = 0
-        self.skipped_in_a_row = 0
-        self.skipped = 0
-
-    # --- loading -------------------------------------------------------------------------------------------------------
+        self.steps = self.skipped = self.skipped_in_a_row = 0
 
     def _load_policy(self) -> nn.Module:
         """Meta device → what is trained → shard → empty shards → fill each with its own rows of the checkpoint."""
@@ -94,7 +108,7 @@ class Trainer:
         if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self._materialise(denoiser, family.dtype)
-        checkpoint, stored = SafetensorsFolder(family.denoiser_path), self.trainable.stored(denoiser)
+        checkpoint = SafetensorsFolder(family.denoiser_path)
         with torch.no_grad():
             for name, parameter in denoiser.named_parameters():
                 rows, first = parameter.to_local(), distributed.first_row(parameter)
@@ -103,23 +117,18 @@ class Trainer:
                 if whole is not None:
                     rows.copy_(whole[first:last])
                 elif len(rows):
-                    rows.copy_(checkpoint.rows(stored[name], first, last, parameter.shape))
+                    rows.copy_(checkpoint.rows(owner(name)[1], first, last, parameter.shape))
         return denoiser
 
     def keep(self, side: str) -> None:
         """Keep a frozen side, equal to the policy. A collective; called for every side that the objective names."""
-        if not self.trainable.twins:
-            self._networks[side] = self._frozen_copy()
-        self.sides[side] = self._trained(self._networks.setdefault(side, self.policy), side)
+        network, family = self.policy, self.family
+        if not self.trainable.twins:  # one of its own in the compute dtype, to which FSDP would cast the masters anyway
+            network = family.empty_denoiser(family.dtype)
+            self.trainable.add(network, (), family.dtype)
+            self._materialise(network.eval().requires_grad_(False), None)
+        self._networks[side], self.sides[side] = network, self._trained(network, side)
         self.refresh(side)
-
-    def _frozen_copy(self) -> nn.Module:
-        """A second network in the compute dtype, which is what FSDP would cast the masters to anyway; yet to be filled."""
-        family = self.family
-        network = family.empty_denoiser(family.dtype)
-        self.trainable.add(network, (), family.dtype)
-        self._materialise(network.eval().requires_grad_(False), None)
-        return network
 
     def _materialise(self, network: nn.Module, compute_dtype: torch.dtype | None) -> None:
         """Shard a network on the meta device, give it memory, and let the family fill in all but its parameters."""
@@ -131,8 +140,6 @@ class Trainer:
 
     def _trained(self, network: nn.Module, side: str) -> dict[str, DTensor]:
         return cast(dict[str, DTensor], self.trainable.trained(network, side))
-
-    # --- training ------------------------------------------------------------------------------------------------------
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, side: str = POLICY) -> Tensor:
         """A side's prediction (B, C, …), fp32; a frozen one's has no gradient. A collective: every rank must call it."""
@@ -148,16 +155,14 @@ class Trainer:
         return {side: partial(self.predict, side=side) for side in self._networks}
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """One optimizer update from this rank's micro-batches (the same number on every rank); scalars over all ranks.
-
-        Scalars that are not finite are left out of the answer.
+        """One optimizer update from this rank's micro-batches (the same number on every rank); finite scalars over all ranks.
 
         A non-finite loss or gradient skips the update and is counted; the third in a row raises `NonFiniteLoss`. In fp16 a
         non-finite gradient under a finite loss is the loss scale finding its level: it is none of the three while the scale
         is at least 1.
         """
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        sums = self._mean(micro_batches, backward=lambda loss: (loss * scale).backward())
+        sums = self._mean(micro_batches, scale)
         if self.loss_scale:
             for parameter in self.trained.values():
                 if parameter.grad is not None:
@@ -180,29 +185,21 @@ class Trainer:
                 raise NonFiniteLoss(f"three steps in a row up to step {self.steps} were not finite; last: {metrics}")
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return (
-            _finite(metrics)
-            | {"lr": lr, "skipped": float(self.skipped)}
-            | ({"loss_scale": scale} if self.loss_scale else {})
-        )
+        scales = {"loss_scale": scale} if self.loss_scale else {}
+        return _finite(metrics) | {"lr": lr, "skipped": float(self.skipped)} | scales
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """The objective's loss and scalars, as `step` gives them, without a gradient and without changing any state.
-
-        The same number of micro-batches on every rank. A collective.
-        """
+        """The objective's scalars, as `step` gives them, with no gradient and no change of state. A collective like it."""
         return _finite(distributed.mean_over_ranks(self._mean(micro_batches), self.device))
 
-    def _mean(
-        self, micro_batches: Sequence[Batch], backward: Callable[[Tensor], None] = lambda loss: None
-    ) -> dict[str, Tensor]:
-        """Loss and scalars averaged over this rank's micro-batches; `backward` is given each one's share of the loss."""
+    def _mean(self, micro_batches: Sequence[Batch], scale: float | None = None) -> dict[str, Tensor]:
+        """Loss and scalars averaged over this rank's micro-batches, and if `scale` is given the gradient of `scale` · loss."""
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
-            batch = batch.to(self.device)
-            loss, scalars = self.objective(self.predictions, self.family.process, batch)
-            backward(loss / len(micro_batches))
+            loss, scalars = self.objective(self.predictions, self.family.process, batch.to(self.device))
+            if scale is not None:
+                (loss / len(micro_batches) * scale).backward()
             for name, value in {"loss": loss, **scalars}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
         return sums
@@ -228,40 +225,36 @@ class Trainer:
             rows, policy = mine.to_local(), self.trained[name].to_local()
             rows.copy_(torch.lerp(policy, rows.float(), decay) if decay else policy)
 
-    # --- publishing and files ------------------------------------------------------------------------------------------
-
     def shards(
-        self, which: str = POLICY, dtype: torch.dtype | None = None, names: Container[str] | None = None
+        self, which: str = POLICY, dtype: torch.dtype | None = None, names: Mapping[str, str] | None = None
     ) -> Iterator[Shard]:
         """This rank's rows of the trained weights of the policy, the `ema` or a frozen side, one tensor at a time.
 
-        `dtype` None: the compute dtype. `names` None: all of them.
+        `dtype` None: the compute dtype. `names`: those to give, with the name that each goes by; None: all by their own.
         """
-        for name, tensor, rows in self._entries(which):
-            if names is None or name in names:
-                yield self._shard(name, tensor, rows.to(dtype or self.family.dtype))
+        if names is None:
+            names = {name: name for name in self.trained}
+        for shard in self._rows(which):
+            if shard.name in names:
+                yield replace(shard, name=names[shard.name], rows=shard.rows.to(dtype or self.family.dtype))
 
-    def _entries(self, which: str) -> Iterator[Entry]:
+    def _rows(self, which: str) -> list[Shard]:
+        """This rank's rows as they are kept: no copies."""
         if which == EMA:
-            return ((name, self.trained[name], rows) for name, rows in self.ema.items())
+            return [_shard(name, self.trained[name], rows) for name, rows in self.ema.items()]
         tensors = self.trained if which == POLICY else self.sides[which]
-        return ((name, tensor, tensor.to_local().detach()) for name, tensor in tensors.items())
-
-    def _shard(self, name: str, parameter: DTensor, rows: Tensor) -> Shard:
-        return Shard(name=name, shape=tuple(parameter.shape), start=distributed.first_row(parameter), rows=rows)
+        return [_shard(name, tensor, tensor.to_local().detach()) for name, tensor in tensors.items()]
 
     def export(self, folder: Path, which: str = POLICY, dtype: torch.dtype = torch.float32) -> None:
         """Write loadable weights into `folder`: a diffusers denoiser, a LoRA file, trained modules. A collective."""
         self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
-        for part in self.trainable.exports(self.policy, self.family):
+        for part in self.trainable.parts:
+            file = part.export(self.policy, self.trained, self.family)
             if self.rank == 0:
-                for name, text in part.beside.items():
+                for name, text in file.beside.items():
                     (folder / name).write_text(text)
-            self._write(folder / part.file, partial(self._exported, part, which, dtype), part.metadata)
-
-    def _exported(self, part: Export, which: str, dtype: torch.dtype) -> Iterator[Shard]:
-        return (shard.renamed(part.names[shard.name]) for shard in self.shards(which, dtype, part.names))
+            self._write(folder / file.file, partial(self.shards, which, dtype, file.names), metadata=file.metadata)
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss rather than commit weights that no resume could mend."""
@@ -269,30 +262,24 @@ class Trainer:
             if not parameter.to_local().isfinite().all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.steps}: nothing is saved")
 
-    def _write(
-        self, file: Path, shards: Callable[[], Iterator[Shard]], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        write_sharded(file, shards, rank=self.rank, barrier=distributed.barrier, metadata=metadata)
-
-    def _state(self) -> dict[str, list[Entry]]:
-        """Everything that a resumed run needs, by file."""
-        kinds = (POLICY, *self.sides, *((EMA,) if self.ema else ()))
-        files = {kind: list(self._entries(kind)) for kind in kinds}
-        for file, values in optimizers.state_by_rows(self.optimizer, self.trained).items():
-            files[file] = [(name, value, value.to_local()) for name, value in values]
-        return files
+    def _state(self) -> tuple[dict[str, list[Shard]], dict[str, Tensor]]:
+        """Everything that a resumed run needs: what fits any number of ranks, by file, and what is this rank's own."""
+        by_rows, of_this_rank = optimizers.state_of(self.optimizer, self.trained)
+        files = {kind: self._rows(kind) for kind in (POLICY, *self.sides, *((EMA,) if self.ema else ()))}
+        for key, values in by_rows.items():
+            files[key] = [_shard(name, value, value.to_local()) for name, value in values.items()]
+        return files, of_this_rank
 
     def save(self, folder: Path) -> None:
-        """Write the exact training state into `folder`. A collective.
+        """Write the exact training state into `folder`: whole tensors by rows, for any number of ranks. A collective.
 
-        Whole tensors by rows, for any number of ranks. What an optimizer keeps per rank (adamw_8bit, whose scales belong to
-        blocks of a rank's values) goes into a file per rank and fits this number of ranks only.
+        What an optimizer keeps per rank (adamw_8bit: scales of blocks of a rank's values) fits this number of ranks only.
         """
         self._refuse_non_finite()
         folder.mkdir(parents=True, exist_ok=True)
-        for file, entries in self._state().items():
-            self._write(folder / f"{file}.safetensors", lambda: (self._shard(*entry) for entry in entries))  # noqa: B023
-        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+        files, per_rank = self._state()
+        for file, shards in files.items():
+            self._write(folder / f"{file}.safetensors", partial(iter, shards))
         if per_rank:
             save_file(per_rank, self._rank_file(folder))
             with open(self._rank_file(folder), "rb") as written:
@@ -302,20 +289,17 @@ class Trainer:
                 "steps": self.steps,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "loss_scale": self.loss_scale.state() if self.loss_scale else None,
+                "loss_scale": vars(self.loss_scale) if self.loss_scale else None,
                 "optimizer": self.config.optimizer,
                 "without_state": [name for name, p in self.trained.items() if p not in self.optimizer.state],
                 "optimizer_ranks": self.mesh.size() if per_rank else None,
             }
             (folder / "trainer.json").write_text(json.dumps(counters))
-        distributed.barrier()
+        torch.distributed.barrier()
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Read what `save` wrote, on any number of ranks, or on the same number where the optimizer's state is per rank.
-
-        Raises Refused on a missing or odd tensor, another optimizer, or the wrong number of ranks.
-        """
+        """Read what `save` wrote. Raises Refused on a missing or odd tensor, another optimizer, or the wrong number of ranks."""
         counters = json.loads((folder / "trainer.json").read_text())
         self._refuse_foreign(counters, folder)
         self.steps, self.skipped = counters["steps"], counters["skipped"]
@@ -326,13 +310,13 @@ class Trainer:
             never_had = set(counters["without_state"])  # parameters that no gradient reaches
             having = [p for name, p in self.trained.items() if name not in never_had]
             optimizers.make_state(self.optimizer, having, updates=self.steps - self.skipped)
-        for file, entries in self._state().items():
+        files, per_rank = self._state()
+        for file, shards in files.items():
             saved = SafetensorsFolder(folder / f"{file}.safetensors")
-            for name, tensor, rows in entries:
-                if len(rows):
-                    start = distributed.first_row(tensor)
-                    rows.copy_(saved.rows(name, start, start + len(rows), tensor.shape))
-        per_rank = optimizers.state_of_this_rank(self.optimizer, self.trained)
+            for shard in shards:
+                if len(shard.rows):
+                    last = shard.start + len(shard.rows)
+                    shard.rows.copy_(saved.rows(shard.name, shard.start, last, shard.shape))
         if per_rank:
             found = load_file(self._rank_file(folder))
             for name, value in per_rank.items():
@@ -349,13 +333,17 @@ class Trainer:
             raise Refused(
                 f'{folder} holds the state of trainer.optimizer = "{saved}", not of "{mine}": set it back to "{saved}"'
             )
-        ranks = counters["optimizer_ranks"] or self.mesh.size()
-        if ranks != self.mesh.size():
+        ranks, here = counters["optimizer_ranks"], self.mesh.size()
+        if ranks not in (None, here):
             raise Refused(
-                f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {self.mesh.size()}: resume with "
+                f"{folder} holds the {saved} state of {ranks} ranks, which does not fit {here}: resume with "
                 f'trainer.ranks = {ranks}, or start a new run from an export (the states of "adamw" and "adafactor" fit any '
                 "number of ranks)"
             )
+
+
+def _shard(name: str, tensor: DTensor, rows: Tensor) -> Shard:
+    return Shard(name=name, shape=tuple(tensor.shape), start=distributed.first_row(tensor), rows=rows)
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

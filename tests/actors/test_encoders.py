@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import jobs  # isort: skip  (first: it makes settings that Ray reads when it is imported)  # noqa: F401
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +15,8 @@ from PIL import Image
 from actors.encoders import CallEncoder, encode, load, load_codec, plan
 from actors.streaming import PreprocessFailed, StreamBroken
 from jobs.preprocess import cache_place, missing, preprocess, read_data, wanted_encodings
-from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import commit, read_manifest
-from rlhf.data.media import load_image
 from rlhf.data.sources import media_of
 from rlhf.errors import Refused
 from rlhf.models import load_family
@@ -92,7 +92,7 @@ def test_preprocess_fills_the_cache_with_what_it_lacks_and_nothing_else(cluster,
     )
     (folder / "images/3.png").write_bytes((folder / "images/2.png").read_bytes())
     prompts, said = prompts_of(config), []
-    cache = preprocessed(config, prompts, said.append).open()
+    cache = preprocessed(config, prompts, said.append)
     assert [prompt.key for prompt in prompts] == ["0", "1", "2", "3", "4"]
     assert said[0] == "preprocess: encoding 2 texts and 4 pictures"  # equal texts and pictures once
     assert any(line.startswith("preprocess: 6/6 rows") for line in said)
@@ -111,7 +111,7 @@ def test_preprocess_fills_the_cache_with_what_it_lacks_and_nothing_else(cluster,
 
     before = {file.name: file.stat().st_mtime_ns for file in Path(config.data.cache).iterdir()}
     said.clear()
-    assert preprocessed(config, prompts, said.append).open().key(rows[1][1]) == cache.key(rows[1][1])
+    assert preprocessed(config, prompts, said.append).key(rows[1][1]) == cache.key(rows[1][1])
     assert said[0] == f"preprocess: all 5 prompts are in {config.data.cache}" and "100% unknown" in said[1]
     assert {file.name: file.stat().st_mtime_ns for file in Path(config.data.cache).iterdir()} == before
 
@@ -137,7 +137,7 @@ def test_a_picture_that_changes_under_way_stops_it_with_its_name(cluster, config
     ):
         encode(config.model, config.preprocess, config.data.cache, todo, lambda line: None)
     kept = read_manifest(config.data.cache).places
-    cache = cache_place(config.model, config.data.cache).open()
+    cache = cache_place(config.model, config.data.cache)
     assert cache.key(load_family(config.model).encodings(prompts[4])[1]) not in kept
 
 
@@ -164,27 +164,27 @@ def test_a_picture_of_each_size_goes_into_items_of_its_own():
         encodings.append(Encoding(kind="picture", sources=(Source(path="", content=str(i)),), geometries=(geometry,)))
     wanted = {f"key of {encoding}": encoding for encoding in encodings}
     work = plan(wanted, batch_size=2, encoders=1)
-    assert sorted(key for part in work for key, _ in part) == sorted(wanted)
-    assert [encoding.text for part in work for _, encoding in part if not encoding.sources] == list("01234")
+    assert sorted(key for part in work for key in part.values()) == sorted(wanted)
+    assert [encoding.text for part in work for encoding in part if not encoding.sources] == list("01234")
     for part in work:
-        assert all(wanted[key] == encoding for key, encoding in part)
-        assert len({(encoding.kind, encoding.geometries) for _, encoding in part}) == 1
+        assert all(wanted[key] == encoding for encoding, key in part.items())
+        assert len({(encoding.kind, encoding.geometries) for encoding in part}) == 1
 
 
 def test_loading_gives_the_fitted_pixels(config):
     pictures = [encoding for encoding in todo_of(config).values() if encoding.sources][:2]
     [part] = plan({str(i): encoding for i, encoding in enumerate(pictures)}, batch_size=2, encoders=1)
     loaded = load({"work": pickle.dumps(part)})
-    want = b"".join(load_image(encoding.sources[0].path, 48, 32, "crop").tobytes() for encoding in pictures)
-    assert loaded["media"] == want and not loaded["error"]
+    want = [photos.load(encoding.sources[0].path, 48, 32, "crop") for encoding in pictures]
+    assert np.array_equal(pickle.loads(loaded["media"]), np.array(want)[:, None, None]) and not loaded["error"]
 
 
 @slow
 def test_files_that_landed_on_another_node_are_missed_at_once(cluster, config, monkeypatch):
     def elsewhere(folder, parts):
         commit(folder, parts)
-        for part in parts:
-            (Path(folder) / part.file).unlink()
+        for file in (file for part in parts for file in part.files):
+            (Path(folder) / file).unlink()
 
     monkeypatch.setattr("actors.encoders.commit", elsewhere)
     with pytest.raises(PreprocessFailed, match=r"10 encoded rows are not in data.cache = .*shared folder"):

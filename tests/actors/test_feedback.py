@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.feedback import Scores, _keep, _prompts, read_scores, relabel, score_pairs, write_record
-from actors.judging import Judging, judging_actor
+from actors.judging import Judging
 from rlhf.data.examples import blocks_of, check_block, gather
 from rlhf.data.media import decode_image
 from rlhf.errors import Refused
@@ -28,7 +28,7 @@ def index(tmp_path):
 
 def scored(index, kept, url, max_failure_rate=0.5):
     judges = JudgesConfig.model_validate({"hps": {"url": f"{url}/hpsv2"}, "retries": 0, "timeout_s": 30.0})
-    judging = Judging(judges, judging_actor(judges, ["hps"], {}))
+    judging = Judging(judges, ["hps"], {})
     said: list[str] = []
     try:
         score_pairs(index, "hps", judging, {}, kept, max_failure_rate, said.append)

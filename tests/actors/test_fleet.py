@@ -7,9 +7,10 @@ import jobs  # isort: skip  (first: it makes settings that Ray reads when it is 
 import pytest
 import ray
 
-from actors.fleet import Fleet, Work
+from actors.fleet import Fleet, SampleWork
 from actors.publication import Publication
 from actors.sampler import SampleRequest
+from rlhf.tables import OnlineSamplersConfig
 from rlhf.types import Geometry, Prompt
 
 DEADLINE_S = 240.0
@@ -18,11 +19,8 @@ DEADLINE_S = 240.0
 class Echo:
     """A sampler that holds anything and whose pictures are the requests."""
 
-    def ready(self):
-        return True
-
     def load(self, version, manifests, *arrays):
-        return version, (), 0.0
+        return version, ()
 
     def sample(self, requests):
         return [0, *(part for request in requests for part in (request, len(requests)))]
@@ -32,7 +30,8 @@ class Echo:
 def fleet(cluster):
     waiting = {}
     actor = ray.remote(Echo).options(num_cpus=0.1)
-    made = Fleet(lambda index: actor.remote(), 1, max_restarts=0, timeout_s=DEADLINE_S, waiting=waiting)
+    table = OnlineSamplersConfig(count=1, max_restarts=0, timeout_s=DEADLINE_S)
+    made = Fleet(lambda index: actor.remote(), table, waiting)
     made.load(Publication(version=0, buffers=()))
     yield SimpleNamespace(fleet=made, waiting=waiting)
     made.close()
@@ -50,7 +49,7 @@ def run(world, queue, until):
 
 def work(ticket, slot, bucket, sent):
     prompt = Prompt(key=str(ticket), instruction="", geometry=Geometry(height=16, width=16))
-    return Work(
+    return SampleWork(
         ticket=ticket,
         bucket=bucket,
         request=SampleRequest(prompt=prompt, noise_seed=ticket, slot=slot),

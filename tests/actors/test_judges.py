@@ -6,13 +6,13 @@ import ray
 import xxhash
 
 from actors.judges import Answer, Failure, Judges, PixelsLost
-from rlhf.data.media import load_image
 from rlhf.rewards.config import JudgesConfig, ServeConfig
 from rlhf.types import Geometry, Prompt, Source
 from serve_apps import deploy
 from tests.conftest import SERVE_PORT
 from tests.jobs.light import write_photos
 from tests.judge_server import warmth
+from tests.rlhf.data import photos
 
 NAMES = ("unlike_the_source", "without_sources")
 ITEM = {"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"}
@@ -101,7 +101,7 @@ def test_a_function_gets_the_source_as_the_model_saw_it_and_one_of_three_argumen
         (alone,) = judge(judges, shown[:1], prompt(folder.parent / "no"), NAMES, up.apps)
     finally:
         deploy.undeploy("sources", NAMES)
-    source = load_image(folder / "images" / "0.png", 48, 32, "crop").astype(int)
+    source = photos.load(folder / "images" / "0.png", 48, 32, "crop").astype(int)
     for answer, picture in zip(answers, shown, strict=True):
         expected = {"unlike_the_source": np.abs(picture - source).mean(), "without_sources": picture.mean()}
         assert answer.whole().rewards == pytest.approx(expected)

@@ -10,7 +10,15 @@ import pytest
 import ray
 
 from actors.judges import Answer
-from actors.judging import READS_AT_ONCE, JudgesDied, Judging, JudgingFailed, Read, judge_all, judging_actor, pump
+from actors.judging import (
+    READS_AT_ONCE,
+    JudgesDied,
+    Judging,
+    JudgingFailed,
+    Read,
+    handle_ready,
+    judge_all,
+)
 from rlhf.rewards.config import JudgesConfig
 from rlhf.types import Geometry, Prompt
 from tests.judge_server import warmth
@@ -28,7 +36,7 @@ def judging(cluster, judge_server):
     """One whose judge has a second to answer, so that silence is told after less than five."""
     url = f"{judge_server()}/hpsv2"
     judges = JudgesConfig.model_validate({"hps": {"url": url}, "retries": 0, "timeout_s": 1.0})
-    made = Judging(judges, judging_actor(judges, ["hps"], {}), max_restarts=1)
+    made = Judging(judges, ["hps"], {}, max_restarts=1)
     yield made
     made.close()
 
@@ -37,7 +45,8 @@ def wait_for(judging, became, count):
     deadline = time.monotonic() + 120
     while len(became) < count:
         assert time.monotonic() < deadline
-        pump(judging)
+        handle_ready(judging.waiting, 1.0)
+        judging.watch()
     return became
 
 

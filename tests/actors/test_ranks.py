@@ -12,9 +12,11 @@ from ray.util.placement_group import placement_group
 
 from actors.ranks import Rank, RankGroup, RankLost
 from rlhf.shards import distributed
+from rlhf.tables import TrainerConfig
 from tests.processes import assert_gone
 
 pytestmark = pytest.mark.slow
+TABLE = TrainerConfig(ranks=2, num_cpus=0.2, num_gpus=0.0, timeout_s=60)
 
 
 class Lost(RankLost):
@@ -57,19 +59,8 @@ def start(placement):
     groups = []
 
     def start(**options):
-        groups.append(
-            RankGroup(
-                Adder,
-                lambda rank: (rank, 2),
-                ranks=2,
-                num_cpus=0.2,
-                num_gpus=0,
-                placement=placement,
-                timeout_s=60,
-                **options,
-            )
-        )
-        return groups[-1], [pid for _, _, pid in groups[-1].all("add", lambda rank: (0,))]
+        groups.append(RankGroup(Adder, TABLE, placement, 2, **options))
+        return groups[-1], [pid for _, _, pid in groups[-1].all("add", 0)]
 
     yield start
     for group in groups:
@@ -79,10 +70,10 @@ def start(placement):
 def test_every_rank_answers_in_order_and_a_raised_error_ends_all(start):
     calls = []
     group, pids = start(meanwhile=lambda: calls.append(1))
-    assert [answer[:2] for answer in group.all("add", lambda rank: (10 + rank,))] == [(0, 21.0), (1, 21.0)]
+    assert [answer[:2] for answer in group.all("add", each=[10, 11])] == [(0, 21.0), (1, 21.0)]
     assert calls
     with pytest.raises(ValueError, match="rank 1 cannot"):
-        group.all("fail", lambda rank: (1,))
+        group.all("fail", 1)
     assert_gone(pids, within_s=30)
 
 
@@ -90,14 +81,14 @@ def test_a_killed_rank_is_lost_and_ends_all(start):
     group, pids = start(lost=Lost)
     psutil.Process(pids[1]).kill()
     with pytest.raises(Lost, match="add"):
-        group.all("add", lambda rank: (1,))
+        group.all("add", 1)
     assert_gone(pids, within_s=30)
 
 
 def test_a_stopped_rank_is_lost_at_the_deadline_of_the_call(start):
     group, pids = start()
     with pytest.raises(RankLost, match="hang: rank 0 gave no answer in 3 s"):
-        group.all("hang", lambda rank: (0,), timeout_s=3)
+        group.all("hang", 0, timeout_s=3)
     assert_gone(pids, within_s=30)
 
 
@@ -107,13 +98,4 @@ def test_a_rank_that_cannot_start_is_told_by_name(placement):
             raise OSError("no such device")
 
     with pytest.raises(RankLost, match="thing 0 did not start"):
-        RankGroup(
-            Broken,
-            lambda rank: (rank, 2),
-            ranks=2,
-            num_cpus=0.2,
-            num_gpus=0,
-            placement=placement,
-            timeout_s=60,
-            name="thing",
-        )
+        RankGroup(Broken, TABLE, placement, 2, name="thing")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes import OnlineDPORecipe
 
 
 def write_photos(folder: Path, train: int = 12, held_out: int = 2) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.recipes.train import TrainRecipe
+from jobs.recipes import TrainRecipe
 
 GROCERY = Path(__file__).resolve().parents[3] / "shared" / "data" / "grocery"
 needs_grocery = pytest.mark.skipif(not GROCERY.exists(), reason="the grocery photos are not beside this checkout")

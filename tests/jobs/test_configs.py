@@ -6,10 +6,7 @@ import pytest
 
 import jobs
 from jobs.cli import ConfigError, parse, resolved_toml
-from jobs.recipes.evaluate import EvaluateRecipe
-from jobs.recipes.online_dpo import OnlineDPORecipe
-from jobs.recipes.serve import ServeRecipe
-from jobs.recipes.train import TrainRecipe
+from jobs.recipes import EvaluateRecipe, OnlineDPORecipe, ServeRecipe, TrainRecipe
 from rlhf.rewards.ctr.config import TrainCTRConfig
 
 FOLDER = Path(jobs.__file__).parent / "configs"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import jobs
 from rlhf.evaluation.page import number, percent
 from rlhf.models import FAMILIES
-from rlhf.models.sampling import sample_batch
+from rlhf.models.family import sample_batch
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, noise_from

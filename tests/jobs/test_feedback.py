@@ -8,7 +8,7 @@ import pytest
 from actors import checks
 from actors.feedback import Scores, _keep
 from jobs.example_sets import read_example_sets, refuse_too_few
-from jobs.feedback import _work, relabel_by_judge
+from jobs.feedback import relabel_by_judge, scores_file
 from rlhf.errors import Refused
 from rlhf.models.tiny import write_stable_diffusion
 from tests.jobs.offline_world import offline_config
@@ -27,10 +27,10 @@ def stable_diffusion(tmp_path_factory):
 def scored_beforehand(config, pairs, failed: int = 0):
     """Scores that prefer every second picture, but for the first `failed`; nothing is left to ask a judge."""
     for found in filter(None, (pairs.training, pairs.evaluation)):
-        work = _work(config.judges, "green", found, "metric", "record")
+        kept = scores_file(config.judges, "green", found)
         values = np.tile([0.0, 1.0], (len(found.index), 1))
         values[:failed] = np.nan
-        _keep(work.kept, Scores(values=values, failed=np.arange(len(values)) < failed), work.index)
+        _keep(kept, Scores(values=values, failed=np.arange(len(values)) < failed), found.index)
 
 
 def test_the_judges_winners_come_with_records_and_the_share_swapped(stable_diffusion, tmp_path):
@@ -45,8 +45,8 @@ def test_the_judges_winners_come_with_records_and_the_share_swapped(stable_diffu
     assert labelled.swapped == {"feedback/swapped": 5 / 9}
     assert labelled.examples.training.index.table["winner"].to_pylist() == [1] * 9
     assert labelled.examples.training.place != pairs.training.place
-    labelled.write_records(tmp_path)
-    assert (tmp_path / "feedback.parquet").is_file()
+    ((name, (index, answer)),) = labelled.records.items()
+    assert name == "feedback.parquet" and len(index) == 12 and int(answer.scored.sum()) == 9
 
 
 def test_too_few_held_out_pairs_are_told_also_after_the_judge_failed_on_some(stable_diffusion, tmp_path):
@@ -82,7 +82,7 @@ def test_scores_hold_for_the_items_that_the_judge_was_told_of(stable_diffusion, 
         data = {"choice_model": "green", "item_metadata": str(items)}
         config = offline_config(tmp_path, stable_diffusion, file, data=data, judges=JUDGE, eval={"path": None})
         training = read_example_sets(config, ROLES, IN_THREADS).training
-        return _work(config.judges, "green", training, "metric", "record").kept.name
+        return scores_file(config.judges, "green", training).name
 
     rows = [f"{i},Apple,Fruit,Utrecht,Shop\n" for i in range(4)]
     first = kept(rows)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from jobs import preprocess as job
 from jobs.preprocess import cache_place, missing, read_data, wanted_encodings
-from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import Manifest, Place, read_manifest
 from rlhf.data.records import BadInput
 from rlhf.models.tiny import write_stable_diffusion
@@ -47,7 +47,7 @@ def misses(config: OnlineDPORecipe, manifest: Manifest) -> tuple[int, int]:
 def full(config) -> Manifest:
     """A manifest in which everything of `config` is present."""
     place = Place(file="", first=0, names=(), checksum="")
-    cache = cache_place(config.model, config.data.cache).open()
+    cache = cache_place(config.model, config.data.cache)
     return Manifest(files={}, places={cache.key(encoding): place for encoding in wanted(config)})
 
 

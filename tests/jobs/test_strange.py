@@ -15,9 +15,8 @@ from actors import checks
 from jobs import online_dpo, train
 from jobs.example_sets import read_example_sets
 from jobs.preprocess import read_data
-from jobs.recipes.online_dpo import OnlineDPORecipe
-from jobs.recipes.train import TrainRecipe
-from rlhf.data.audit import prompt_of, read_pairs
+from jobs.recipes import OnlineDPORecipe, TrainRecipe
+from rlhf.data.audit import read_pairs, recorded_prompt
 from rlhf.data.cache import read_manifest
 from rlhf.data.sources import media_of
 from rlhf.errors import Refused
@@ -199,7 +198,7 @@ def test_it_learns_online_to_make_clips_and_the_record_trains_again(cluster, mod
     rows = read_pairs(path / "pairs")
     assert [row["step"] for row in rows] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert {(row["frames"], *row["latents_shape"]) for row in rows} == {(3, 4, 2, 6, 4)}
-    assert {len(prompt_of(row).sources) for row in rows} == {1, 2}
+    assert {len(recorded_prompt(row).sources) for row in rows} == {1, 2}
     assert all(dict(row["winner_rewards"])["green"] > dict(row["loser_rewards"])["green"] for row in rows)
     steps = [row for row in rows_of(path) if "train/loss" in row]
     assert steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and len(steps) == 2

@@ -102,7 +102,7 @@ def test_two_ranks_learn_from_photos_that_a_judge_relabelled_and_a_resume_change
     assert [row["step"] for row in rows if "eval/implicit_acc" in row] == [0, 2, 4]
     for folder in ("exports/step_000002/unet", "exports/step_000004/unet", "final/unet", "final/ema_unet"):
         unet = diffusers.UNet2DConditionModel.from_pretrained(straight / folder)
-        names = SafetensorsFolder(straight / folder).names()
+        names = SafetensorsFolder(straight / folder).where
         assert names == set(unet.state_dict())
 
     monkeypatch.setattr(train, "Reporter", StopsAt)
@@ -146,7 +146,7 @@ def test_xl_trains_a_lora_on_the_fly_with_random_crops_and_the_file_loads(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline.load_lora_weights(path / "final" / "lora")
-    saved = SafetensorsFolder(path / "final" / "lora").names()
+    saved = SafetensorsFolder(path / "final" / "lora").where
     loaded = {name for name in pipeline.unet.state_dict() if ".lora_" in name}
     assert len(saved) == len(loaded) > 0 and not loaded & before
     assert all(name.startswith("unet.") for name in saved)

@@ -15,7 +15,7 @@ from rlhf.data.media import encode_png
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.rewards.ctr.config import TrainCTRConfig
-from rlhf.rewards.ctr.model import CTRReward
+from tests.rlhf.rewards.asking import ctr_reward
 
 ROW = "{}.png,苹果{},水果,上海,小铺,{:.3f},100,{}"
 
@@ -55,9 +55,9 @@ def test_all_bad_rows_of_both_files_at_once(data, tmp_path):
 
 
 def test_an_existing_output_is_never_overwritten(data, tmp_path):
-    from jobs.train_ctr import OutputExists, load_rows
+    from jobs.train_ctr import load_rows
 
-    with pytest.raises(OutputExists, match="never overwritten"):
+    with pytest.raises(Refused, match="never overwritten"):
         load_rows(recipe(data, tmp_path))
 
 
@@ -89,9 +89,9 @@ def test_keys_that_do_not_fit_the_rows(data, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_that_the_cluster_can_never_hold(cluster, data, tmp_path):
-    from jobs.train_ctr import NoRoom, train_ctr
+    from jobs.train_ctr import train_ctr
 
-    with pytest.raises(NoRoom, match=r"train\.ranks = 2 × train\.num_gpus = 1 is more than the cluster's 0 GPU"):
+    with pytest.raises(Refused, match=r"train\.ranks = 2 × train\.num_gpus = 1 is more than the cluster's 0 GPU"):
         train_ctr(recipe(data, tmp_path / "out", train={"ranks": 2, "num_gpus": 1.0}))
     assert not list(tmp_path.iterdir())
 
@@ -143,7 +143,7 @@ def test_the_command_line(data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ctr"]
     assert {"calibration.png", "predicted_vs_actual.png"} <= {path.name for path in (tmp_path / "ctr").iterdir()}
     item = {"food_name": "苹果1", "food_type": "水果", "city_name": "上海", "shop_name": "小铺"}
-    score = CTRReward(tmp_path / "ctr").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0]
+    score = ctr_reward(tmp_path / "ctr").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0]
     assert 0.02 < score < 0.4
 
     bad = run(*common, "--data.path", str(data / "bad.csv"), "--output", str(tmp_path / "other"))
@@ -160,7 +160,7 @@ def test_two_ranks_train_one_model(cluster, data, tmp_path, capsys):
     assert metrics["rows"] == 8 and metrics["epochs"] == 2 and "ctr epoch 2/2" in capsys.readouterr().out
     assert "ranks = 2" in (tmp_path / "two" / "train_ctr.toml").read_text()
     item = {"food_name": "苹果1", "food_type": "水果", "city_name": "上海", "shop_name": "小铺"}
-    assert 0 < CTRReward(tmp_path / "two").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0] < 1
+    assert 0 < ctr_reward(tmp_path / "two").score([np.zeros((1, 9, 9, 3), np.uint8)], [""], [()], [item])[0] < 1
 
 
 @pytest.mark.slow

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.recipes.online_dpo import OnlineDPORecipe
+from jobs.recipes import OnlineDPORecipe
 from rlhf.rewards import tiny
+from rlhf.rewards.ctr import build as ctr_build
 from rlhf.rewards.ctr import model as ctr
-from rlhf.rewards.ctr import small as ctr_small
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import Product
 from serve_apps import deploy
 from tests.conftest import SERVE_PORT as PORT
 from tests.rlhf.rewards.openai_server import completion, openai_server
@@ -28,14 +28,16 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judges")
     tiny.write_hpsv2(folder / "hps.pt")
     tiny.write_qwen3_vl(folder / "qwen")
-    tokenizer = ctr_small.small_tokenizer([ctr.describe(Product.of(ITEM))])
+    tokenizer = ctr_build.small_tokenizer([ctr.describe(Product.of(ITEM))])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ctr.save(folder / "ctr", ctr.CTRModel(ctr_small.small_config(tokenizer)), tokenizer)
+        ctr.save(folder / "ctr", ctr.CTRModel(ctr_build.small_config(tokenizer)), tokenizer)
     return folder
 
 
-def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve_section) -> OnlineDPORecipe:
+def config(
+    models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, deploy_timeout_s=240, **serve_section
+) -> OnlineDPORecipe:
     """A run's config that deploys these judges; `filter=None` switches the filter off."""
     return OnlineDPORecipe.model_validate(
         {
@@ -44,7 +46,7 @@ def config(models, *, reward="hps_ctr", hps=None, ctr=None, filter=None, **serve
             "reward": {"type": reward},
             "serve": {"port": PORT, "token": TOKEN} | serve_section,
             "judges": {
-                "deploy_timeout_s": 240,
+                "deploy_timeout_s": deploy_timeout_s,
                 "hps": {"path": str(models / "hps.pt"), "num_cpus": 0.1, "pad_batches": True} | (hps or {}),
                 "ctr": {"path": str(models / "ctr"), "num_cpus": 0.1, "pad_batches": True} | (ctr or {}),
                 "filter": {"num_cpus": 0.1} | filter if filter else {"enabled": False},

@@ -10,11 +10,11 @@ from ray import serve
 
 from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.protocols import JudgeError, checked_scores
+from rlhf.rewards.protocols import JudgeError, Reward
 from serve_apps.batcher import Batcher, options
 
 
-class Redness:
+class Redness(Reward):
     """A real reward of the pixels that has no number for blue pictures and breaks on green ones."""
 
     name, version, device = "redness", "1", "cpu"
@@ -22,12 +22,12 @@ class Redness:
     def __init__(self):
         self.batches = []
 
-    def score(self, media, prompts, sources, items):
+    def _scores(self, media, prompts, sources, items):
         self.batches.append(len(media))
         means = [medium.mean((0, 1, 2)) for medium in media]
         if any(mean[1] > 200 for mean in means):
             raise OSError("the device is gone")
-        return checked_scores(self.name, [math.nan if m[2] > 200 else float(m[0]) for m in means], len(media))
+        return [math.nan if m[2] > 200 else float(m[0]) for m in means]
 
 
 class RednessApp:

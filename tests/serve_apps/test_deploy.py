@@ -6,7 +6,7 @@ import pytest
 from ray import serve
 
 from rlhf.errors import Refused
-from serve_apps.deploy import DeployError, app_name, start, wait
+from serve_apps.deploy import DeployError, app_name
 from tests.serve_apps.conftest import PORT, config, down, up
 
 
@@ -20,13 +20,9 @@ def test_only_needed_judges_are_deployed_the_filter_first(models):
     assert deployed(hps={"url": "http://x"}) == ["ctr"]
 
 
-def begin(run, name):
-    return start(run.judges, run.serve, run.judge_names, name)
-
-
 def test_a_missing_checkpoint_is_found_before_anything_starts(models):
     with pytest.raises(Refused, match=r"judges\.hps\.path"):
-        begin(config(models, hps={"path": "/no/such/file.pt"}), "missing")
+        up(config(models, hps={"path": "/no/such/file.pt"}), "missing")
 
 
 def test_a_taken_route_and_another_port_are_refused(judges, models):
@@ -68,10 +64,7 @@ def test_a_broken_checkpoint_says_so_and_leaves_nothing(cluster, models, tmp_pat
 
 
 def test_a_judge_that_gets_no_cpu_is_refused_in_time(cluster, models):
-    greedy = config(models, reward="hps", hps={"num_cpus": 100}, route_prefix="/greedy")
-    try:
-        deployed = begin(greedy, "greedy")
-        with pytest.raises(DeployError, match=r"not ready after 3 s.*Free resources: CPU"):
-            wait(deployed, 3)
-    finally:
-        down("greedy")
+    greedy = config(models, reward="hps", hps={"num_cpus": 100}, deploy_timeout_s=3, route_prefix="/greedy")
+    with pytest.raises(DeployError, match=r"not ready after 3 s.*Free resources: CPU"):
+        up(greedy, "greedy")
+    assert serve.status().applications.get("greedy-hpsv2") is None or "DELETING" in str(serve.status())

@@ -17,20 +17,18 @@ from rlhf.data.media import encode_base64, encode_png
 from rlhf.errors import Refused
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import CTRJudgeConfig, FilterJudgeConfig, HPSJudgeConfig, HTTPJudgeConfig, PythonJudgeConfig
-from rlhf.rewards.ctr.model import CTRReward
-from rlhf.rewards.hpsv2 import HPSv2Reward
 from rlhf.rewards.protocols import JudgeError
 from rlhf.rewards.remote import RemoteJudge
-from serve_apps import rewards
+from serve_apps import http
 from serve_apps.http import Secrets, create_api, decode_field
 from serve_apps.rewards import RewardApp
-from tests.rlhf.rewards.asking import score
+from tests.rlhf.rewards.asking import ctr_reward, hps_reward, score
 from tests.serve_apps.conftest import ITEM, ROUNDING, TOKEN
 
 
 @pytest.fixture(scope="module")
 def hps(models):
-    return HPSv2Reward(models / "hps.pt", batch_rows=16)
+    return hps_reward(models / "hps.pt", batch_rows=16)
 
 
 APPS = ("/filter", "/hpsv2", "/ctr")
@@ -64,7 +62,7 @@ def test_score_batch_keeps_order(client, hps):
 
 
 def test_predict_is_the_models(client, models, picture):
-    rate = score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
+    rate = score(ctr_reward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
     response = client.post("/ctr/predict", data=form(), files={"image": ("a.png", encode_png(picture), "image/png")})
     assert response.status_code == 200
     answer = response.json()
@@ -181,7 +179,7 @@ def test_missing_and_wrong_fields(client, picture):
 
 def test_overload_is_503_with_retry_after(judges, models):
     picture = np.random.default_rng(2).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
-    expected = score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
+    expected = score(ctr_reward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0]
     file = encode_png(picture)
 
     async def flood():
@@ -229,14 +227,14 @@ def test_the_remote_client_speaks_the_contract(judges, hps, models, picture):
 
     found, rate, verdict = asyncio.run(ask())
     assert found == pytest.approx(score(hps, [picture], ["x"])[0], rel=0, abs=ROUNDING)
-    assert rate == predicted(score(CTRReward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0])
+    assert rate == predicted(score(ctr_reward(models / "ctr", batch_rows=4), [picture], [""], [ITEM])[0])
     assert not verdict.valid and verdict.reason == "Too dark." and 0 < verdict.pass_probability < 0.1
 
 
 def test_score_batch_is_a_judge_by_http(judges, models, picture):
     """`judges.http` speaks what /score_batch of every reward here answers."""
     asked = [picture, 255 - picture], ["", ""], [ITEM] * 2
-    expected = score(CTRReward(models / "ctr", batch_rows=4), *asked)
+    expected = score(ctr_reward(models / "ctr", batch_rows=4), *asked)
     reward = load_reward("clicks", HTTPJudgeConfig(url=f"{judges.url}/ctr/score_batch", token=TOKEN), "cpu")
     assert abs(expected[0] - expected[1]) > 2 * ROUNDING, "a mixed-up answer would not show"
     assert score(reward, *asked) == pytest.approx(expected, rel=0, abs=ROUNDING)
@@ -248,7 +246,7 @@ def test_score_batch_is_a_judge_by_http(judges, models, picture):
 
 
 def test_a_defect_is_a_500_that_tells_no_secrets():
-    api = create_api("a judge", None, token=None, max_body=100)
+    api = create_api("a judge", None, None, token=None, max_body=100)
 
     @api.get("/broken")
     async def broken():
@@ -259,7 +257,7 @@ def test_a_defect_is_a_500_that_tells_no_secrets():
 
 
 def test_a_long_body_is_refused_by_its_header_and_as_it_streams_in():
-    api = create_api("a judge", None, token=None, max_body=100)
+    api = create_api("a judge", None, None, token=None, max_body=100)
 
     @api.post("/")
     async def length(request: Request) -> int:
@@ -298,7 +296,7 @@ def test_a_large_batch_is_decoded_two_forwards_at_a_time(monkeypatch, picture):
         GATE.set()
 
     early, opening = [], threading.Timer(0.5, then_open)
-    monkeypatch.setattr(rewards, "decode_field", counting)
+    monkeypatch.setattr(http, "decode_field", counting)
     items = [{"image_base64": encode_base64(picture), "prompt": ""}] * 64
     response = TestClient(app.__serve_build_asgi_app__()).post("/score_batch", json={"items": items})
     assert response.json() == {"scores": [0.0] * 64}

@@ -10,14 +10,14 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 
 from rlhf.data.media import encode_base64
-from rlhf.rewards.hpsv2 import HPSv2Reward
 from tests.processes import ray_processes
-from tests.rlhf.rewards.asking import score
+from tests.rlhf.rewards.asking import hps_reward, score
 from tests.serve_apps.conftest import ROUNDING, TOKEN, config, down, up
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -33,13 +33,13 @@ class World:
 
     def __init__(self, deployed, models):
         self.app = deployed.apps["hps"]
-        self.handle = deployed.handle("hps")
+        self.handle = serve.get_app_handle(deployed.apps["hps"])
         self.url = f"{deployed.url}/hpsv2/score"
         # Blocks of colour: small files whose decoding and resizing cost the replica far more than the proxy and us.
         blocks = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
         pictures = list(blocks.repeat(SIDE // 8, axis=1).repeat(SIDE // 8, axis=2))
         prompts = [f"dish {index}" for index in range(len(pictures))]
-        reward = HPSv2Reward(models / "hps.pt", batch_rows=LIMITS["max_batch_size"])
+        reward = hps_reward(models / "hps.pt", batch_rows=LIMITS["max_batch_size"])
         self.scores = score(reward, pictures, prompts)
         assert np.diff(sorted(self.scores)).min() > 2 * ROUNDING, "a mixed-up answer would not show"
         self.questions = [(ray.put(picture), prompt) for picture, prompt in zip(pictures, prompts, strict=True)]

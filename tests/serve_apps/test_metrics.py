@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import ray
+from ray import serve
 
 from rlhf.data.media import encode_base64
 from rlhf.rewards.config import JudgesConfig, ServeConfig
@@ -68,7 +69,7 @@ def test_metrics_count_the_requests_the_forwards_and_the_failures(moody, client,
     breaker.touch()
     assert client.post(f"/{NAME}/score", json=question(1)).status_code == 502
     with pytest.raises(JudgeError, match="fallen off the bus"):
-        moody.handle(NAME).score.remote(np.ones((8, 8, 3), np.uint8), "").result(timeout_s=60)
+        serve.get_app_handle(moody.apps[NAME]).score.remote(np.ones((8, 8, 3), np.uint8), "").result(timeout_s=60)
     breaker.unlink()
 
     expected = {

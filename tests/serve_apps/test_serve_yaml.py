@@ -14,9 +14,8 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from rlhf.data.media import encode_base64
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
-from rlhf.rewards.hpsv2 import HPSv2Reward
 from serve_apps import deploy
-from tests.rlhf.rewards.asking import score
+from tests.rlhf.rewards.asking import hps_reward, score
 from tests.rlhf.rewards.openai_server import openai_server
 from tests.serve_apps.conftest import ITEM, ROUNDING, TOKEN, scripted_verdict
 
@@ -97,7 +96,7 @@ def ask(url, models):
     body = {"image_base64": encode_base64(picture), "prompt": "a cat"}
     assert httpx.post(f"{url}/hpsv2/score", json=body).status_code == 401
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
-        expected = score(HPSv2Reward(models / "hps.pt", batch_rows=32), [picture], ["a cat"])[0]
+        expected = score(hps_reward(models / "hps.pt", batch_rows=32), [picture], ["a cat"])[0]
         same = pytest.approx(expected, rel=0, abs=ROUNDING)
         assert client.post("/hpsv2/score", json=body).json() == {"score": same}
         assert 0 < client.post("/ctr/score", json=body | {"item": ITEM}).json()["score"] < 1

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import vllm
+from ray import serve
 
 from rlhf.data.media import encode_base64
 from rlhf.rewards.config import FilterJudgeConfig
@@ -76,7 +77,7 @@ def pictures(count):
 
 def test_verdicts_come_from_the_pixels_and_keep_to_the_two_words(engine):
     async def ask():
-        handle = engine.handle("filter")
+        handle = serve.get_app_handle(engine.apps["filter"])
         return await asyncio.gather(*[handle.judge.remote(picture, (), "warmer") for picture in pictures(24)])
 
     verdicts = asyncio.run(ask())
@@ -91,7 +92,7 @@ def test_verdicts_come_from_the_pixels_and_keep_to_the_two_words(engine):
 
 def test_the_source_and_the_instruction_matter(engine):
     image, source = pictures(2)
-    handle = engine.handle("filter")
+    handle = serve.get_app_handle(engine.apps["filter"])
     cases = [
         (image, (), ""),
         (image, (source,), ""),
@@ -132,7 +133,7 @@ def test_a_server_elsewhere_gives_the_engines_verdicts(engine, api_server):
             await server.close()
 
     there = asyncio.run(ask_server())
-    here = [engine.handle("filter").judge.remote(*case).result(timeout_s=120) for case in cases]
+    here = [serve.get_app_handle(engine.apps["filter"]).judge.remote(*case).result(timeout_s=120) for case in cases]
     assert len({round(verdict.pass_probability, 3) for verdict in here}) > 8
     for ours, theirs in zip(here, there, strict=True):
         assert theirs.pass_probability == pytest.approx(ours.pass_probability, abs=1e-2)

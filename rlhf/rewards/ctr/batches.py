@@ -5,12 +5,12 @@ Left out: augmentation other than mirroring. Brightness, colour and sharpness ar
 Shapes: B rows, S pixels, L tokens.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,26 +23,17 @@ from rlhf.rewards.ctr.clicks import Click
 from rlhf.rewards.ctr.config import CTRTrainConfig
 from rlhf.rewards.ctr.model import CTRModelConfig, encode_items, transform
 
-_CACHE_BYTES = 2**30
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """This rank's rows of a batch."""
+    """This rank's rows of a batch: pixels (B, 3, S, S), ids and mask (B, L), as long as the longest text, the others (B,)."""
 
     pixels: Tensor
-    """(B, 3, S, S)"""
     ids: Tensor
-    """(B, L), as long as the longest text of the batch"""
     mask: Tensor
-    """(B, L)"""
     rate: Tensor
-    """(B,)"""
     impressions: Tensor
-    """(B,); 0: unknown"""
-
-    def to(self, device: str) -> "Batch":
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+    """0: unknown"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,35 +48,31 @@ class Update:
 
 
 class Batches:
-    """Reads rows for one of `world` ranks; every rank gets the same number of updates, batches and rows."""
+    """Reads rows for one of `config.ranks` ranks; every rank gets the same number of updates, batches and rows."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        model: CTRModelConfig,
-        config: CTRTrainConfig,
-        device: str,
-        rank: int = 0,
-        world: int = 1,
+        self, tokenizer: PreTrainedTokenizerBase, model: CTRModelConfig, config: CTRTrainConfig, rank: int = 0
     ) -> None:
-        self.tokenizer, self.model, self.config, self.device = tokenizer, model, config, device
-        self.rank, self.world = rank, world
-        self._pixels = lru_cache(_CACHE_BYTES // (12 * model.image_size**2))(self._load)
+        self.tokenizer, self.model, self.config, self.rank = tokenizer, model, config, rank
+        self._pixels = lru_cache(2**30 // (12 * model.image_size**2))(  # as many as a GiB holds
+            lambda path: transform(decode_image(path.read_bytes()), model.image_size)
+        )
 
     def epoch(self, clicks: Sequence[Click], seed: int) -> Iterator[Update]:
         """The updates of an epoch in an order given by `seed`, pictures mirrored half of the time.
 
         A last batch that is not full is left out; a last update that is not full has fewer batches.
         """
-        rng = np.random.default_rng(seed)
-        order, size = rng.permutation(len(clicks)), self._size(len(clicks))
-        groups = [[clicks[i] for i in order[start : start + size]] for start in range(0, len(clicks) - size + 1, size)]
-        mirrored = [rng.random(size) < 0.5 for _ in groups]
-        mine = slice(self.rank, None, self.world)
-        batches = self._prefetched([group[mine] for group in groups], [flips[mine] for flips in mirrored])
-        for start in range(0, len(groups), self.config.gradient_accumulation_steps):
-            part = groups[start : start + self.config.gradient_accumulation_steps]
-            impressions = float(sum(click.impressions or 0 for group in part for click in group))
+        rng, size = np.random.default_rng(seed), self._size(len(clicks))
+        shape = (len(clicks) // size, size)
+        order = rng.permutation(len(clicks))[: math.prod(shape)].reshape(shape)
+        mirrored = rng.random(shape) < 0.5
+        mine = slice(self.rank, None, self.config.ranks)
+        rows = ([clicks[i] for i in places] for places in order[:, mine].tolist())
+        batches = self._prefetched(zip(rows, mirrored[:, mine], strict=True))
+        for start in range(0, len(order), self.config.gradient_accumulation_steps):
+            part = order[start : start + self.config.gradient_accumulation_steps]
+            impressions = float(sum(clicks[i].impressions or 0 for i in part.ravel().tolist()))
             yield Update(batches=islice(batches, len(part)), count=len(part), impressions=impressions)
 
     def updates(self, rows: int) -> int:
@@ -94,24 +81,25 @@ class Batches:
 
     def _size(self, rows: int) -> int:
         """Rows of a batch over all ranks: fewer than configured where the log has fewer."""
-        size = min(self.config.batch_size, rows // self.world * self.world)
+        size = min(self.config.batch_size, rows // self.config.ranks * self.config.ranks)
         if not size:
-            raise Refused(f"{rows} training rows cannot be shared by train.ranks = {self.world}; lower it")
+            raise Refused(f"{rows} training rows cannot be shared by train.ranks = {self.config.ranks}; lower it")
         return size
 
     def ordered(self, clicks: Sequence[Click]) -> Iterator[Batch]:
         """These rows in order, as they are; nothing is shared out."""
-        size = max(1, self.config.batch_size // self.world)
-        groups = [clicks[start : start + size] for start in range(0, len(clicks), size)]
-        return self._prefetched(groups, [np.zeros(len(group), dtype=bool) for group in groups])
+        size = self.config.batch_size // self.config.ranks
+        groups = (clicks[start : start + size] for start in range(0, len(clicks), size))
+        return self._prefetched((group, np.zeros(len(group), dtype=bool)) for group in groups)
 
-    def _prefetched(self, groups: Sequence[Sequence[Click]], mirrored: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def _prefetched(self, rows: Iterable[tuple[Sequence[Click], np.ndarray]]) -> Iterator[Batch]:
+        """The batches of (rows, which of them are mirrored), each made while the one before is used."""
+        made = (self._batch(*both) for both in rows)
         with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(self._batch, *both) for both in zip(groups[:1], mirrored[:1], strict=True)]
-            for index in range(len(groups)):
-                if index + 1 < len(groups):
-                    coming.append(pool.submit(self._batch, groups[index + 1], mirrored[index + 1]))
-                yield coming.pop(0).result().to(self.device)
+            coming = pool.submit(next, made, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, made, None)
+                yield Batch(**{name: tensor.to(self.config.device) for name, tensor in vars(batch).items()})
 
     def _batch(self, clicks: Sequence[Click], mirrored: np.ndarray) -> Batch:
         pixels = torch.stack([self._pixels(click.image) for click in clicks])
@@ -124,6 +112,3 @@ class Batches:
             rate=torch.tensor([click.rate for click in clicks]),
             impressions=torch.tensor([float(click.impressions or 0) for click in clicks]),
         )
-
-    def _load(self, path: Path) -> Tensor:
-        return transform(decode_image(path.read_bytes()), self.model.image_size)

@@ -4,15 +4,16 @@ Columns: image_url (a path relative to the file; nothing is fetched), food_name,
 where present impressions and clicks. Further columns are ignored.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.data.checks import OnBadRow, check, check_file, no_rows, refuse
-from rlhf.data.items import ITEM_COLUMNS
+from rlhf.data.prompts import ITEM_COLUMNS
 from rlhf.data.records import Field, Problem, Record
 from rlhf.errors import Refused
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import Product
 from rlhf.types import seed_from
 
 FIELDS = (
@@ -20,10 +21,7 @@ FIELDS = (
     *(Field(name=name, may_be_empty=True, stripped=True) for name in ITEM_COLUMNS),
     Field(name="pv_ctr", kind="number", example="0.05"),
 )
-COUNTS = (
-    Field(name="impressions", kind="number", example="200"),
-    Field(name="clicks", kind="number", example="10"),
-)
+COUNTS = [Field(name=name, kind="number", example=rows) for name, rows in (("impressions", "200"), ("clicks", "10"))]
 """Needed in every row where the file has both."""
 
 
@@ -48,11 +46,6 @@ class Rows:
     held_out: Sequence[Click] = ()
     """Scored once, at the end, and never looked at before."""
 
-    @property
-    def counted(self) -> bool:
-        """Whether impressions are known for all rows that training reads."""
-        return all(click.impressions is not None for click in (*self.train, *self.validation))
-
 
 def read_clicks(path: Path, on_bad_row: OnBadRow = "stop") -> tuple[list[Click], list[Problem]]:
     """The rows of the log with readable pictures, and (only with `on_bad_row="skip"`) what was left out.
@@ -61,15 +54,11 @@ def read_clicks(path: Path, on_bad_row: OnBadRow = "stop") -> tuple[list[Click],
     """
     key = "data.path (data.eval_path)"
     records, problems = check_file(path, FIELDS, key=key, otherwise=".csv", others=True)
-    clicks: list[Click] = []
-    for record in records:
-        found = _click(record)
-        if isinstance(found, Click):
-            clicks.append(found)
-        else:
-            problems += found
+    found = [_click(record) for record in records]
+    clicks = [click for click in found if isinstance(click, Click)]
+    problems += itertools.chain(*(faults for faults in found if isinstance(faults, list)))
     problems.sort(key=lambda problem: problem.line or 0)
-    if not clicks and not problems:
+    if not found and not problems:
         problems = [no_rows(path, ".csv")]
     refuse(problems, clicks, on_bad_row)
     return clicks, problems
@@ -89,11 +78,9 @@ def _click(record: Record) -> Click | list[Problem]:
                 problems.append(record.problem("clicks", what, "give whole numbers, clicks ≤ impressions"))
             else:
                 impressions, rate = int(views), hits / views
-    if problems:
-        return problems
-    image = Path(record.fields["image_url"].path)
     item = Product(**{name: record.fields[name] for name in ITEM_COLUMNS})
-    return Click(image=image, item=item, rate=rate, impressions=impressions)
+    image = Path(record.fields["image_url"].path)
+    return problems or Click(image=image, item=item, rate=rate, impressions=impressions)
 
 
 def split(clicks: Sequence[Click], fraction: float, seed: int, key: str) -> tuple[list[Click], list[Click]]:

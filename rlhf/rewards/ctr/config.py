@@ -1,8 +1,9 @@
 """What `jobs.train_ctr` reads: the click log, the backbones, and how to train."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf.section import ClusterConfig, LocalPath, Section
 
@@ -29,13 +30,10 @@ class CTRModelSection(Section):
     """Pixels of the square that pictures are padded to; default 512, and 64 for the small pair."""
     max_tokens: int = Field(64, ge=8)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if (self.text is None) != (self.image is None):
-            raise ValueError(
-                f"model.text = {self.text!r} and model.image = {self.image!r}: give both backbones or neither"
-            )
-        return self
+            given = f"model.text = {self.text!r} and model.image = {self.image!r}"
+            yield f"{given}: give both backbones or neither"
 
 
 class CTRTrainConfig(Section):
@@ -68,14 +66,14 @@ class CTRTrainConfig(Section):
     timeout_s: float = Field(86400.0, gt=0)
     """Deadline of the whole training."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
+    def conflicts(self) -> Iterator[str]:
         if self.batch_size % self.ranks:
-            raise ValueError(
-                f"train.batch_size = {self.batch_size} cannot be shared by train.ranks = {self.ranks}; "
-                "make it a multiple: every rank takes the same number of rows"
-            )
-        return self
+            shares = f"train.batch_size = {self.batch_size} cannot be shared by train.ranks = {self.ranks}"
+            yield f"{shares}; make it a multiple: every rank takes the same number of rows"
 
 
 class TrainCTRConfig(Section):
@@ -87,11 +85,9 @@ class TrainCTRConfig(Section):
     seed: int = 42
     cluster: ClusterConfig = ClusterConfig()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
         if self.train.freeze and self.model.text is None:
-            raise ValueError(
+            yield (
                 f"train.freeze = {list(self.train.freeze)} without model.text and model.image: a small model from "
                 "scratch has nothing learned to keep; give pretrained backbones or remove train.freeze"
             )
-        return self

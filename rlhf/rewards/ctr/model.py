@@ -15,8 +15,8 @@ sigmoid, so that it is a rate whatever the loss.
 Left out: training (`jobs.train_ctr`) and everything about products beyond the four text fields.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,19 +27,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.data.media import check_array
 from rlhf.errors import Refused
 from rlhf.rewards.config import CTRJudgeConfig
-from rlhf.rewards.ctr.product import Product
-from rlhf.rewards.protocols import Sources, check_batch, checked_scores, fingerprint, picture_of
+from rlhf.rewards.features import forward_rows, letterbox
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, check_columns, fingerprint, picture_of
 from rlhf.types import Item
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLICKED_WEIGHT = 10.0
 """What a row that was clicked counts in the compound loss; one that was not counts 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """The four columns of an item that the model reads. Rows of a click log with equal ones show the same product."""
+
+    food_name: str
+    food_type: str
+    city_name: str
+    shop_name: str
+
+    @classmethod
+    def of(cls, item: Item) -> Self:
+        """The product of an item, whose other columns are not read. Raises: Refused, naming the columns that it lacks."""
+        columns = CTRJudgeConfig.item_columns
+        check_columns("ctr", columns, item)
+        return cls(**{column: item[column] for column in columns})
 
 
 class CTRModelConfig(BaseModel):
@@ -66,8 +81,8 @@ class CTRModel(nn.Module):
     def __init__(self, config: CTRModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.text = AutoModel.from_config(_backbone(config.text))
-        self.image = AutoModel.from_config(_backbone(config.image))
+        self.text = AutoModel.from_config(AutoConfig.for_model(**config.text))
+        self.image = AutoModel.from_config(AutoConfig.for_model(**config.image))
         self.text_projection = self._projection(self.text.config.hidden_size)
         self.wide = Wide(self.text.config.vocab_size, config.filters) if config.filters else None
         self.image_projection = self._projection(self.image.config.hidden_sizes[-1] + 2 * config.filters)
@@ -81,17 +96,10 @@ class CTRModel(nn.Module):
         )
 
     def _projection(self, features: int) -> nn.Sequential:
-        hidden, width, dropout = self.config.hidden, self.config.width, self.config.dropout
-        return nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.LayerNorm(hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, width),
-            nn.LayerNorm(width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-        )
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((features, self.config.hidden), (self.config.hidden, self.config.width)):
+            layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.GELU(), nn.Dropout(self.config.dropout)]
+        return nn.Sequential(*layers)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
@@ -126,59 +134,28 @@ class Wide(nn.Module):
         return words + self.statistics(statistics)[:, 0], statistics
 
 
-class CTRReward:
+class CTRReward(Reward):
     """The `Reward` "ctr": predicted click rate in (0, 1). Needs a product for every picture; prompts are not read."""
 
-    name = "ctr"
-
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_rows: int | None = None,
-    ) -> None:
-        """path: a folder written by `save`. batch_rows: see `HPSv2Reward`."""
-        self.device = device
-        self.dtype = dtype
-        self.batch_rows = batch_rows
-        model, self.tokenizer = load(Path(path))
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.version = f"{Path(path).name}@{fingerprint(Path(path))}"
-
-    @classmethod
-    def from_config(cls, name: str, judge: CTRJudgeConfig, device: str) -> Self:
-        """`judges.ctr` on `device`."""
-        return cls(
-            str(judge.path),
-            device=device,
-            dtype=getattr(torch, judge.dtype),
-            batch_rows=judge.max_batch_size if judge.pad_batches else None,
-        )
+    def __init__(self, name: str, judge: CTRJudgeConfig, device: str) -> None:
+        """judge.path: a folder written by `save`."""
+        folder = Path(str(judge.path))
+        model, self.tokenizer = load(folder)
+        self.name, self.device, self.version = name, device, f"{folder.name}@{fingerprint(folder)}"
+        self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
+        self.model = model.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def score(
-        self, media: Sequence[np.ndarray], prompts: Sequence[str], sources: Sequence[Sources], items: Sequence[Item]
-    ) -> list[float]:
-        """Predicted click rate per picture; Refused where a column of an item is missing. See `Reward.score`."""
-        check_batch(media, prompts, sources, items)
+    def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
+        """Predicted click rate per picture; Refused where a column of an item is missing."""
         products = [Product.of(item) for item in items]
-        rows = self.batch_rows or max(1, len(media))
-        scores: list[float] = []
-        for start in range(0, len(media), rows):
-            scores += self._score_rows(media[start : start + rows], products[start : start + rows])
-        return checked_scores(self.name, scores, len(media))
+        pixels = torch.stack([transform(picture_of(medium), self.model.config.image_size) for medium in media])
+        ids, mask = encode_items(self.tokenizer, products, self.model.config.max_tokens)
+        return forward_rows(self._rates, self.rows, pixels, ids, mask).tolist()
 
-    def _score_rows(self, media: Sequence[np.ndarray], products: Sequence[Product]) -> list[float]:
-        config = self.model.config
-        pixels = torch.stack([transform(picture_of(medium), config.image_size) for medium in media])
-        ids, mask = encode_items(self.tokenizer, products, config.max_tokens)
-        if self.batch_rows and len(media) < self.batch_rows:
-            short = self.batch_rows - len(media)
-            pixels, ids, mask = (torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) for x in (pixels, ids, mask))
+    def _rates(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         logits = self.model(pixels.to(self.device, self.dtype), ids.to(self.device), mask.to(self.device))
-        return torch.sigmoid(logits.float())[: len(media)].tolist()
+        return torch.sigmoid(logits.float())
 
 
 def describe(product: Product) -> str:
@@ -190,28 +167,14 @@ def encode_items(
     tokenizer: PreTrainedTokenizerBase, products: Sequence[Product], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, max_tokens) int64: one length always, so that batches cannot differ."""
-    encoded = tokenizer(
-        [describe(product) for product in products],
-        padding="max_length",
-        truncation=True,
-        max_length=max_tokens,
-        return_tensors="pt",
-    )
+    texts = [describe(product) for product in products]
+    encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
 def transform(image: np.ndarray, size: int) -> Tensor:
     """FEAST's transform of one uint8 (H, W, 3): longest side to `size`, white padding; fp32 (3, size, size)."""
-    check_array(image)
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    height, width = tensor.shape[1:]
-    scale = size / max(height, width)
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    if (height, width) != tuple(tensor.shape[1:]):
-        tensor = resize(tensor, [height, width], InterpolationMode.BILINEAR, antialias=True)
-    left, top = (size - width) // 2, (size - height) // 2
-    tensor = F.pad(tensor, [left, size - width - left, top, size - height - top], value=1.0)
-    return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    return letterbox(image, size, InterpolationMode.BILINEAR, fill=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def compound_loss(predicted: Tensor, rate: Tensor) -> Tensor:
@@ -256,7 +219,7 @@ def load(folder: Path) -> tuple[CTRModel, PreTrainedTokenizerBase]:
     for name in ("config.json", "model.safetensors", "tokenizer"):
         if not (folder / name).exists():
             raise Refused(f"{folder} is no CTR checkpoint: {name} is missing; make one with jobs.train_ctr")
-    model = CTRModel(CTRModelConfig.model_validate(json.loads((folder / "config.json").read_text())))
+    model = CTRModel(CTRModelConfig.model_validate_json((folder / "config.json").read_text()))
     missing, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     missing = [name for name in missing if name in _floating(model)]
     if missing or unknown:
@@ -266,8 +229,3 @@ def load(folder: Path) -> tuple[CTRModel, PreTrainedTokenizerBase]:
 
 def _floating(model: CTRModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-
-
-def _backbone(config: Mapping[str, Any]) -> Any:
-    values = dict(config)
-    return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -1,8 +1,7 @@
 """How good a click-rate model is on held-out rows: the figures of metrics.json and two plots beside it.
 
-A product is one `Product`: rows whose four text fields agree show the same product in different pictures. Rates are the
-observed ones, which carry the noise of finite impressions, so even a perfect model has errors. Left out: confidence intervals,
-and how the model was trained.
+Rates are the observed ones, which carry the noise of finite impressions, so even a perfect model has errors. Left out:
+confidence intervals, and how the model was trained.
 """
 
 import math
@@ -18,15 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from rlhf.rewards.ctr.model import binomial_loss
-from rlhf.rewards.ctr.product import Product
-
-BINS = 10
-PAIR_DIFFERENCE = 0.03
-"""Two pictures of a product are compared where their rates differ by three points at least."""
-
-CALIBRATION_PLOT = "calibration.png"
-PREDICTED_PLOT = "predicted_vs_actual.png"
+from rlhf.rewards.ctr.model import Product, binomial_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,44 +42,30 @@ class Predictions:
         return bool((self.impressions > 0).all())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Rows in order of their prediction, in bins of equal count; tensors are (bins,), float64."""
+def calibration(predictions: Predictions, bins: int = 10) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(predicted, observed, weight, error) of the rows in order of their prediction, in bins of equal count.
 
-    predicted: Tensor
-    observed: Tensor
-    """Mean rates of a bin, weighted by impressions where all are known."""
-    weight: Tensor
-    """Impressions of a bin where all are known, else its rows."""
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: mean over the bins, by weight, of |predicted − observed|."""
-        return ((self.weight / self.weight.sum()) * (self.predicted - self.observed).abs()).sum().item()
-
-
-def calibration(predictions: Predictions, bins: int = BINS) -> Calibration:
-    """Reliability of the predictions. Bins differ by one row at most; fewer rows than bins: one row a bin."""
+    (bins,) in float64: mean rates of a bin, weighted by impressions where all are known, and its impressions, else its rows.
+    The expected calibration error is the mean over the bins, by weight, of |predicted − observed|. Bins differ by one row at
+    most; fewer rows than bins: one row a bin.
+    """
     order = predictions.predicted.argsort(stable=True)
-    weight = predictions.impressions.double() if predictions.counted else torch.ones(len(order), dtype=torch.double)
+    each = predictions.impressions.double() if predictions.counted else torch.ones(len(order), dtype=torch.double)
     parts = torch.tensor_split(order, min(bins, len(order)))
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.stack([(weight[part] * values[part]).sum() / weight[part].sum() for part in parts])
-
-    return Calibration(
-        predicted=mean(predictions.predicted),
-        observed=mean(predictions.rate.double()),
-        weight=torch.stack([weight[part].sum() for part in parts]),
+    weight, predicted, observed = (
+        torch.stack([(each[part] * values[part]).sum() for part in parts])
+        for values in (torch.ones_like(each), predictions.predicted, predictions.rate.double())
     )
+    predicted, observed = predicted / weight, observed / weight
+    return predicted, observed, weight, ((weight / weight.sum()) * (predicted - observed).abs()).sum().item()
 
 
 def metrics(predictions: Predictions) -> dict[str, float]:
     """The figures of metrics.json; one that is not defined for these rows is left out.
 
     correlation, rank_correlation: Pearson's, of rates and of ranks (ties share their mean rank). mae, mse: of rates.
-    calibration_error: see `calibration`. pair_accuracy: share of `pairs` in which the picture with the higher rate is
-    also predicted higher. binomial_loss: negative log-likelihood per impression, where impressions are known.
+    pair_accuracy: share of `pairs` in which the picture with the higher rate is also predicted higher. binomial_loss:
+    negative log-likelihood per impression, where impressions are known.
     """
     predicted, rate = predictions.predicted, predictions.rate.double()
     accuracy, pairs = pair_accuracy(predicted, rate, predictions.products)
@@ -98,7 +75,7 @@ def metrics(predictions: Predictions) -> dict[str, float]:
         "rank_correlation": _correlation(_ranks(predicted), _ranks(rate)),
         "mae": (predicted - rate).abs().mean().item(),
         "mse": (predicted - rate).square().mean().item(),
-        "calibration_error": calibration(predictions).error,
+        "calibration_error": calibration(predictions)[-1],
         "pair_accuracy": accuracy,
         "pairs": float(pairs),
     }
@@ -109,9 +86,9 @@ def metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def pair_accuracy(
-    predicted: Tensor, rate: Tensor, products: Sequence[Product], difference: float = PAIR_DIFFERENCE
+    predicted: Tensor, rate: Tensor, products: Sequence[Product], difference: float = 0.03
 ) -> tuple[float, int]:
-    """(share of pairs in the right order, number of pairs) over any two rows of one product whose rates differ enough.
+    """(share in the right order, number) of the pairs of rows of one product whose rates differ by three points or more.
 
     Equal predictions count one half. No such pair: (nan, 0).
     """
@@ -139,45 +116,46 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def write_plots(folder: Path, predictions: Predictions) -> None:
-    """`calibration.png` and `predicted_vs_actual.png` in `folder`. Needs no display."""
-    figures = metrics(predictions)
-    _calibration_plot(predictions).savefig(folder / CALIBRATION_PLOT)
-    _predicted_plot(predictions, figures).savefig(folder / PREDICTED_PLOT)
+    """Two pictures in `folder`. Needs no display."""
+    _calibration_plot(predictions).savefig(folder / "calibration.png")
+    _predicted_plot(predictions).savefig(folder / "predicted_vs_actual.png")
 
 
 def _calibration_plot(predictions: Predictions) -> Figure:
-    bins = calibration(predictions)
+    predicted, observed, weight, off = calibration(predictions)
+    counted = predictions.counted
+    noise = 196 * (observed * (1 - observed) / weight).sqrt() if counted else None
+    predicted, observed = 100 * predicted, 100 * observed
+    label = f"{len(predicted)} bins of equal count" + (", 95 % of binomial noise" if counted else "")
+    title = f"Calibration on {len(predictions.rate)} held-out rows\nexpected calibration error {100 * off:.2f} points"
+    title += ", weighted by impressions" if counted else ""
     figure = Figure(figsize=(6, 7), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    predicted, observed = 100 * bins.predicted, 100 * bins.observed
-    error = None
-    if predictions.counted:
-        error = 196 * (bins.observed * (1 - bins.observed) / bins.weight).sqrt()
-    _identity(above, max(predicted.max().item(), observed.max().item()))
-    label = f"{len(predicted)} bins of equal count" + (", 95 % of binomial noise" if error is not None else "")
-    above.errorbar(predicted, observed, yerr=error, fmt="o-", color="tab:blue", capsize=3, lw=1.2, label=label)
-    above.set_ylabel("observed click rate (%)")
-    above.set_title(
-        f"Calibration on {len(predictions.rate)} held-out rows\nexpected calibration error "
-        f"{100 * bins.error:.2f} points" + (", weighted by impressions" if predictions.counted else "")
-    )
+    _identity(above, predicted, observed)
+    above.errorbar(predicted, observed, yerr=noise, fmt="o-", color="tab:blue", capsize=3, lw=1.2, label=label)
+    above.set(ylabel="observed click rate (%)", title=title)
     above.legend(loc="upper left")
-    count = bins.weight / 1000 if predictions.counted else bins.weight
-    below.vlines(predicted, 0, count, color="tab:blue", lw=6, alpha=0.6)
-    below.set_ylim(bottom=0)
+    below.vlines(predicted, 0, weight / 1000 if counted else weight, color="tab:blue", lw=6, alpha=0.6)
+    below.set(ylim=(0, None), xlabel="predicted click rate (%)")
+    below.set_ylabel("impressions\n(thousands)" if counted else "rows")
     below.yaxis.set_major_locator(MaxNLocator(4))
-    below.set_ylabel("impressions\n(thousands)" if predictions.counted else "rows")
-    below.set_xlabel("predicted click rate (%)")
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return figure
 
 
-def _predicted_plot(predictions: Predictions, figures: dict[str, float]) -> Figure:
+def _predicted_plot(predictions: Predictions) -> Figure:
+    figures = metrics(predictions)
+    predicted, rate = 100 * predictions.predicted, 100 * predictions.rate.double()
+    title = f"Predicted and observed on {len(rate)} held-out rows\n"
+    if "correlation" in figures:
+        title += f"correlation {figures['correlation']:.3f}, "
+    title += f"mean absolute error {100 * figures['mae']:.2f} points"
+    if figures["pairs"]:
+        title += f"\n{100 * figures['pair_accuracy']:.1f} % of {figures['pairs']:.0f} within-product pairs in order"
     figure = Figure(figsize=(6.6, 6.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    predicted, rate = 100 * predictions.predicted, 100 * predictions.rate.double()
-    _identity(axes, max(predicted.max().item(), rate.max().item()))
+    _identity(axes, predicted, rate)
     if predictions.counted:
         views = predictions.impressions.double()
         points = axes.scatter(predicted, rate, c=views, norm=LogNorm(), s=18, alpha=0.75, cmap="viridis")
@@ -188,23 +166,14 @@ def _predicted_plot(predictions: Predictions, figures: dict[str, float]) -> Figu
         bar.ax.yaxis.set_major_formatter("{x:,.0f}")
     else:
         axes.scatter(predicted, rate, color="tab:blue", s=18, alpha=0.6)
-    axes.set_xlabel("predicted click rate (%)")
-    axes.set_ylabel("observed click rate (%)")
-    title = f"Predicted and observed on {len(rate)} held-out rows\n"
-    if "correlation" in figures:
-        title += f"correlation {figures['correlation']:.3f}, "
-    title += f"mean absolute error {100 * figures['mae']:.2f} points"
-    if figures["pairs"]:
-        title += f"\n{100 * figures['pair_accuracy']:.1f} % of {figures['pairs']:.0f} within-product pairs in order"
-    axes.set_title(title)
+    axes.set(xlabel="predicted click rate (%)", ylabel="observed click rate (%)", title=title)
     axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
     return figure
 
 
-def _identity(axes: Axes, top: float) -> None:
+def _identity(axes: Axes, x: Tensor, y: Tensor) -> None:
     """The line of perfect predictions, over the same range on both axes."""
-    limit = 1.05 * top
+    limit = 1.05 * max(x.max().item(), y.max().item())
     axes.plot([0, limit], [0, limit], "--", color="gray", lw=1, label="perfect: observed = predicted")
-    axes.set_xlim(0, limit)
-    axes.set_ylim(0, limit)
+    axes.set(xlim=(0, limit), ylim=(0, limit))

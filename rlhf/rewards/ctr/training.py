@@ -1,9 +1,9 @@
 """Trains a CTR model: pretrained backbones at the learning rates of FEAST's CTR model, or the small pair from scratch.
 
 Rows → tokenizer and model → epochs of AdamW under a cosine → the weights of the epoch that was best on validation
-products → figures of held-out rows. A `Learner` is one rank of it; `fit` drives a learner, or a group of ranks behind the
-same two methods. A non-finite loss stops the run. Left out: resuming (minutes to hours, and the input is a CSV), sharded
-weights (the largest backbone fits one GPU).
+products → figures of held-out rows. A `Learner` is one rank of it; `fit` drives one, or a group of them. A non-finite loss
+stops the run. Left out: resuming (minutes to hours, and the input is a CSV), sharded weights (the largest backbone fits one
+GPU).
 
 Ranks: each takes its share of every batch and DistributedDataParallel averages the gradients, so that the update is the
 one of a single rank, up to rounding: for the binomial loss, which is divided by the impressions of the whole update, and
@@ -15,24 +15,20 @@ statistics are saved.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import Refused
-from rlhf.rewards.ctr import report as ctr_report
 from rlhf.rewards.ctr.batches import Batch, Batches, Update
 from rlhf.rewards.ctr.build import create, parameter_groups
 from rlhf.rewards.ctr.clicks import Click, Rows
 from rlhf.rewards.ctr.config import CTRModelSection, CTRTrainConfig
-from rlhf.rewards.ctr.model import CTRModel, binomial_loss, compound_loss, save, weighted_squares
-from rlhf.rewards.ctr.report import Predictions
+from rlhf.rewards.ctr.model import binomial_loss, compound_loss, save, weighted_squares
+from rlhf.rewards.ctr.report import Predictions, metrics, write_plots
 from rlhf.shards import distributed
 from rlhf.types import seed_from
 
@@ -40,123 +36,68 @@ _WARMUP = 0.05
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Epochs(Protocol):
-    """What `fit` drives."""
-
-    def epoch(self, index: int) -> dict[str, float]:
-        """Train one epoch. Returns `loss` and, where there are validation rows, `validation_loss`."""
-
-    def keep(self) -> None:
-        """Remember the weights as they are now: they are the best so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """The best model on the CPU in eval mode, and its predictions of the held-out rows (None: there are none)."""
-
-    model: CTRModel
-    tokenizer: PreTrainedTokenizerBase
-    predictions: Predictions | None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return ctr_report.metrics(self.predictions) if self.predictions else {}
-
-    def write(self, folder: Path) -> None:
-        """The checkpoint and the plots."""
-        save(folder, self.model, self.tokenizer)
-        if self.predictions:
-            ctr_report.write_plots(folder, self.predictions)
-
-
-def fit(learner: Epochs, config: CTRTrainConfig, progress: Callable[[str], None]) -> dict[str, float]:
+def fit(
+    epoch: Callable[[int], dict[str, float]],
+    keep: Callable[[], None],
+    config: CTRTrainConfig,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
     """Up to `config.epochs` epochs; stops after `config.patience` of them without a lower validation loss.
 
-    Returns train_loss and validation_loss of the best epoch, its number, and how many epochs and seconds it took.
+    epoch, keep: of a `Learner`. Returns both losses of the best epoch, its number, and how many epochs and seconds it took.
     """
-    started, best, last = monotonic(), {"validation_loss": math.inf}, {}
-    for epoch in range(1, config.epochs + 1):
-        last = learner.epoch(epoch - 1) | {"best_epoch": float(epoch)}
-        line = f"ctr epoch {epoch}/{config.epochs} loss {last['loss']:.5f}"
-        if "validation_loss" not in last:
-            progress(line)
-            continue
-        better = last["validation_loss"] < best["validation_loss"]
-        progress(f"{line} validation {last['validation_loss']:.5f}{' best' if better else ''}")
+    started, best = monotonic(), dict[str, float]()
+    for number in range(1, config.epochs + 1):
+        found = epoch(number - 1) | {"best_epoch": float(number)}
+        validation = found.get("validation_loss")
+        better = not best or validation is None or validation < best["validation_loss"]
+        said = "" if validation is None else f" validation {validation:.5f}{' best' if better else ''}"
+        progress(f"ctr epoch {number}/{config.epochs} loss {found['loss']:.5f}{said}")
         if better:
-            best = last
-            learner.keep()
-        elif epoch - best["best_epoch"] >= config.patience:
-            progress(
-                f"ctr stopped: no better epoch than {best['best_epoch']:.0f} in train.patience = {config.patience}"
-            )
+            best = found
+            if validation is not None:
+                keep()
+        elif number - best["best_epoch"] >= config.patience:
+            best_epoch, patience = f"{best['best_epoch']:.0f}", config.patience
+            progress(f"ctr stopped: no better epoch than {best_epoch} in train.patience = {patience}")
             break
-    best = last if "best_epoch" not in best else best
-    figures = {"train_loss": best["loss"], "best_epoch": best["best_epoch"], "epochs": float(epoch)}
+    figures = {"train_loss": best["loss"], "best_epoch": best["best_epoch"], "epochs": float(number)}
     if "validation_loss" in best:
         figures["validation_loss"] = best["validation_loss"]
     return figures | {"seconds": monotonic() - started}
 
 
-def train(
-    rows: Rows,
-    section: CTRModelSection,
-    config: CTRTrainConfig,
-    *,
-    seed: int,
-    device: str = "cpu",
-    progress: Callable[[str], None] = print,
-) -> tuple[Trained, dict[str, float]]:
-    """One rank in this process: the trained model, and the figures of `fit` and of the held-out rows.
-
-    Raises: Refused where `config.loss` needs impressions that the rows lack; RuntimeError for a non-finite loss.
-    """
-    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
-        learner = Learner(rows, section, config, seed=seed, device=device)
-        figures = fit(learner, config, progress)
-        trained = learner.finish()
-    return trained, trained.metrics | figures
-
-
 class Learner:
-    """One rank of the training. Where `world` > 1 the process group of `rlhf.shards.distributed` must be up on all of them."""
+    """One rank of the training. Of several, all must have the process group of `rlhf.shards.distributed` up."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        section: CTRModelSection,
-        config: CTRTrainConfig,
-        *,
-        seed: int,
-        device: str = "cpu",
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        """Seeds torch's generators: equal seeds give equal weights. Raises: Refused, see `train`."""
+    def __init__(self, rows: Rows, section: CTRModelSection, config: CTRTrainConfig, seed: int, rank: int = 0) -> None:
+        """Seeds torch's generators: equal seeds give equal weights. Raises: Refused, see `uses_binomial`."""
         self.binomial = uses_binomial(rows, config)
-        self.rows, self.config, self.seed, self.device, self.rank, self.world = rows, config, seed, device, rank, world
+        self.rows, self.config, self.seed, self.rank = rows, config, seed, rank
         torch.manual_seed(seed)
         self.model, self.tokenizer = create(rows.train, section)
-        self.model.to(device)
+        self.model.to(config.device)
         for name in config.freeze:
             getattr(self.model, name).requires_grad_(False)
-        self.batches = Batches(self.tokenizer, self.model.config, config, device, rank, world)
+        self.batches = Batches(self.tokenizer, self.model.config, config, rank)
         self.parallel: nn.Module = self.model
-        if world > 1:
-            if device == "cuda":
+        if config.ranks > 1:
+            if config.device == "cuda":
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             # A backbone may have parameters that the model does not read, such as BERT's pooler.
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
             torch.manual_seed(seed_from(seed, "dropout", rank))
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, section, config), weight_decay=config.weight_decay
-        )
+        groups = parameter_groups(self.model, section, config)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.updates, self.steps = 0, config.epochs * self.batches.updates(len(rows.train))
-        self.scaler = torch.amp.GradScaler(device, enabled=config.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(config.device, enabled=config.mixed_precision == "fp16")
         self._best: dict[str, Tensor] | None = None
 
     def epoch(self, index: int) -> dict[str, float]:
-        """All updates of one epoch, then the validation loss. A collective where there are more ranks."""
+        """Train all updates of one epoch. A collective where there are more ranks.
+
+        Returns `loss` and, where there are validation rows, `validation_loss`. Raises: Refused where one is not finite.
+        """
         self.parallel.train()
         for name in self.config.freeze:
             getattr(self.model, name).eval()
@@ -164,10 +105,8 @@ class Learner:
         values = {"loss": torch.tensor(losses).mean()}
         if self.rows.validation:
             values["validation_loss"] = self._validation_loss()
-        if self.world > 1:
-            found = distributed.mean_over_ranks(values, self.device)
-        else:
-            found = {name: value.item() for name, value in values.items()}
+        alone = {name: value.item() for name, value in values.items()}
+        found = distributed.mean_over_ranks(values, self.config.device) if self.config.ranks > 1 else alone
         if not all(map(math.isfinite, found.values())):
             raise Refused(f"epoch {index + 1} of the CTR training gave {found}; lower train.learning_rate")
         return found
@@ -179,7 +118,7 @@ class Learner:
         total = 0.0
         for index, batch in enumerate(update.batches, start=1):
             last = index == update.count
-            with nullcontext() if last or self.world == 1 else self.parallel.no_sync():
+            with nullcontext() if last or self.config.ranks == 1 else self.parallel.no_sync():
                 loss = self._loss(batch, update)
                 self.scaler.scale(loss).backward()
             total += loss.item()
@@ -196,10 +135,10 @@ class Learner:
     def _loss(self, batch: Batch, update: Update) -> Tensor:
         """This batch's part of the update's loss, times the ranks, over which gradients are averaged."""
         precision = _PRECISIONS.get(self.config.mixed_precision)
-        with torch.autocast(self.device, precision, enabled=precision is not None):
+        with torch.autocast(self.config.device, precision, enabled=precision is not None):
             logits = self.parallel(batch.pixels, batch.ids, batch.mask)
         if self.binomial:
-            return binomial_loss(logits.float(), batch.rate, batch.impressions, update.impressions / self.world)
+            return binomial_loss(logits.float(), batch.rate, batch.impressions, update.impressions / self.config.ranks)
         return compound_loss(logits.float().sigmoid(), batch.rate) / update.count
 
     def _validation_loss(self) -> Tensor:
@@ -207,11 +146,11 @@ class Learner:
 
         Of the compound loss only the weighted squares, since its other terms depend on which rows are together.
         """
-        said = self.predict(self.rows.validation[self.rank :: self.world])
+        said = self.predict(self.rows.validation[self.rank :: self.config.ranks])
         if self.binomial:
             views = sum(click.impressions or 0 for click in self.rows.validation)
-            return binomial_loss(said.logit, said.rate, said.impressions, views / self.world)
-        return weighted_squares(said.logit.sigmoid(), said.rate).sum() * self.world / len(self.rows.validation)
+            return binomial_loss(said.logit, said.rate, said.impressions, views / self.config.ranks)
+        return weighted_squares(said.logit.sigmoid(), said.rate).sum() * self.config.ranks / len(self.rows.validation)
 
     @torch.inference_mode()
     def predict(self, clicks: Sequence[Click]) -> Predictions:
@@ -226,23 +165,31 @@ class Learner:
         )
 
     def keep(self) -> None:
-        """Rank 0 copies the weights to memory; they are the same on all ranks."""
+        """Remember the weights: they are the best so far. Rank 0 does, as they are the same on all ranks."""
         if self.rank == 0:
             self._best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
-    def finish(self) -> Trained:
-        """The kept weights (else the last) and their predictions of the held-out rows. For rank 0 alone; no collective."""
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Write the checkpoint of the kept weights (else the last) and the plots of the held-out rows.
+
+        Returns the figures of these rows; none: there are none. For rank 0 alone; no collective.
+        """
         if self._best is not None:
             self.model.load_state_dict(self._best)
-        predictions = self.predict(self.rows.held_out) if self.rows.held_out else None
-        return Trained(model=self.model.eval().cpu(), tokenizer=self.tokenizer, predictions=predictions)
+        save(folder, self.model, self.tokenizer)
+        if not self.rows.held_out:
+            return {}
+        predictions = self.predict(self.rows.held_out)
+        write_plots(folder, predictions)
+        return metrics(predictions)
 
 
 def uses_binomial(rows: Rows, config: CTRTrainConfig) -> bool:
     """What `train.loss` comes to. Raises: Refused where it is "binomial" and impressions are missing."""
-    if config.loss == "binomial" and not rows.counted:
+    counted = all(click.impressions is not None for click in (*rows.train, *rows.validation))
+    if config.loss == "binomial" and not counted:
         raise Refused('train.loss = "binomial" needs the columns impressions and clicks in data.path')
-    return config.loss == "binomial" or (config.loss == "auto" and rows.counted)
+    return config.loss == "binomial" or (config.loss == "auto" and counted)
 
 
 def _factor(step: int, steps: int) -> float:

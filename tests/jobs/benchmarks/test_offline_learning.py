@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jobs import evaluate
-from jobs.benchmarks.offline_learning import Size, all_curves, evaluation, generated_pairs, last, read_pairs
+from jobs.benchmarks.offline_learning import all_curves, evaluation, generated_pairs, read_pairs
 from rlhf.rewards.config import ServeConfig
 from tests.conftest import SERVE_PORT
 from tests.jobs.offline_world import GROCERY, write_grocery
@@ -23,8 +23,8 @@ def test_true_labels_beat_shuffled_ones_and_samples_follow_them(cluster, tmp_pat
         if GROCERY.exists()
         else generated_pairs(tmp_path / "data", 264)
     )
-    curves = all_curves(Size(vae_steps=200, sft_steps=200, dpo_steps=60, every=60), pairs, tmp_path)
-    end = last(curves)
+    curves = all_curves(pairs, tmp_path, base_steps=200, dpo_steps=60, every=60)
+    end = {labels: [curve[-1][1] for curve in runs] for labels, runs in curves.items()}
     assert len(end["true"]) == len(end["shuffled"]) == 3
     assert all(curve[0] == (0, 0.0) for runs in curves.values() for curve in runs), (
         "policy and reference differ at step 0"

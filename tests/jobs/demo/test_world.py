@@ -7,7 +7,8 @@ import pytest
 
 from jobs.demo.world import EVAL, TRAIN, VARIANTS, build, true_rate
 from rlhf.data.media import decode_image
-from rlhf.data.prompts import read_rows
+from rlhf.data.prompts import read_prompts
+from rlhf.types import Geometry
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +18,19 @@ def world(tmp_path_factory):
 
 def test_the_real_readers_accept_it(world):
     metadata = world / "ctr_metadata.csv"
-    train = read_rows(world / "train_metadata.jsonl", item_metadata=metadata).rows
-    held_out = read_rows(world / "eval_metadata.jsonl", item_metadata=metadata).rows
+    train, held_out = (
+        read_prompts(
+            world / f"{name}_metadata.jsonl",
+            "crop",
+            lambda height, width: Geometry(height=height, width=width),
+            item_metadata=metadata,
+        ).prompts
+        for name in ("train", "eval")
+    )
     assert (len(train), len(held_out)) == (TRAIN, EVAL)
-    assert not {row.image_id for row in train} & {row.image_id for row in held_out}
-    assert len({row.images[0].content for row in (*train, *held_out)}) == TRAIN + EVAL
-    assert len({(row.images[0].height, row.images[0].width) for row in train}) > 1 and "" in {
-        row.instruction for row in train
-    }
+    assert not {row.key for row in train} & {row.key for row in held_out}
+    assert len({row.sources[0].content for row in (*train, *held_out)}) == TRAIN + EVAL
+    assert len({row.geometry for row in train}) > 1 and "" in {row.instruction for row in train}
 
 
 def clicks(world, name):

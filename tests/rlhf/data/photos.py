@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rlhf.data.media import decode_image, fit_image
+from rlhf.types import Fit
+
 COLUMNS = ("image_id", "food_name", "food_type", "city_name", "shop_name")
 
 
@@ -14,6 +17,11 @@ def picture(seed: int, height: int = 48, width: int = 40) -> np.ndarray:
     """uint8 (H, W, 3): a smooth random picture."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def load(file: str | Path, height: int, width: int, fit: Fit) -> np.ndarray:
+    """uint8 (H, W, 3) of a picture file at a size."""
+    return fit_image(decode_image(Path(file).read_bytes()), height, width, fit)
 
 
 def write(folder: Path, count: int = 3, size: tuple[int, int] = (48, 40)) -> Path:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.data.audit import prompt_of, read_pairs
-from rlhf.data.batches import CachePlace, batch_of, latents_to_array
-from rlhf.data.cache import commit, read_manifest, write_part
+from rlhf.data.audit import read_pairs, recorded_prompt
+from rlhf.data.batches import batch_of, latents_to_array
+from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.records import BadInput
 from rlhf.data.stream import Visit
 from rlhf.data.work import OnlineWork, RecordedExamples, check_record, is_record, record_size
 from rlhf.runs.folder import Fence, Fenced, RunFolder
 from rlhf.tables import TrainerConfig
-from rlhf.types import CENTRE, Candidate, Cell, Encoded, Geometry, Pair, Prompt, Score, Source, Verdict
+from rlhf.types import Candidate, Cell, Encoded, Geometry, Pair, Prompt, Score, Source, Verdict
 from tests.rlhf.data.test_work import FAMILY, SIZE, number, value
 
 PASSED = Verdict(valid=True, pass_probability=0.75)
@@ -51,26 +51,28 @@ PAIRS = [pair(i) for i in range(4)]
 VALUES = [latents(i, side) for i in range(4) for side in (0, 1)]
 
 
+PRINTS = {"text": "t", "picture": "p"}
+
+
 @pytest.fixture
 def world(tmp_path):
     """A claimed run and the cache of its prompts' encodings."""
-    place = CachePlace(folder=str(tmp_path / "cache"), fingerprints={"text": "t", "picture": "p"})
-    rows, opened = {}, place.open()
+    rows, cache = {}, EncodingCache(tmp_path / "cache", PRINTS)
     for one in PAIRS:
         for encoding in FAMILY.encodings(one.prompt):
             name, shape = ("prompt_embeds", (3, 5)) if encoding.text is not None else ("latents", (4, 2, 2))
-            rows[opened.key(encoding)] = Encoded(tensors={name: torch.full(shape, number(opened.key(encoding)))})
-    commit(place.folder, [write_part(place.folder, rows)])
+            rows[cache.key(encoding)] = Encoded(tensors={name: torch.full(shape, number(cache.key(encoding)))})
+    commit(cache.folder, [write_part(cache.folder, rows)])
     run = RunFolder.claim(tmp_path, "run", "")
-    yield run, place
+    yield run, cache
     run.release()
 
 
 def work(world, ranks=1, **changes) -> OnlineWork:
-    run, place = world
+    run, cache = world
     trainer = TrainerConfig(ranks=ranks, train_batch_size=2, gradient_accumulation_steps=2 // ranks)
     settings = dict(seed=5, save_latents=True) | changes
-    opened = OnlineWork(trainer, place, run.path / "pairs", Fence(path=run.path, epoch=run.epoch), **settings)
+    opened = OnlineWork(trainer, cache, run.path / "pairs", Fence(path=run.path, epoch=run.epoch), **settings)
     opened.open(FAMILY)
     return opened
 
@@ -78,10 +80,10 @@ def work(world, ranks=1, **changes) -> OnlineWork:
 def test_batches_hold_the_pairs_in_order_with_their_conditions(world):
     first, second = work(world).batches(3, 0, PAIRS, VALUES)
     assert first.x0["winner"][:, 0, 0, 0].tolist() == [0, 1] and second.x0["loser"][:, 0, 0, 0].tolist() == [2.25, 3.25]
-    opened = world[1].open()
+    cache = world[1]
     text, source = FAMILY.encodings(PAIRS[2].prompt)
-    assert second.condition["prompt_embeds"][0, 0, 0].item() == value(opened, text)
-    assert second.condition["source_0"][0, 0, 0, 0].item() == value(opened, source)
+    assert second.condition["prompt_embeds"][0, 0, 0].item() == value(cache, text)
+    assert second.condition["source_0"][0, 0, 0, 0].item() == value(cache, source)
 
 
 def test_ranks_write_and_train_on_the_same_as_one(world):
@@ -100,11 +102,11 @@ def test_ranks_write_and_train_on_the_same_as_one(world):
 
 
 def test_the_record_names_everything_that_was_trained_on(world):
-    opened, online = world[1].open(), work(world)
+    cache, online = world[1], work(world)
     online.batches(3, 0, PAIRS, VALUES)
     for i, row in enumerate(read_pairs(world[0].path / "pairs")):
-        assert prompt_of(row) == replace(PAIRS[i].prompt, item={})
-        assert row["encoding_keys"] == [opened.key(encoding) for encoding in FAMILY.encodings(PAIRS[i].prompt)]
+        assert recorded_prompt(row) == replace(PAIRS[i].prompt, item={})
+        assert row["encoding_keys"] == [cache.key(encoding) for encoding in FAMILY.encodings(PAIRS[i].prompt)]
         assert (row["step"], row["cursor"], row["margin"], row["latents_shape"]) == (3, i, 0.25, [4, 2, 2])
         assert (row["winner_version"], row["loser_version"], row["loser_attempt"]) == (7, 10, 3)
         assert row["winner_rewards"] == [("hps", 0.5)] and row["loser_pass_probability"] == 0.75
@@ -120,11 +122,9 @@ class Sized(type(FAMILY)):
         return 4, geometry.height // 8, geometry.width // 8
 
 
-def check(world, geometry=SIZE, family=Sized(), fingerprints=None, known=None):
-    run, place = world
-    encodings = replace(place, fingerprints=fingerprints or place.fingerprints).open()
-    known = read_manifest(place.folder).places if known is None else known
-    check_record(run.path / "pairs", family, encodings, known, place.folder, geometry)
+def check(world, geometry=SIZE, family=Sized(), folder=None, fingerprints=PRINTS):
+    run, cache = world
+    check_record(run.path / "pairs", family, EncodingCache(folder or cache.folder, fingerprints), geometry)
 
 
 def test_a_record_trains_again_on_the_same_latents(world):
@@ -136,15 +136,15 @@ def test_a_record_trains_again_on_the_same_latents(world):
     targets = RecordedExamples(FAMILY, folder, ("target",))
     assert examples.block_sizes == (4,)
     for i in range(4):
-        visit = Visit(row=i, mirrored=False, blank=False, crop=CENTRE)
-        again = examples.encoded(visit, world[1].open())
+        visit = Visit(row=i)
+        again = examples.encoded(visit, world[1].row)
         batch = batch_of(FAMILY, [again], seed=0, step=1, first_index=0)
         for role in ("winner", "loser"):
             assert torch.equal(batch.x0[role][0], online[i // 2].x0[role][i % 2])
         assert all(
             torch.equal(batch.condition[name][0], online[i // 2].condition[name][i % 2]) for name in batch.condition
         )
-        assert torch.equal(targets.encoded(visit, world[1].open()).x0["target"], again.x0["winner"])
+        assert torch.equal(targets.encoded(visit, world[1].row).x0["target"], again.x0["winner"])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_record_trains_again_on_the_same_latents(world):
             "are 16 × 16 × 1, but model.height × width × frames is 16 × 32 × 1",
         ),
         ({"fingerprints": {"text": "t", "picture": "other"}}, "encoding_keys", "were made by another model"),
-        ({"known": ()}, "encoding_keys", "are not all in data.cache"),
+        ({"folder": "none"}, "encoding_keys", "are not all in data.cache"),
     ],
 )
 def test_a_record_that_this_model_cannot_train_on_is_refused_pair_by_pair(world, asked, field, what):

@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from rlhf.data import cache
-from rlhf.data.cache import CacheError, EncodingCache, commit, encoding_key, read_manifest, write_part
+from rlhf.data.cache import CacheError, EncodingCache, commit, read_manifest, write_part
 from rlhf.types import Encoded, Encoding, Geometry, Source
 
 
 def read(reader: EncodingCache, *keys: str) -> dict[str, torch.Tensor]:
     """The tensors of several rows together."""
-    return {name: tensor for key in keys for name, tensor in reader.row(key).items()}
+    return {name: tensor for key in keys for name, tensor in reader.read(key).items()}
+
+
+def key_of(encoding: Encoding, fingerprint: str) -> str:
+    return EncodingCache("", {encoding.kind: fingerprint}).key(encoding)
 
 
 def row(tensors: dict[str, torch.Tensor], unknown: float | None = None) -> Encoded:
@@ -49,9 +53,9 @@ def folder(tmp_path) -> Path:
 
 
 def test_rows_come_back_exactly(folder):
-    reader = EncodingCache(folder)
+    reader = EncodingCache(folder, {})
     for key, want in {"a": text_row(0), "b": text_row(1), "x": source_row(2), "y": source_row(3)}.items():
-        found = reader.row(key)
+        found = reader.read(key)
         assert found.keys() == want.keys()
         assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], want[name]) for name in want)
 
@@ -62,14 +66,14 @@ def test_every_bit_pattern_survives(tmp_path, dtype):
     tensor = torch.cat([bits, bits, bits, bits]).view(dtype)  # NaNs, infinities, subnormals and −0 included
     scalar = {"one": torch.tensor(3, dtype=dtype)}
     commit(tmp_path, [write_part(tmp_path, {"t": row({"values": tensor}), "s": row(scalar)})])
-    back = read(EncodingCache(tmp_path), "t", "s")
+    back = read(EncodingCache(tmp_path, {}), "t", "s")
     assert back["values"].dtype == dtype and back["values"].shape == tensor.shape
     assert torch.equal(back["values"].view(torch.int16), tensor.view(torch.int16))
     assert back["one"].tolist() == 3
 
 
 def test_what_is_returned_may_be_written_to_without_touching_the_cache(folder):
-    reader = EncodingCache(folder)
+    reader = EncodingCache(folder, {})
     read(reader, "a", "x")["prompt_embeds"].zero_()
     assert torch.equal(read(reader, "a", "x")["prompt_embeds"], text_row(0)["prompt_embeds"])
 
@@ -82,11 +86,11 @@ def test_an_unsupported_dtype_is_refused(tmp_path):
 
 def test_a_row_that_is_not_there(folder):
     with pytest.raises(CacheError, match=r"row z is not in the cache .*; start again"):
-        read(EncodingCache(folder), "a", "z")
+        read(EncodingCache(folder, {}), "a", "z")
 
 
 def test_a_reader_sees_what_is_committed_after_it_started(folder):
-    reader = EncodingCache(folder)
+    reader = EncodingCache(folder, {})
     read(reader, "a", "x")
     commit(folder, [write_part(folder, {"z": row(source_row(9))})])
     assert torch.equal(read(reader, "a", "z")["source_latents"], source_row(9)["source_latents"])
@@ -96,7 +100,7 @@ def test_a_crash_before_the_manifest_leaves_a_usable_cache(folder):
     write_part(folder, {"z": row(source_row(9))})
     (folder / ".part-half").write_bytes(b"ARROW1")
     assert set(read_manifest(folder).places) == {"a", "b", "x", "y"}
-    read(EncodingCache(folder), "a", "x", "b", "y")
+    read(EncodingCache(folder, {}), "a", "x", "b", "y")
 
 
 def test_a_crash_while_the_manifest_is_written_keeps_the_old_one(folder, monkeypatch):
@@ -132,15 +136,15 @@ def test_rows_of_a_damaged_file_are_missing_and_the_others_are_not(folder, damag
         file.write_bytes(file.read_bytes()[:-100])
     assert set(read_manifest(folder).places) == {"a", "b"}
     with pytest.raises(CacheError, match="row x is not in the cache"):
-        read(EncodingCache(folder), "a", "x")
+        read(EncodingCache(folder, {}), "a", "x")
     commit(folder, [write_part(folder, {"x": row(source_row(2)), "y": row(source_row(3))})])
-    read(EncodingCache(folder), "a", "x")
+    read(EncodingCache(folder, {}), "a", "x")
 
 
 def test_a_file_cut_short_after_the_manifest_was_read(folder):
-    reader = EncodingCache(folder)
+    reader = EncodingCache(folder, {})
     read(reader, "a", "x")
-    fresh = EncodingCache(folder)
+    fresh = EncodingCache(folder, {})
     fresh._manifest = read_manifest(folder)
     file = folder / read_manifest(folder).places["x"].file
     file.write_bytes(file.read_bytes()[:-100])
@@ -156,7 +160,7 @@ def test_every_flipped_byte_of_a_row_is_an_error_or_harmless(folder):
     for position in range(0, len(good), 7):
         path.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
         try:
-            condition = read(EncodingCache(folder), "a", "x")
+            condition = read(EncodingCache(folder, {}), "a", "x")
         except CacheError as error:
             assert "delete it and start again" in str(error)
             found += 1
@@ -209,13 +213,14 @@ def test_files_of_another_schema_are_refused(folder, foreign):
     document["files"][path.name] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(CacheError, match="does not have the cache's schema"):
-        read(EncodingCache(folder), "a", "x")
+        read(EncodingCache(folder, {}), "a", "x")
 
 
-def test_files_are_let_go(tmp_path):
+def test_files_are_let_go(tmp_path, monkeypatch):
     for i in range(10):
         commit(tmp_path, [write_part(tmp_path, {f"t{i}": row(text_row(i)), f"s{i}": row(source_row(i))})])
-    reader = EncodingCache(tmp_path, open_files=3)
+    monkeypatch.setattr(cache, "OPEN_FILES", 3)
+    reader = EncodingCache(tmp_path, {})
     for _ in range(2):
         for i in range(10):
             condition = read(reader, f"t{i}", f"s{i}")
@@ -235,7 +240,7 @@ def test_a_read_touches_only_its_rows(tmp_path):
 
 def _peak_of_a_read(folder: str) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read(EncodingCache(folder), "a", "x")
+    read(EncodingCache(folder, {}), "a", "x")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
@@ -252,7 +257,7 @@ def test_two_writers_at_once_lose_nothing(tmp_path):
 
 def test_the_folder_can_be_moved(folder, tmp_path):
     shutil.move(folder, tmp_path / "moved")
-    read(EncodingCache(tmp_path / "moved"), "a", "x")
+    read(EncodingCache(tmp_path / "moved", {}), "a", "x")
 
 
 def test_keys_depend_on_everything_that_goes_in_and_not_on_where_a_medium_lies():
@@ -273,13 +278,13 @@ def test_keys_depend_on_everything_that_goes_in_and_not_on_where_a_medium_lies()
             for change in ({"height": 16}, {"width": 32}, {"height": 16, "width": 32}, {"frames": 2})
         ),
     ]
-    keys = {encoding_key(encoding, "f") for encoding in (base, *others)} | {encoding_key(base, "g")}
+    keys = {key_of(encoding, "f") for encoding in (base, *others)} | {key_of(base, "g")}
     assert len(keys) == len(others) + 2 and all(len(key) == 32 for key in keys)
-    assert encoding_key(replace(base, sources=(replace(source, path="/there"),)), "f") == encoding_key(base, "f")
+    assert key_of(replace(base, sources=(replace(source, path="/there"),)), "f") == key_of(base, "f")
 
 
 def test_the_order_of_sources_matters():
     first, second = Source(path="", content="a"), Source(path="", content="b")
     size = (Geometry(height=16, width=16),) * 2
     one, other = (Encoding(kind="k", sources=s, geometries=size) for s in ((first, second), (second, first)))
-    assert encoding_key(one, "f") != encoding_key(other, "f")
+    assert key_of(one, "f") != key_of(other, "f")

@@ -10,8 +10,9 @@ import pytest
 from rlhf.data.examples import blocks_of, check_block, gather, read_index, write_index
 from rlhf.data.sources import file_bytes, read_column
 from rlhf.data.stream import Visit
+from rlhf.data.work import IndexedExamples
 from rlhf.errors import Refused
-from rlhf.types import CENTRE, Geometry
+from rlhf.types import Geometry
 from tests.rlhf.data.pair_tables import png, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
@@ -35,7 +36,7 @@ def check(file, **needs):
 
 def files_of(pair, index):
     """The bytes of a pair's pictures by role, read as for encoding."""
-    example = index.example(pair, Visit(row=0, mirrored=False, blank=False, crop=CENTRE), SIZE, pair.roles)
+    example = IndexedExamples(None, index, SIZE, pair.roles).example(Visit(row=0), pair)
     sources = dict(zip(["source"], example.prompt.sources, strict=False))
     return {role: file_bytes(source, read_column) for role, source in {**example.targets, **sources}.items()}
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlhf.data.media import fit_image, load_image
+from rlhf.data.media import fit_image
+from tests.rlhf.data import photos
 
 
 def halves(height: int, width: int, axis: int) -> np.ndarray:
@@ -55,4 +56,4 @@ def test_an_unknown_fit_is_an_error():
 
 def test_load_reads_a_file(tmp_path):
     Image.fromarray(halves(20, 40, axis=1)).save(tmp_path / "a.png")
-    assert np.array_equal(load_image(tmp_path / "a.png", 20, 40, "crop"), halves(20, 40, axis=1))
+    assert np.array_equal(photos.load(tmp_path / "a.png", 20, 40, "crop"), halves(20, 40, axis=1))

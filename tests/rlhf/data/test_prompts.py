@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlhf.data.prompts import PromptStream, read_rows
+from rlhf.data.prompts import PromptStream, read_prompts
 from rlhf.data.records import BadInput
 from rlhf.types import Geometry, Prompt
 from tests.rlhf.data import photos
@@ -25,10 +25,15 @@ def row(image_id="1", prompt="edit 1", image="images/1.png", **more) -> dict:
     return {"image_id": image_id, "prompt": prompt, "image": image, **more}
 
 
+def read(file: Path, **options):
+    """The prompts of a file, each of the size of its first source."""
+    return read_prompts(file, "crop", lambda height, width: Geometry(height=height, width=width), **options)
+
+
 def found(folder: Path, **options) -> list[str]:
     """The message's lines, without the folder's own path."""
     with pytest.raises(BadInput) as caught:
-        read_rows(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", **options)
+        read(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", **options)
     head, *lines = str(caught.value).splitlines()
     count = len(caught.value.problems)
     assert head == (f"the input has {count} problems:" if count > 1 else "the input has 1 problem:")
@@ -43,26 +48,26 @@ def only(folder: Path, **options) -> str:
 
 def test_good_rows(folder):
     (folder / "ctr_metadata.csv").write_text((folder / "ctr_metadata.csv").read_text(), encoding="utf-8-sig")
-    result = read_rows(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv")
-    assert [r.image_id for r in result.rows] == ["0", "1", "2"] and result.left_out == () and result.report() == ""
-    first = result.rows[0]
+    result = read(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv")
+    assert [r.key for r in result.prompts] == ["0", "1", "2"] and result.left_out == () and result.report() == ""
+    first = result.prompts[0]
     assert first.item == {"food_name": "food 0", "food_type": "type", "city_name": "上海", "shop_name": "shop, the"}
-    [image] = first.images
-    assert (first.instruction, image.height, image.width) == ("edit 0", 48, 40)
+    [image] = first.sources
+    assert (first.instruction, first.geometry) == ("edit 0", Geometry(height=48, width=40))
     assert image.path == str((folder / "images/0.png").resolve())
-    assert len({r.images[0].content for r in result.rows}) == 3
-    assert read_rows(folder / "train_metadata.jsonl").rows[0].item == {}
+    assert len({r.sources[0].content for r in result.prompts}) == 3
+    assert read(folder / "train_metadata.jsonl").prompts[0].item == {}
 
 
 def test_bom_blank_lines_windows_line_ends_and_further_fields_are_fine(folder):
     text = "\r\n".join([json.dumps(row(prompt="", extra=[1])), "", "  "])
     (folder / "train_metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [r.instruction for r in read_rows(folder / "train_metadata.jsonl").rows] == [""]
+    assert [r.instruction for r in read(folder / "train_metadata.jsonl").prompts] == [""]
 
 
 def test_another_prompt_column(folder):
     photos.write_rows(folder, [{"image_id": "1", "caption": "hello", "image": "images/1.png"}])
-    assert read_rows(folder / "train_metadata.jsonl", prompt_column="caption").rows[0].instruction == "hello"
+    assert read(folder / "train_metadata.jsonl", prompt_column="caption").prompts[0].instruction == "hello"
     line = only(folder)
     assert line.startswith("train_metadata.jsonl:1: prompt: is missing; ") and "data.prompt_column" in line
 
@@ -195,12 +200,12 @@ def test_path_outside_the_data_root(folder, kind):
 def test_links_and_absolute_paths_inside_the_data_root_are_fine(folder):
     (folder / "link.png").symlink_to(folder / "images/1.png")
     photos.write_rows(folder, [row(image="link.png"), row("2", image=str(folder / "images/2.png"))])
-    assert len(read_rows(folder / "train_metadata.jsonl").rows) == 2
+    assert len(read(folder / "train_metadata.jsonl").prompts) == 2
 
 
 def test_the_data_root_may_itself_be_a_link(folder):
     (folder.parent / "alias").symlink_to(folder)
-    assert len(read_rows(folder.parent / "alias/train_metadata.jsonl").rows) == 3
+    assert len(read(folder.parent / "alias/train_metadata.jsonl").prompts) == 3
 
 
 @pytest.mark.parametrize("image", ["\x00", "a" * 5000])
@@ -269,8 +274,8 @@ def test_all_problems_come_in_one_message_in_the_order_of_the_files(folder):
 
 def test_skip_goes_on_with_the_good_rows_and_says_what_was_left_out(folder):
     photos.write_rows(folder, [row("0", image="images/0.png"), "{", row(), row(), row("9", image="images/2.png")])
-    result = read_rows(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", on_bad_row="skip")
-    assert [r.image_id for r in result.rows] == ["0", "1"]
+    result = read(folder / "train_metadata.jsonl", item_metadata=folder / "ctr_metadata.csv", on_bad_row="skip")
+    assert [r.key for r in result.prompts] == ["0", "1"]
     assert [problem.line for problem in result.left_out] == [2, 4, 5]
     report = result.report().splitlines()
     assert report[0] == "left out: 3 problems; going on with 2 rows" and len(report) == 4
@@ -284,14 +289,8 @@ def test_skip_does_not_go_on_with_nothing(folder):
 def test_reading_in_threads_leaves_the_warning_filters_as_they_were(folder):
     before = list(warnings.filters)
     for _ in range(20):
-        read_rows(folder / "train_metadata.jsonl")
+        read(folder / "train_metadata.jsonl")
     assert warnings.filters == before
-
-
-def test_progress_counts_pictures(folder):
-    seen = []
-    read_rows(folder / "train_metadata.jsonl", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def prompts(count: int) -> list[Prompt]:

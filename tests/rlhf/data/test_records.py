@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf.data.checks import check, check_file
-from rlhf.data.formats import FORMATS, ROWS_PER_BLOCK
-from rlhf.data.records import BadInput, Field, Problem, Record, blocks_of, read_block
+from rlhf.data.formats import FORMATS, ROWS_PER_BLOCK, blocks_of, read_block
+from rlhf.data.records import BadInput, Field, Problem, Record
 from tests.rlhf.data.pair_tables import png
 
 FIELDS = (
@@ -334,14 +334,6 @@ def test_a_field_that_is_missing_and_every_problem_of_a_record(tmp_path):
     values, problems = check(record, FIELDS)
     assert not values and [problem.field for problem in problems] == ["id", "text", "rate", "image"]
     assert problems[0].remedy == 'add "id": "10001"'
-
-
-def test_progress_counts_the_rows_of_all_blocks_to_the_end(folder):
-    file = write(folder, ".jsonl", [row(number) for number in range(70)])
-    file.write_text(file.read_text() + "\n\n")
-    seen: list[tuple[int, int]] = []
-    check_file(file, FIELDS, key="", otherwise="", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [*((done, 72) for done in range(1, 71)), (72, 72)]
 
 
 def test_pictures_may_lie_below_another_root(folder):

@@ -9,13 +9,19 @@ import xxhash
 
 from rlhf.data.batches import check_buckets
 from rlhf.data.examples import blocks_of, check_block, gather, read_index, write_index
-from rlhf.data.prompts import prompts_of, read_rows
+from rlhf.data.prompts import read_prompts
 from rlhf.data.records import BadInput
 from rlhf.data.sources import open_source, seen_source
 from rlhf.data.stream import Visit
+from rlhf.data.work import IndexedExamples
 from rlhf.errors import Refused
 from rlhf.types import Geometry, Prompt, Source
 from tests.rlhf.data.pair_tables import png
+
+
+def sized(height: int, width: int) -> Geometry:
+    return Geometry(height=height, width=width)
+
 
 SIZE = Geometry(height=16, width=16)
 VISIT = Visit(row=0, mirrored=True, blank=False, crop=(0.5, 0.5))
@@ -47,7 +53,8 @@ def test_a_pair_has_its_sources_in_their_order_through_the_index(folder):
     assert not problems
     write_index(folder / "index.arrow", index)
     for found in (index, read_index(folder / "index.arrow")):
-        prompts = [found.example(pair, VISIT, SIZE, ("winner",)).prompt for pair in found.preferences(3)]
+        examples = IndexedExamples(None, found, SIZE, ("winner",))
+        prompts = [examples.example(VISIT, pair).prompt for pair in found.preferences(3)]
         assert [[s.content for s in p.sources] for p in prompts] == [
             contents(folder, *some) for some in ((3, 2), (4,), (5,))
         ]
@@ -82,7 +89,7 @@ def test_a_prompt_has_one_image_or_several_and_the_size_of_the_first(folder, end
     else:
         rows[1]["image"] = "4.png"
         file.write_text("\n".join(map(json.dumps, rows)))
-    found = prompts_of(read_rows(file).rows, "pad", lambda height, width: Geometry(height=height, width=width))
+    found = read_prompts(file, "pad", sized).prompts
     assert [[s.content for s in prompt.sources] for prompt in found] == [contents(folder, 3, 2), contents(folder, 4)]
     assert [(p.geometry.height, p.geometry.width) for p in found] == [(40, 32), (24, 32)]
     assert {source.fit for prompt in found for source in prompt.sources} == {"pad"}
@@ -91,7 +98,7 @@ def test_a_prompt_has_one_image_or_several_and_the_size_of_the_first(folder, end
 def test_a_prompt_without_any_image_is_refused(folder):
     (folder / "prompts.jsonl").write_text(json.dumps({"image_id": "a", "prompt": "x", "image": []}))
     with pytest.raises(BadInput, match="image: is empty"):
-        read_rows(folder / "prompts.jsonl")
+        read_prompts(folder / "prompts.jsonl", "crop", sized)
 
 
 def test_a_picture_is_no_video_but_judges_and_eyes_may_see_it(folder):

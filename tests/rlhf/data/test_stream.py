@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from rlhf.data.stream import PairStream, permutation
+from rlhf.tables import PairDataConfig
 
 SIZES = (5, 0, 7, 3, 9, 1, 8)
 COUNT = sum(SIZES)
 
 
-def stream(**changes):
-    return PairStream(**{"block_sizes": SIZES, "window": 2, "seed": 3, **changes})
+def stream(window=2, **changes):
+    data = {"path": "pairs", "latents": "on_the_fly", "caption_dropout": 0.0, "shuffle_blocks": window} | changes
+    return PairStream(block_sizes=SIZES, data=PairDataConfig(**data), seed=3)
 
 
 def test_permutations_are_permutations_and_do_not_change_with_a_library():
@@ -46,9 +48,9 @@ def test_a_window_holds_no_more_than_its_blocks():
 
 
 def test_draws_follow_from_seed_and_place_and_have_their_shares():
-    pairs = stream(caption_dropout=0.2, random_crop=True)
+    pairs = stream(caption_dropout=0.2, crop="random")
     draws = [pairs[i] for i in range(8000)]
-    assert draws[77] == stream(caption_dropout=0.2, random_crop=True)[77] != draws[78]
+    assert draws[77] == stream(caption_dropout=0.2, crop="random")[77] != draws[78]
     assert np.mean([visit.mirrored for visit in draws]) == pytest.approx(0.5, abs=0.02)
     assert np.mean([visit.blank for visit in draws]) == pytest.approx(0.2, abs=0.02)
     crops = np.array([visit.crop for visit in draws])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.data.batches import CachePlace, HandedEncodings, batch_of, draws
-from rlhf.data.cache import commit, write_part
+from rlhf.data.batches import batch_of, draws
+from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.examples import blocks_of, check_block, gather, write_index
 from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
@@ -71,28 +71,27 @@ def number(key: str) -> float:
 
 def filled(folder, examples):
     """A cache whose every row holds its key's number."""
-    place = CachePlace(folder=str(folder), fingerprints={"text": "t", "picture": "p"})
-    opened, rows = place.open(), {}
+    cache, rows = EncodingCache(folder, {"text": "t", "picture": "p"}), {}
     for i in range(len(examples.index)):
         for mirrored in (False, True):
             for blank in (False, True):
                 for encoding in examples.encodings(visit(i, mirrored, blank)):
-                    key = opened.key(encoding)
+                    key = cache.key(encoding)
                     name, shape = ("prompt_embeds", (3, 5)) if encoding.text is not None else ("latents", (4, 2, 2))
                     rows[key] = Encoded(tensors={name: torch.full(shape, number(key))})
     commit(folder, [write_part(folder, rows)])
-    return place
+    return cache
 
 
-def value(encodings, encoding) -> float:
-    return pytest.approx(number(encodings.key(encoding)))
+def value(cache, encoding) -> float:
+    return pytest.approx(number(cache.key(encoding)))
 
 
 def test_roles_follow_the_label_and_mirrored_pairs_are_other_rows(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i, label=i % 2) for i in range(4)]))
-    encodings = filled(tmp_path / "cache", examples).open()
+    cache = filled(tmp_path / "cache", examples)
     for v in (visit(0), visit(1), visit(1, mirrored=True), visit(3, blank=True)):
-        encoded = examples.encoded(v, encodings)
+        encoded = examples.encoded(v, cache.row)
         pair = examples.index[v.row]
         pictures = pair.pictures(examples.index.blocks[pair.block])
         assert (pictures["winner"].cell.column == "jpg_0") == (v.row % 2 == 1)
@@ -100,9 +99,9 @@ def test_roles_follow_the_label_and_mirrored_pairs_are_other_rows(tmp_path):
             x0 = encoded.x0[role]
             assert x0.shape == (4, 2, 2) and x0.dtype == torch.float32
             shown = replace(pictures[role], mirrored=v.mirrored)
-            assert x0[0, 0, 0].item() == value(encodings, FAMILY.target(shown, SIZE))
+            assert x0[0, 0, 0].item() == value(cache, FAMILY.target(shown, SIZE))
         text = Encoding(kind="text", text="" if v.blank else f"a dish {v.row}")
-        assert encoded.rows[0]["prompt_embeds"][0, 0].item() == value(encodings, text)
+        assert encoded.rows[0]["prompt_embeds"][0, 0].item() == value(cache, text)
 
 
 def test_a_target_is_what_is_preferred_and_no_loser_is_touched(tmp_path):
@@ -116,29 +115,29 @@ def test_a_target_is_what_is_preferred_and_no_loser_is_touched(tmp_path):
 
 def test_edit_families_get_the_source_mirrored_with_its_pair(tmp_path):
     examples = examples_of(write_jsonl(tmp_path, 2, source=True), needs_source=True)
-    encodings = filled(tmp_path / "cache", examples).open()
-    plain, mirrored = (examples.encoded(visit(1, way), encodings).rows[1]["latents"] for way in (False, True))
+    cache = filled(tmp_path / "cache", examples)
+    plain, mirrored = (examples.encoded(visit(1, way), cache.row).rows[1]["latents"] for way in (False, True))
     (source,) = examples.example(visit(1)).prompt.sources
-    assert plain[0, 0, 0].item() == value(encodings, FAMILY.target(source, SIZE))
-    assert mirrored[0, 0, 0].item() == value(encodings, FAMILY.target(replace(source, mirrored=True), SIZE))
+    assert plain[0, 0, 0].item() == value(cache, FAMILY.target(source, SIZE))
+    assert mirrored[0, 0, 0].item() == value(cache, FAMILY.target(replace(source, mirrored=True), SIZE))
     assert not torch.equal(plain, mirrored)
 
 
 def test_handed_rows_take_the_place_of_cached_ones_and_texts_stay(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(3)]))
-    cached = filled(tmp_path / "cache", examples).open()
+    cache = filled(tmp_path / "cache", examples)
     _, *pictures = examples.encodings(visit(2))
     rows = {encoding: {"latents": torch.full((4, 2, 2), float(i))} for i, encoding in enumerate(pictures)}
-    encoded = examples.encoded(visit(2), HandedEncodings(rows, cached))
+    encoded = examples.encoded(visit(2), lambda encoding: rows[encoding] if encoding in rows else cache.row(encoding))
     assert [encoded.x0[role][0, 0, 0].item() for role in PAIR] == [0, 1]
-    text = examples.encoded(visit(2), cached).rows[0]["prompt_embeds"]
+    text = examples.encoded(visit(2), cache.row).rows[0]["prompt_embeds"]
     assert torch.equal(encoded.rows[0]["prompt_embeds"], text)
 
 
 def test_a_batch_has_the_noise_of_its_indices(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(3)]))
-    encodings = filled(tmp_path / "cache", examples).open()
-    encoded = [examples.encoded(visit(i), encodings) for i in (0, 2)]
+    cache = filled(tmp_path / "cache", examples)
+    encoded = [examples.encoded(visit(i), cache.row) for i in (0, 2)]
     batch = batch_of(FAMILY, encoded, seed=5, step=3, first_index=4)
     t, noise = draws(RectifiedFlow(), seed=5, step=3, indices=range(4, 6), shape=(4, 2, 2))
     assert torch.equal(batch.t, t) and torch.equal(batch.noise, noise)
@@ -147,8 +146,8 @@ def test_a_batch_has_the_noise_of_its_indices(tmp_path):
 
 def test_examples_of_two_buckets_are_no_batch(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(2)]))
-    encodings = filled(tmp_path / "cache", examples).open()
-    first, second = (examples.encoded(visit(i), encodings) for i in range(2))
+    cache = filled(tmp_path / "cache", examples)
+    first, second = (examples.encoded(visit(i), cache.row) for i in range(2))
     with pytest.raises(AssertionError, match="one bucket"):
         batch_of(FAMILY, [first, replace(second, bucket="other")], seed=0, step=1, first_index=0)
 

@@ -88,12 +88,8 @@ def test_a_config_that_cannot_be_used_is_refused_with_its_file_and_key(changes, 
 
 
 def walk(process: DDPM, noise: torch.Tensor) -> torch.Tensor:
-    """A solver followed with a stand-in for a network."""
-    solver = process.solver(5, 4, noise.device)
-    x = solver.begin(noise)
-    for i, t in enumerate(solver.times):
-        x = solver.step(x, i, torch.tanh(solver.x_t(x, i) + t.float()))
-    return x
+    """A sample with a stand-in for a network."""
+    return process.sample(lambda x_t, t, i: torch.tanh(x_t + t.float()), noise, 5, 4)
 
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "SASolverScheduler"])

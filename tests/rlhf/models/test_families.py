@@ -14,20 +14,20 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from rlhf.data.batches import CachedEncodings, HandedEncodings, condition_of, unguided_of
-from rlhf.data.cache import EncodingCache, commit, encoding_key, write_part
+from rlhf.data.batches import condition_of, unguided_of
+from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.fingerprint import fingerprints
 from rlhf.diffusion.objectives import SFT
 from rlhf.errors import Refused
 from rlhf.models import FAMILIES, load_family
+from rlhf.models.family import sample_batch
 from rlhf.models.folder import LORA_FILE, load_modules
-from rlhf.models.sampling import sample_batch
-from rlhf.models.trainable import ADAPTER, load_for_sampling
+from rlhf.models.trainable import ADAPTER, load_for_sampling, owner
 from rlhf.shards import buffers, distributed
 from rlhf.shards.files import SafetensorsFolder
 from rlhf.tables import ModelTable, SamplingTable, TrainerConfig
 from rlhf.training.trainer import Trainer
-from rlhf.types import POLICY, REFERENCE, Batch, Geometry, Source, evenly_weighted, noise_from
+from rlhf.types import POLICY, REFERENCE, Batch, Geometry, Source, noise_from
 from tests import encoded, worlds
 
 GEOMETRY = Geometry(height=48, width=32)
@@ -74,7 +74,7 @@ def conditions_of(family, count: int):
     prompts = prompts_of(family, count)
     others = [prompt for prompt in map(family.unguided, prompts) if prompt is not None]
     rows = rows_of(family, (e for prompt in (*prompts, *others) for e in family.encodings(prompt)), count)
-    handed = HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
+    handed = encoded.tensors_of(rows)
     return condition_of(family, handed, prompts), unguided_of(family, handed, prompts, None)
 
 
@@ -92,7 +92,7 @@ def pairs_of(family, count: int) -> Batch:
         condition=conditions_of(family, count)[0],
         t=torch.tensor([family.process.draw_t(seed) for seed in range(count)]),
         noise=noise_from(3, shape),
-        weight=evenly_weighted(x0),
+        weight={role: torch.ones(count) for role in x0},
     )
 
 
@@ -229,14 +229,13 @@ def test_a_condition_is_made_row_by_row(folders, kind):
 def test_conditions_go_through_the_cache(folders, kind, tmp_path):
     family = worlds.family(folders[kind], kind=kind)
     prompts, found, _ = encodings_of(family, 3)
-    rows, prints = rows_of(family, (e for some in found for e in some), 3), fingerprints(family)
-    keyed = {encoding_key(encoding, prints[encoding.kind]): row for encoding, row in rows.items()}
+    rows, cache = rows_of(family, (e for some in found for e in some), 3), EncodingCache(tmp_path, fingerprints(family))
+    keyed = {cache.key(encoding): row for encoding, row in rows.items()}
     assert len(keyed) == len(rows), "two encodings under one key"
     commit(tmp_path, [write_part(tmp_path, keyed)])
-    order, handed = [1, 0], HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
+    order, handed = [1, 0], encoded.tensors_of(rows)
     expected = condition_of(family, handed, prompts)
-    cached = CachedEncodings(EncodingCache(tmp_path), prints)
-    again = condition_of(family, cached, [prompts[i] for i in order])
+    again = condition_of(family, cache.row, [prompts[i] for i in order])
     assert again.keys() == expected.keys()
     assert all(torch.equal(again[name], expected[name][order]) for name in expected)
 
@@ -414,7 +413,9 @@ def save_and_restore(mesh, path, kind, how, batch, folder):
     for trainer in (first, second):
         metrics = trainer.step([share(mesh, batch)])
         state = {
-            f"{file}/{name}": rows.clone() for file, rows_of in trainer._state().items() for name, _, rows in rows_of
+            f"{file}/{shard.name}": shard.rows.clone()
+            for file, shards in trainer._state()[0].items()
+            for shard in shards
         }
         results.append((state, metrics))
     return results
@@ -532,8 +533,9 @@ def test_a_full_export_loads_in_diffusers(trained, folders, kind):
 def beginning(mesh, family, kind, how):
     config, trainable = TrainerConfig(learning_rate=1e-3), worlds.trainable(how, family, kind)
     trainer = Trainer(family=family, config=config, trainable=trainable, objective=SFT(), mesh=mesh, seed=1)
-    stored = trainable.stored(trainer.policy)
-    return {stored[name]: p.full_tensor() for name, p in trainer.policy.named_parameters() if not ADAPTER.search(name)}
+    return {
+        owner(name)[1]: p.full_tensor() for name, p in trainer.policy.named_parameters() if not ADAPTER.search(name)
+    }
 
 
 @HOW
@@ -544,7 +546,7 @@ def test_training_can_begin_with_a_trained_folder(trained, one_rank, folders, ki
     (begun,) = one_rank.run(beginning, load_family(model), kind, how)
     saved = SafetensorsFolder(folder)
     exported = {name: saved.rows(name, 0, tensor.shape[0], tensor.shape) for name, tensor in begun.items()}
-    assert begun.keys() == saved.names()
+    assert begun.keys() == saved.where.keys()
     assert all(torch.equal(begun[name], exported[name].to(begun[name].dtype)) for name in begun)
 
 
@@ -585,7 +587,7 @@ def test_a_lora_export_loads_in_the_pipeline_with_no_unmatched_key(trained, fold
     assert all(torch.equal(loaded[name].bfloat16(), weights[name]) for name in weights)
     layers = {f"{family.denoiser_folder}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name=POLICY)}
     pipeline.save_lora_weights(tmp_path, **layers)
-    saved, again = (SafetensorsFolder(place / LORA_FILE).names() for place in (folder, tmp_path))
+    saved, again = (SafetensorsFolder(place / LORA_FILE).where.keys() for place in (folder, tmp_path))
     assert saved == again, "diffusers names them otherwise"
     if how == "lora_modules":
         load_modules(denoiser, folder)

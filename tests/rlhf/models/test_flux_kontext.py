@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rlhf.errors import Refused
+from rlhf.models.family import sample_batch
 from rlhf.models.flux_kontext import pack, position_ids, unpack
-from rlhf.models.sampling import sample_batch
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, noise_from
 from tests.encoded import condition_of, encode, latents_of, through_the_vae
@@ -150,3 +150,11 @@ def test_a_sampler_may_tell_the_network_another_scale(kontext):
         for scale in (None, 3.5, 1.5)
     )
     assert torch.equal(default, same) and not torch.equal(default, other)
+
+
+def test_auto_size_follows_the_aspect(kontext):
+    made = family(kontext)
+    assert made.nearest_size(1312, 784) == (1328, 800)  # what the pipeline's _auto_resize does to this picture
+    assert made.nearest_size(500, 500) == (1024, 1024)
+    assert made.nearest_size(600, 900) == (832, 1248)
+    assert made.nearest_size(10, 1000) == (672, 1568) and made.nearest_size(1000, 10) == (1568, 672)

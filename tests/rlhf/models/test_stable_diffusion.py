@@ -9,8 +9,9 @@ import diffusers
 import pytest
 import torch
 
+from rlhf.diffusion.ddpm import row_generators
 from rlhf.errors import Refused
-from rlhf.models.sampling import sample_batch
+from rlhf.models.family import sample_batch
 from rlhf.models.stable_diffusion import StableDiffusion
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.tables import SamplingTable
@@ -125,9 +126,8 @@ def test_an_ancestral_schedulers_noise_is_the_pipelines_when_given_our_generator
     changes = {"_class_name": "EulerAncestralDiscreteScheduler"}
     swapped = copy(folders[False, "epsilon"], tmp_path / "model", "scheduler/scheduler_config.json", **changes)
     family = StableDiffusion(path=swapped)
-    solver = family.process.solver(6, 64, torch.device("cpu"))
-    solver.begin(noise_from(1, (2, *family.latent_shape(Geometry(height=64, width=64)))))
-    ours, theirs = ours_and_theirs(folders[False, "epsilon"], swapped, generator=solver._options["generator"])
+    generators = row_generators(noise_from(1, (2, *family.latent_shape(Geometry(height=64, width=64)))))
+    ours, theirs = ours_and_theirs(folders[False, "epsilon"], swapped, generator=generators)
     assert_same_samples(ours, theirs)
 
 

@@ -3,6 +3,7 @@
 What every family must do is in `test_families.py`; here is what only `tests.strange` asks of the rest.
 """
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -10,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.data.batches import EncodedExample, HandedEncodings, batch_of, condition_of, unguided_of
-from rlhf.data.cache import EncodingCache, commit, encoding_key, write_part
+from rlhf.data.batches import EncodedExample, batch_of, condition_of, unguided_of
+from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.encoding import encode_all as encode_files
 from rlhf.data.examples import blocks_of, check_block, gather
 from rlhf.data.sampler import encodings_for_sampling, sample_prompts
@@ -19,15 +20,15 @@ from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import DPO, SFT
 from rlhf.errors import Refused
+from rlhf.models.family import sample_batch
 from rlhf.models.folder import load_modules
-from rlhf.models.sampling import sample_batch
 from rlhf.models.trainable import load_for_sampling
 from rlhf.shards import buffers, distributed
 from rlhf.tables import SamplingTable, TrainerConfig
 from rlhf.training.trainer import Trainer
 from rlhf.types import POLICY, REFERENCE, Geometry, Prompt, Source, noise_from
 from tests import strange, worlds
-from tests.encoded import encode_all
+from tests.encoded import encode_all, tensors_of
 from tests.rlhf.data.pair_tables import png
 
 KIND = "tests.strange:Strange"
@@ -69,7 +70,7 @@ def encoded(family, encodings):
 
 def handed(family, prompts):
     wanted = [e for one in prompts for e in encodings_for_sampling(family, one, SAMPLING)]
-    return HandedEncodings({encoding: row.tensors for encoding, row in encoded(family, wanted).items()})
+    return tensors_of(encoded(family, wanted))
 
 
 def examples_of(family, sources, texts, roles):
@@ -97,7 +98,7 @@ def test_rows_are_of_unequal_lengths_and_a_condition_of_the_buckets(family):
     prompts = [prompt(i, 2) for i in (0, 1, 2)]
     assert len({family.bucket(one) for one in prompts}) == 1
     rows = handed(family, prompts)
-    lengths = [len(rows.row(family.encodings(one)[0])["read"]) for one in prompts]
+    lengths = [len(rows(family.encodings(one)[0])["read"]) for one in prompts]
     assert lengths == [1 + 2 * 6, 2 + 2 * 6, 4 + 2 * 6]
     whole = condition_of(family, rows, prompts)
     assert whole["read"].shape == (3, 4 + 2 * 6, strange.READ)
@@ -122,15 +123,19 @@ def test_what_is_read_of_a_text_depends_on_the_pictures_and_their_order(family):
     turned = replace(there, sources=there.sources[::-1])
     (both, *_), (other, *_) = family.encodings(there), family.encodings(turned)
     rows = encoded(family, [both, other])
-    assert encoding_key(both, "x") != encoding_key(other, "x")
+    cache = EncodingCache("", {both.kind: "x"})
+    assert cache.key(both) != cache.key(other)
     assert not torch.equal(rows[both].tensors["read"], rows[other].tensors["read"])
 
 
 def test_rows_with_whole_numbers_go_through_the_cache(family, tmp_path):
-    rows = {encoding_key(e, "x"): row for e, row in encoded(family, family.encodings(prompt(1, 2))).items()}
-    commit(tmp_path, [write_part(tmp_path, rows)])
-    for key, row in rows.items():
-        found = EncodingCache(tmp_path).row(key)
+    rows, cache = (
+        encoded(family, family.encodings(prompt(1, 2))),
+        EncodingCache(tmp_path, dict.fromkeys(family.kinds, "x")),
+    )
+    commit(tmp_path, [write_part(tmp_path, {cache.key(encoding): row for encoding, row in rows.items()})])
+    for encoding, row in rows.items():
+        found = cache.row(encoding)
         assert found.keys() == row.tensors.keys()
         assert all(
             found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in row.tensors.items()
@@ -161,8 +166,9 @@ def test_captions_that_are_dropped_share_the_batch_of_those_that_are_not(family,
     examples = IndexedExamples(family, index, replace(CLIP, frames=1), ("target",))
     visits = [Visit(row=row, mirrored=False, blank=blank, crop=(0.5, 0.5)) for row, blank in ((0, True), (1, False))]
     rows = encode_files(family.load_codec("cpu"), [e for visit in visits for e in examples.encodings(visit)], 2)
-    handed = HandedEncodings({encoding: row.tensors for encoding, row in rows.items()})
-    batch = batch_of(family, [examples.encoded(visit, handed) for visit in visits], seed=0, step=1, first_index=0)
+    batch = batch_of(
+        family, [examples.encoded(visit, rows.__getitem__) for visit in visits], seed=0, step=1, first_index=0
+    )
     assert not problems and batch.condition["read"].shape == (2, 16 + 6, strange.READ)
     assert batch.condition["there"].sum(1).tolist() == [1 + 6, 15 + 6]
 
@@ -176,12 +182,12 @@ def test_guidance_keeps_its_momentum_through_one_sample_and_no_further(family):
     condition, unguided = condition_of(family, rows, prompts), unguided_of(family, rows, prompts, 3.0)
     noise = noise_from(1, (3, *family.latent_shape(CLIP)))
     x, kept = noise, None
-    solver = family.process.solver(3, family.tokens(noise), noise.device)
+    sigmas = family.process.sigmas(3, family.tokens(noise))
     with torch.no_grad():
-        for i, t in enumerate(solver.times):
+        for t, following in itertools.pairwise(sigmas):
             c, u = (family.predict(denoiser, x, t.expand(3), branch) for branch in (condition, unguided))
             kept = c - u if kept is None else torch.lerp(c - u, kept, strange.MOMENTUM)
-            x = solver.step(x, i, u + 3.0 * kept)
+            x = x + (following - t) * (u + 3.0 * kept)
     once, again = (sample_batch(family, denoiser, condition, unguided, noise, SAMPLING) for _ in range(2))
     assert once.shape == (3, 4, 2, 6, 4)
     assert torch.equal(once, again) and torch.equal(once, x)

@@ -7,11 +7,10 @@ import numpy as np
 from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model
 
 from rlhf.data.media import encode_png
+from rlhf.rewards.ctr.build import small_tokenizer
 from rlhf.rewards.ctr.clicks import Click
 from rlhf.rewards.ctr.config import CTRModelSection
-from rlhf.rewards.ctr.model import describe
-from rlhf.rewards.ctr.product import Product
-from rlhf.rewards.ctr.small import small_tokenizer
+from rlhf.rewards.ctr.model import Product, describe
 
 FOODS = ["苹果", "banana"]
 SHOPS = ["老王小铺", "兰州饭店", "Öland超市", "Green小铺"]

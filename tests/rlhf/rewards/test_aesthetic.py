@@ -11,20 +11,20 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from rlhf.errors import Refused
-from rlhf.rewards import load_reward, tiny
-from rlhf.rewards.aesthetic import load_head
+from rlhf.rewards import load_reward
+from rlhf.rewards.clip import load_head
 from rlhf.rewards.config import AestheticJudgeConfig
-from tests.rlhf.rewards import asking
+from tests.rlhf.rewards import asking, tiny_clip
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return tiny.write_clip(tmp_path_factory.mktemp("models") / "clip", seed=3)
+    return tiny_clip.write_clip(tmp_path_factory.mktemp("models") / "clip", seed=3)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    return tiny.write_aesthetic_head(tmp_path_factory.mktemp("models") / "head.pth", seed=3)
+    return tiny_clip.write_aesthetic_head(tmp_path_factory.mktemp("models") / "head.pth", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,14 @@ def test_bfloat16_is_of_the_clip_alone(clip, head, pictures):
 
 def test_the_version_names_both_files(clip, head, tmp_path):
     versions = set()
-    for other in (head, tiny.write_aesthetic_head(tmp_path / "head.pth", seed=4)):
+    for other in (head, tiny_clip.write_aesthetic_head(tmp_path / "head.pth", seed=4)):
         judge = AestheticJudgeConfig(path=str(clip), head=str(other))
         versions.add(load_reward("aesthetic", judge, "cpu").version)
     assert len(versions) == 2 and all(v.startswith("head@") and "+clip@" in v for v in versions)
 
 
 def test_a_head_of_another_width_is_refused(clip, pictures, tmp_path):
-    head = tiny.write_aesthetic_head(tmp_path / "wide.pth", width=768)
+    head = tiny_clip.write_aesthetic_head(tmp_path / "wide.pth", width=768)
     message = r"judges\.aesthetic\.head = .*wide\.pth' reads features of width 768, but judges\.aesthetic\.path .* 32"
     with pytest.raises(Refused, match=message):
         score(clip, head, pictures)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from rlhf.errors import Refused
-from rlhf.rewards import load_reward, tiny
+from rlhf.rewards import load_reward
 from rlhf.rewards.clip import CLIPFeatures
 from rlhf.rewards.config import CLIPJudgeConfig
-from tests.rlhf.rewards import asking
+from tests.rlhf.rewards import asking, tiny_clip
 
 ROUNDING = 3 * 8 * 8 * torch.finfo(torch.float32).eps
 """Of a cosine, up to the order of sums: eps × the terms of the longest, which goes over a patch's pixels, × 1."""
@@ -23,7 +23,7 @@ PROMPTS = ["a red apple", "一只猫", "", "far more than the seventy-seven toke
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_clip(tmp_path_factory.mktemp("models") / "clip", seed=3)
+    return tiny_clip.write_clip(tmp_path_factory.mktemp("models") / "clip", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_logit_scale_is_the_models(folder, tmp_path, pictures):
 def test_bfloat16_is_close_and_keeps_the_scale(folder, pictures):
     low, high = (score("clip", pictures, path=str(folder), dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert low == pytest.approx(high, abs=0.02) and low != high
-    features = CLIPFeatures(folder, name="pickscore", dtype=torch.bfloat16)
+    features = CLIPFeatures("pickscore", CLIPJudgeConfig(path=str(folder), dtype="bfloat16"), "cpu")
     assert features.model.dtype == torch.bfloat16 and features.scale == pytest.approx(100, rel=1e-6)
 
 
@@ -93,7 +93,7 @@ def test_the_ends_of_a_long_picture_are_cut(folder):
 
 def test_a_strip_is_cut_before_it_is_resized(folder, monkeypatch):
     strip = np.random.default_rng(0).integers(0, 256, (4, 20_000, 3), dtype=np.uint8)
-    features = CLIPFeatures(folder, name="clip")
+    features = CLIPFeatures("clip", CLIPJudgeConfig(path=str(folder)), "cpu")
     seen = []
     process = features.processor.image_processor.preprocess
     monkeypatch.setattr(
@@ -170,7 +170,7 @@ def test_missing_weights_are_never_drawn_at_random(folder, tmp_path, pictures):
 
 
 def test_the_same_seed_writes_the_same_weights(folder, tmp_path):
-    again, other = (load_file(tiny.write_clip(tmp_path / str(s), seed=s) / "model.safetensors") for s in (3, 4))
+    again, other = (load_file(tiny_clip.write_clip(tmp_path / str(s), seed=s) / "model.safetensors") for s in (3, 4))
     reference = load_file(folder / "model.safetensors")
     assert all(torch.equal(again[name], reference[name]) for name in reference)
     assert any(not torch.equal(other[name], reference[name]) for name in reference)

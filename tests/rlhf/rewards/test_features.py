@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import Refused
-from rlhf.rewards.features import TextFeatures, existing, forward_rows
+from rlhf.rewards.features import cached_texts, existing, forward_rows
 
 
 def test_every_forward_has_the_same_rows_and_padding_is_dropped():
@@ -15,11 +15,11 @@ def test_every_forward_has_the_same_rows_and_padding_is_dropped():
         return pixels.flatten(1)[:, :2].double()
 
     pixels = torch.arange(7 * 12).float().reshape(7, 3, 2, 2)
-    result = forward_rows(forward, pixels, 3)
+    result = forward_rows(forward, 3, pixels)
     assert shapes == [(3, 3, 2, 2)] * 3
     assert result.dtype == torch.float32 and torch.equal(result, pixels.flatten(1)[:, :2])
     shapes.clear()
-    assert torch.equal(forward_rows(forward, pixels, None), result) and shapes == [(7, 3, 2, 2)]
+    assert torch.equal(forward_rows(forward, None, pixels), result) and shapes == [(7, 3, 2, 2)]
 
 
 def test_prompts_are_encoded_alone_once_and_normalised():
@@ -29,7 +29,7 @@ def test_prompts_are_encoded_alone_once_and_normalised():
         asked.append(prompt)
         return torch.tensor([[3.0, 4.0]]) * len(prompt)
 
-    texts = TextFeatures(encode)
+    texts = cached_texts(encode)
     assert torch.allclose(texts(["a", "bb", "a"]), torch.tensor([[0.6, 0.8]] * 3))
     texts(["bb", "a"])
     assert asked == ["a", "bb"]
@@ -42,7 +42,7 @@ def test_the_prompts_least_recently_used_are_forgotten():
         asked.append(prompt)
         return torch.ones(1, 2)
 
-    texts = TextFeatures(encode, limit=2)
+    texts = cached_texts(encode, limit=2)
     for prompts in (["a", "b"], ["a"], ["c"], ["a"], ["b"]):  # c pushes out b, not a
         texts(prompts)
     assert asked == ["a", "b", "c", "b"]

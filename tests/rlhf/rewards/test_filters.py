@@ -19,7 +19,6 @@ from rlhf.rewards.filters import (
     APIFilter,
     build_messages,
     decide,
-    parse_verdict,
     pass_probability,
     reason_messages,
     shrink,
@@ -30,13 +29,13 @@ from tests.rlhf.rewards.openai_server import completion, openai_server
 
 @pytest.mark.parametrize(("text", "valid"), [("PASS", True), (" FAIL\n", False)])
 def test_two_words_are_verdicts(text, valid):
-    assert parse_verdict(text) is valid
+    assert decide(text, None, 0.5).valid is valid
 
 
 @pytest.mark.parametrize("text", ["", "pass", "PASSED", "PASS: fine", "FAIL because", "P", "yes", "PASS FAIL"])
 def test_anything_else_is_an_error(text):
     with pytest.raises(JudgeError, match="PASS or FAIL"):
-        parse_verdict(text)
+        decide(text, None, 0.5)
 
 
 def test_probability_of_whole_words():

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from rlhf.errors import Refused
 from rlhf.rewards import tiny
-from rlhf.rewards.hpsv2 import FILES, HPSv2Reward, find_checkpoint, load_model, transform
-from tests.rlhf.rewards.asking import score
+from rlhf.rewards.hpsv2 import FILES, find_checkpoint, load_model, transform
+from tests.rlhf.rewards.asking import hps_reward, score
 
 PROMPTS = ["a red apple", "一只猫", "a red apple"]
 ROUNDING = 3 * 8 * 8 * torch.finfo(torch.float32).eps
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(checkpoint):
-    return HPSv2Reward(checkpoint)
+    return hps_reward(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_scores_are_the_cosine_by_hand(reward, checkpoint, pictures):
 
 
 def test_bfloat16_is_close(checkpoint, reward, pictures):
-    low = score(HPSv2Reward(checkpoint, dtype=torch.bfloat16), pictures, PROMPTS)
+    low = score(hps_reward(checkpoint, dtype="bfloat16"), pictures, PROMPTS)
     assert low == pytest.approx(score(reward, pictures, PROMPTS), abs=0.01)
 
 
@@ -101,7 +101,7 @@ def test_safetensors_and_module_prefix_load(tmp_path, checkpoint, reward, pictur
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     save_file({f"module.{name}": tensor.contiguous() for name, tensor in state.items()}, tmp_path / "w.safetensors")
     (tmp_path / "w.json").write_text(json.dumps(tiny.CLIP_CONFIG))
-    other = HPSv2Reward(tmp_path / "w.safetensors")
+    other = hps_reward(tmp_path / "w.safetensors")
     assert score(other, pictures, PROMPTS) == score(reward, pictures, PROMPTS)
 
 
@@ -125,7 +125,7 @@ def test_wrong_checkpoints_are_refused(tmp_path, checkpoint):
         torch.save(content, file)
         file.with_suffix(".json").write_text(json.dumps(tiny.CLIP_CONFIG))
         with pytest.raises(Refused, match=name):
-            load_model(file, device="cpu", dtype=torch.float32)
+            load_model(file)
 
 
 def test_pickled_code_is_never_run(tmp_path):
@@ -136,5 +136,5 @@ def test_pickled_code_is_never_run(tmp_path):
     torch.save({"state_dict": Bomb()}, tmp_path / "evil.pt")
     (tmp_path / "evil.json").write_text(json.dumps(tiny.CLIP_CONFIG))
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        load_model(tmp_path / "evil.pt", device="cpu", dtype=torch.float32)
+        load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()

@@ -20,8 +20,7 @@ from PIL import Image
 
 from rlhf.data.media import decode_image
 from rlhf.rewards import tiny
-from rlhf.rewards.hpsv2 import HPSv2Reward
-from tests.rlhf.rewards.asking import score
+from tests.rlhf.rewards.asking import hps_reward, score
 
 SHAPES = (
     *((1312, 784), (784, 1312), (600, 600), (512, 512), (224, 224), (64, 64), (63, 63), (65, 65)),
@@ -113,7 +112,7 @@ def test_scores_equal_the_packages_own_code(package, checkpoint, pictures):
     batches = [
         (pictures[index::count] + pictures[(index + 1) % count :: count], PROMPTS[index]) for index in range(count)
     ]
-    reward = HPSv2Reward(checkpoint)
+    reward = hps_reward(checkpoint)
     differences, spread = [], []
     for (files, prompt), expected in zip(batches, package(batches), strict=True):
         scores = score(reward, [decode_image(file.read_bytes()) for file in files], [prompt] * len(files))
@@ -130,5 +129,5 @@ def test_the_published_checkpoint_gives_the_known_answer(installed):
     photo = installed / "assets" / "demo_image.jpg"
     if not photo.is_file():
         pytest.skip(f"the hpsv2 package has no {photo.name}")
-    reward = HPSv2Reward(os.environ["HPSV2_PATH"], version="v2.1")
+    reward = hps_reward(os.environ["HPSV2_PATH"], version="v2.1")
     assert score(reward, [decode_image(photo.read_bytes())], ["cat with horn"]) == pytest.approx([0.288], abs=1e-3)

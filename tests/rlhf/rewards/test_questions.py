@@ -8,11 +8,11 @@ import xxhash
 from PIL import Image
 from pydantic import ValidationError
 
-from rlhf.data.media import load_image
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig, RewardConfig
 from rlhf.rewards.questions import check_prompt, reward_text, sources_of
 from rlhf.types import Geometry, Prompt, Source
+from tests.rlhf.data import photos
 
 ITEM = {
     "food_name": "红烧肉",
@@ -68,8 +68,8 @@ def test_sources_come_at_the_prompts_size_as_media(tmp_path):
     cropped = Source(path=str(file), content=xxhash.xxh3_128_hexdigest(file.read_bytes()))
     padded = replace(cropped, fit="pad", mirrored=True)
     first, second = sources_of(prompt(sources=(cropped, padded)))
-    assert np.array_equal(first, load_image(file, 48, 32, "crop")[None])
-    assert np.array_equal(second, load_image(file, 48, 32, "pad")[None, :, ::-1])
+    assert np.array_equal(first, photos.load(file, 48, 32, "crop")[None])
+    assert np.array_equal(second, photos.load(file, 48, 32, "pad")[None, :, ::-1])
     assert not np.array_equal(second, first) and not first.flags.writeable
     assert sources_of(prompt()) == ()
     with pytest.raises(Refused, match=r"source\.png changed since it was checked"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf.rewards.config import HTTPJudgeConfig
-from rlhf.rewards.remote import HTTPReward, connection, is_loopback
+from rlhf.rewards.remote import HTTPReward, connection
 
 LOCAL = ["http://localhost:8000/x", "http://127.0.0.1", "https://127.1.2.3:8/hpsv2", "http://[::1]:8000"]
 OTHER = ["http://host:8000", "https://judges.example.com/score", "http://10.0.0.7:8000", "http://[2001:db8::1]/"]
@@ -22,8 +22,9 @@ def test_the_environments_proxies_serve_other_machines_only(monkeypatch, url):
         monkeypatch.setenv(scheme, "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    assert is_loopback(url) == (url in LOCAL)
-    with httpx.Client(**connection(url, None, 1.0)) as client:
+    keys = connection(url, None, 1.0)
+    assert keys["trust_env"] == (url in OTHER)
+    with httpx.Client(**keys) as client:
         assert bool(client._mounts) == (url in OTHER)
 
 
@@ -56,7 +57,7 @@ def test_the_source_is_sent_only_where_the_recipe_says_so(monkeypatch, send_sour
     try:
         url = f"http://127.0.0.1:{server.server_port}/score_batch"
         judge = HTTPJudgeConfig(url=url, token="secret", send_source=send_source)
-        reward = HTTPReward.from_config("theirs", judge, "cpu")
+        reward = HTTPReward("theirs", judge, "cpu")
         medium = np.zeros((1, 2, 2, 3), np.uint8)
         sources = [(), (medium,), (medium, medium)]
         assert reward.score([medium] * 3, [""] * 3, sources, [{}, {"price": "3"}, {}]) == [1.0] * 3

@@ -22,10 +22,11 @@ from rlhf.rewards.config import (
     HTTPJudgeConfig,
     PythonJudgeConfig,
 )
+from rlhf.rewards.ctr import build as ctr_build
 from rlhf.rewards.ctr import model as ctr
-from rlhf.rewards.ctr import small as ctr_small
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import Product
 from rlhf.rewards.protocols import JudgeError, Reward, as_media, frames_of
+from tests.rlhf.rewards import tiny_clip
 
 ITEM = {"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"}
 OTHER = {"food_name": "Golden Delicious", "food_type": "Apple", "city_name": "Stockholm", "shop_name": "小铺"}
@@ -77,11 +78,11 @@ def service():
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory, service):
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = ctr_small.small_tokenizer(ctr.describe(Product.of(item)) for item in (ITEM, OTHER))
+    tokenizer = ctr_build.small_tokenizer(ctr.describe(Product.of(item)) for item in (ITEM, OTHER))
     torch.manual_seed(0)
-    ctr.save(folder / "ctr", ctr.CTRModel(ctr_small.small_config(tokenizer)), tokenizer)
-    clip = str(tiny.write_clip(folder / "clip"))
-    head = str(tiny.write_aesthetic_head(folder / "head.pth"))
+    ctr.save(folder / "ctr", ctr.CTRModel(ctr_build.small_config(tokenizer)), tokenizer)
+    clip = str(tiny_clip.write_clip(folder / "clip"))
+    head = str(tiny_clip.write_aesthetic_head(folder / "head.pth"))
     return {
         "hps": HPSJudgeConfig(path=str(tiny.write_hpsv2(folder / "hps.pt"))),
         "ctr": CTRJudgeConfig(path=str(folder / "ctr")),

@@ -3,19 +3,10 @@
 import random
 from collections.abc import Callable, Iterable
 
+from rlhf.rollouts import rollout
 from rlhf.rollouts.pairing import RewardScale, RolloutGroup
-from rlhf.rollouts.rollout import advance
-from rlhf.rollouts.state import (
-    Command,
-    Enqueue,
-    Event,
-    Judge,
-    Judged,
-    RolloutLimits,
-    RolloutState,
-    Sample,
-    Sampled,
-)
+from rlhf.rollouts.state import Judge, RolloutState, Sample
+from rlhf.tables import RolloutConfig
 from rlhf.types import Candidate, Geometry, Prompt, Score, Verdict
 
 Verdicts = Callable[[Candidate], Score]
@@ -47,36 +38,57 @@ def group(cursor: int, *rewards: dict[str, float], version: int = 0) -> RolloutG
     )
 
 
-def fresh(*, names=("hps",), scaling="running", **limits) -> RolloutState:
-    settings = dict(num_valid_samples=2, max_sample_attempts=20, max_dropped_in_a_row=32, max_failure_rate=0.5)
+def fresh(*, names=("hps",), scaling="running", max_failure_rate=0.5, **limits) -> RolloutState:
     return RolloutState(
-        limits=RolloutLimits(**{**settings, **limits}),
+        config=RolloutConfig(**limits),
+        max_failure_rate=max_failure_rate,
         scale=RewardScale(weights=dict.fromkeys(names, 1.0), scaling=scaling),
     )
 
 
-def enqueue(state: RolloutState, cursors: Iterable[int]) -> tuple[RolloutState, list[Command]]:
-    commands: list[Command] = []
+def asked_for(command: Sample | Judge) -> tuple[int, int]:
+    """(cursor, attempt)"""
+    of = command.candidate if isinstance(command, Judge) else command
+    return of.cursor, of.attempt
+
+
+def place(state: RolloutState, cursor: int) -> str:
+    """Where a prompt is. "done" is trained or dropped: kept as counts, not per cursor."""
+    if cursor >= state.next_cursor:
+        return "unseen"
+    if cursor in state.queued:
+        return "queued"
+    if cursor in state.open:
+        sampling = any(isinstance(one, Sample) and one.cursor == cursor for one in state.tickets.values())
+        return "sampling" if sampling else "judging"
+    return "closed" if cursor in state.closed else "done"
+
+
+def enqueue(state: RolloutState, cursors: Iterable[int]) -> tuple[RolloutState, list[Sample | Judge]]:
+    commands: list[Sample | Judge] = []
     for cursor in cursors:
-        state, more = advance(state, Enqueue(cursor=cursor, prompt=prompt(cursor)))
+        state, more = rollout.enqueue(state, cursor, prompt(cursor))
         commands += more
     return state, commands
 
 
-def answer(command: Command, judge: Verdicts, version: int = 0) -> Event:
+def answer(state: RolloutState, command: Sample | Judge, judge: Verdicts, version: int = 0) -> rollout.Next:
     if isinstance(command, Sample):
-        return Sampled(ticket=command.ticket, candidate=candidate(command.cursor, command.attempt, version))
-    return Judged(ticket=command.ticket, score=judge(command.candidate))
+        return rollout.sampled(state, command.ticket, candidate(command.cursor, command.attempt, version))
+    return rollout.judged(state, command.ticket, judge(command.candidate))
 
 
 def finish(
-    state: RolloutState, commands: list[Command], judge: Verdicts, order: random.Random | None = None, version=0
-):
+    state: RolloutState,
+    commands: list[Sample | Judge],
+    judge: Verdicts,
+    order: random.Random | None = None,
+    version: int = 0,
+) -> RolloutState:
     """Answer every command, those that follow included, oldest first or in a random order."""
     commands = list(commands)
     while commands:
         command = commands.pop(order.randrange(len(commands)) if order else 0)
-        assert isinstance(command, Sample | Judge)
-        state, more = advance(state, answer(command, judge, version))
+        state, more = answer(state, command, judge, version)
         commands += more
     return state

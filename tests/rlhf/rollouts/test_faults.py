@@ -6,6 +6,7 @@ late or twice, when the trainer steps, publishes or resumes. After every choice 
 
 import json
 import random
+from functools import partial
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -13,22 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from rlhf.rollouts import health, rollout
 from rlhf.rollouts.buffer import take, wanted
-from rlhf.rollouts.state import (
-    Judge,
-    Judged,
-    JudgeFailed,
-    JudgeLost,
-    Sample,
-    Sampled,
-    SampleLost,
-    place,
-    restore,
-    snapshot,
-)
-from tests.rlhf.rollouts.groups import FAIL, candidate, enqueue, fresh, passed, prompt
+from rlhf.rollouts.state import Judge, Sample, restore, snapshot
+from tests.rlhf.rollouts.groups import FAIL, asked_for, candidate, enqueue, fresh, passed, place, prompt
 
 PAIRS, BATCH, TIMEOUT = 3, 4, 10.0
-LIMITS = health.HealthLimits(max_restarts=10**6, start_timeout_s=TIMEOUT, load_timeout_s=TIMEOUT)
 OUTCOMES = ["pass"] * 6 + ["tie", "fail", "fail", "nan", "error", "lost", "pixels"]
 ENOUGH = dict(max_dropped_in_a_row=10**6, max_failure_rate=1.0, max_sample_attempts=5)
 
@@ -42,7 +31,7 @@ class Faults(RuleBasedStateMachine):
         super().__init__()
         self.now, self.step, self.version = 0.0, 0, 0
         self.rollout = fresh(names=("hps",), **ENOUGH)
-        self.health, commands = health.start(2, LIMITS, self.now)
+        self.health, commands = health.start(2, max_restarts=10**6, timeout_s=TIMEOUT, now=self.now)
         self.version_steps, self.checksums = {}, {}
         self.to_sample: list[Sample] = []
         self.to_judge: dict[int, Judge] = {}
@@ -62,18 +51,16 @@ class Faults(RuleBasedStateMachine):
         for command in commands:
             match command:
                 case health.Start():
-                    self.processes[command.sampler, command.generation] = dict(doing="start", version=None)
-                case health.Kill():
-                    gone = self.processes.pop((command.sampler, command.generation))
+                    gone = self.processes.pop((command.sampler, command.generation - 1), {})
                     for sample in gone.get("batch", ()):  # it may answer although it was condemned
                         got = candidate(sample.cursor, sample.attempt, gone["version"])
-                        self.late.append(Sampled(ticket=sample.ticket, candidate=got))
+                        self.late.append(partial(rollout.sampled, ticket=sample.ticket, candidate=got))
+                    for ticket in command.tickets:
+                        self.tell(partial(rollout.sample_lost, ticket=ticket))
+                    self.processes[command.sampler, command.generation] = dict(doing="start", version=None)
                 case health.Load():
                     process = self.processes[command.sampler, command.generation]
                     process.update(doing="load", load=command.version)
-                case health.Reissue():
-                    for ticket in command.tickets:
-                        self.tell(SampleLost(ticket=ticket, reason=command.reason))
                 case Sample():
                     self.to_sample.append(command)
                 case Judge():
@@ -81,7 +68,7 @@ class Faults(RuleBasedStateMachine):
 
     def tell(self, event):
         before = self.live()
-        self.rollout, commands = rollout.advance(self.rollout, event)
+        self.rollout, commands = event(self.rollout)
         self.dropped |= before - self.live()
         self.obey(commands)
 
@@ -89,14 +76,14 @@ class Faults(RuleBasedStateMachine):
         return {*self.rollout.queued, *self.rollout.open, *self.rollout.closed}
 
     def health_event(self, event):
-        self.health, commands = health.advance(self.health, event, self.now)
+        self.health, commands = event(self.health, now=self.now)
         self.obey(commands)
 
     def publish(self):
         self.version += 1
         self.version_steps[self.version] = self.step
         self.checksums[self.version] = f"sum{self.version}"
-        self.health_event(health.Published(version=self.version, checksum=self.checksums[self.version]))
+        self.health_event(partial(health.published, version=self.version, checksum=self.checksums[self.version]))
 
     def dispatch(self):
         for index in health.healthy(self.health):
@@ -106,11 +93,11 @@ class Faults(RuleBasedStateMachine):
             if batch:
                 process.update(doing="batch", batch=batch)
                 tickets = tuple(sample.ticket for sample in batch)
-                self.health_event(health.Dispatched(sampler=index, deadline=self.now + TIMEOUT, tickets=tickets))
+                self.health_event(partial(health.dispatched, index=index, tickets=tickets))
 
     def tick(self):
         self.dispatch()
-        self.health_event(health.Tick(open_groups=len(self.rollout.open), judging=len(self.to_judge)))
+        self.health_event(partial(health.ticked, open_groups=len(self.rollout.open), judging=len(self.to_judge)))
 
     def pick(self, data, what):
         return data.draw(st.sampled_from(sorted(what)))
@@ -151,21 +138,20 @@ class Faults(RuleBasedStateMachine):
         process = self.processes[key]
         doing, process["doing"] = process["doing"], None
         if doing == "start":
-            self.health_event(health.Started(sampler=sampler, generation=generation))
+            self.health_event(partial(health.started, index=sampler, generation=generation))
         elif doing == "load":
             process["version"] = process["load"]
             checksum = self.checksums[process["version"]]
-            acked = health.LoadAcked(
-                sampler=sampler, generation=generation, version=process["version"], checksum=checksum
+            acked = partial(
+                health.loaded, index=sampler, generation=generation, version=process["version"], checksum=checksum
             )
             self.health_event(acked)
         else:
             batch = process.pop("batch")
-            self.health_event(health.Replied(sampler=sampler, generation=generation))
+            self.health_event(partial(health.replied, index=sampler, generation=generation))
             for sample in batch:
-                event = Sampled(
-                    ticket=sample.ticket, candidate=candidate(sample.cursor, sample.attempt, process["version"])
-                )
+                got = candidate(sample.cursor, sample.attempt, process["version"])
+                event = partial(rollout.sampled, ticket=sample.ticket, candidate=got)
                 self.tell(event)
                 self.late.append(event)
         self.tick()
@@ -179,13 +165,13 @@ class Faults(RuleBasedStateMachine):
     def judge(self, ticket, outcome):
         reward = float(self.to_judge.pop(ticket).candidate.attempt)
         event = {
-            "pass": Judged(ticket=ticket, score=passed(hps=reward)),
-            "tie": Judged(ticket=ticket, score=passed(hps=0.5)),
-            "fail": Judged(ticket=ticket, score=FAIL),
-            "nan": Judged(ticket=ticket, score=passed(hps=float("nan"))),
-            "error": JudgeFailed(ticket=ticket, judge="hps", reason="timeout"),
-            "lost": JudgeLost(ticket=ticket, reason="judges died"),
-            "pixels": SampleLost(ticket=ticket, reason="pixels lost"),
+            "pass": partial(rollout.judged, ticket=ticket, score=passed(hps=reward)),
+            "tie": partial(rollout.judged, ticket=ticket, score=passed(hps=0.5)),
+            "fail": partial(rollout.judged, ticket=ticket, score=FAIL),
+            "nan": partial(rollout.judged, ticket=ticket, score=passed(hps=float("nan"))),
+            "error": partial(rollout.judge_failed, ticket=ticket, judge="hps", reason="timeout"),
+            "lost": partial(rollout.judge_lost, ticket=ticket),
+            "pixels": partial(rollout.sample_lost, ticket=ticket),
         }[outcome]
         self.tell(event)
         self.late.append(event)
@@ -194,7 +180,7 @@ class Faults(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_sampler_dies(self, data):
         sampler, generation = self.pick(data, self.processes)
-        self.health_event(health.Died(sampler=sampler, generation=generation, reason="died"))
+        self.health_event(partial(health.died, index=sampler, generation=generation, reason="died"))
         self.tick()
 
     @rule()
@@ -208,7 +194,7 @@ class Faults(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_late_or_repeated_answer_changes_nothing(self, data):
         event = self.late[data.draw(st.integers(0, len(self.late) - 1))]
-        after, commands = rollout.advance(self.rollout, event)
+        after, commands = event(self.rollout)
         assert after is self.rollout and commands == ()
 
     @rule(data=st.data())
@@ -217,12 +203,12 @@ class Faults(RuleBasedStateMachine):
         if old:
             sampler, generation = self.pick(data, old)
             for event in (
-                health.Started(sampler=sampler, generation=generation),
-                health.Replied(sampler=sampler, generation=generation),
-                health.Died(sampler=sampler, generation=generation, reason="late"),
-                health.LoadAcked(sampler=sampler, generation=generation, version=self.version, checksum="x"),
+                partial(health.started, index=sampler, generation=generation),
+                partial(health.replied, index=sampler, generation=generation),
+                partial(health.died, index=sampler, generation=generation, reason="late"),
+                partial(health.loaded, index=sampler, generation=generation, version=self.version, checksum="x"),
             ):
-                assert health.advance(self.health, event, self.now) == (self.health, ())
+                assert event(self.health, now=self.now) == (self.health, ())
 
     @rule()
     def the_trainer_steps(self):
@@ -262,9 +248,11 @@ class Faults(RuleBasedStateMachine):
     def the_trainer_commits_and_is_rebuilt(self):
         """Back to a snapshot: open groups start over, and what was asked before is answered to nobody."""
         stored = json.loads(json.dumps(snapshot(self.rollout)))
-        self.late += [Judged(ticket=ticket, score=passed(hps=1.0)) for ticket in self.to_judge]
-        self.late += [Sampled(ticket=s.ticket, candidate=candidate(s.cursor, s.attempt)) for s in self.to_sample]
-        again = restore(stored, self.rollout.limits, first_ticket=self.rollout.next_ticket)
+        self.late += [partial(rollout.judged, ticket=ticket, score=passed(hps=1.0)) for ticket in self.to_judge]
+        self.late += [
+            partial(rollout.sampled, ticket=s.ticket, candidate=candidate(s.cursor, s.attempt)) for s in self.to_sample
+        ]
+        again = restore(stored, self.rollout)
         assert set(again.queued) == self.live() and snapshot(again) == stored
         assert again.scale == self.rollout.scale
         self.rollout, self.to_sample, self.to_judge = again, [], {}
@@ -284,16 +272,16 @@ class Faults(RuleBasedStateMachine):
 
     @invariant()
     def every_group_has_what_it_waits_for_and_no_more(self):
-        limits = self.rollout.limits
+        limits = self.rollout.config
         for cursor, group in self.rollout.open.items():
-            flying = [flight for flight in self.rollout.tickets.values() if flight.cursor == cursor]
+            flying = [attempt for other, attempt in map(asked_for, self.rollout.tickets.values()) if other == cursor]
             assert len(flying) == group.pending > 0
-            assert len({flight.attempt for flight in flying}) == len(flying)
+            assert len(set(flying)) == len(flying)
             assert group.issued <= limits.max_sample_attempts
             assert len(group.valid) + group.pending <= limits.num_valid_samples
             if group.issued < limits.max_sample_attempts:
                 assert len(group.valid) + group.pending == limits.num_valid_samples
-        assert {flight.cursor for flight in self.rollout.tickets.values()} <= set(self.rollout.open)
+        assert {asked_for(command)[0] for command in self.rollout.tickets.values()} <= set(self.rollout.open)
 
     @invariant()
     def every_ticket_is_on_its_way(self):
@@ -323,7 +311,7 @@ class Faults(RuleBasedStateMachine):
                     self.finish_one(key)
             for ticket, command in list(self.to_judge.items()):
                 del self.to_judge[ticket]
-                self.tell(Judged(ticket=ticket, score=passed(hps=float(command.candidate.attempt))))
+                self.tell(partial(rollout.judged, ticket=ticket, score=passed(hps=float(command.candidate.attempt))))
             self.tick()
             self.the_trainer_steps()
             self.every_prompt_is_in_exactly_one_place()

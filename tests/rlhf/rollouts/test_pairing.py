@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.rewards.config import RewardConfig
 from rlhf.rollouts.pairing import RewardScale, RolloutGroup, make_pair
 from tests.rlhf.rollouts.groups import group
 
@@ -60,7 +61,7 @@ def test_fixed_scale_is_the_seeds_mixture():
     assert scale.observe([one]) is scale
     assert RewardScale(weights={"ctr": 1.0}, scaling="fixed").totals(one) == (0.06, 0.02, 0.04)
     with pytest.raises(ValueError, match="running"):
-        RewardScale(weights={"hps": 1.0, "sharpness": 1.0}, scaling="fixed")
+        RewardConfig(weights={"hps": 1.0, "sharpness": 1.0}, scaling="fixed")
 
 
 def test_fixed_scale_sees_ties_that_clipping_makes():

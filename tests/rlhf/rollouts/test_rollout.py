@@ -7,21 +7,9 @@ import pytest
 
 from rlhf.rollouts.buffer import take, wanted
 from rlhf.rollouts.reliability import JudgeUnreliable
-from rlhf.rollouts.rollout import NothingPasses, advance, drain
-from rlhf.rollouts.state import (
-    Enqueue,
-    Judge,
-    Judged,
-    JudgeFailed,
-    JudgeLost,
-    Sample,
-    Sampled,
-    SampleLost,
-    place,
-    restore,
-    snapshot,
-)
-from tests.rlhf.rollouts.groups import FAIL, answer, candidate, enqueue, finish, fresh, passed, prompt
+from rlhf.rollouts.rollout import NothingPasses, drain, judge_failed, judge_lost, judged, sample_lost, sampled
+from rlhf.rollouts.state import Judge, Sample, restore, snapshot
+from tests.rlhf.rollouts.groups import FAIL, answer, candidate, enqueue, finish, fresh, passed, place, prompt
 
 
 def by_attempt(candidate):
@@ -37,7 +25,7 @@ def to_judging(state, cursor=0):
     state, commands = enqueue(state, [cursor])
     judges = []
     for command in commands:
-        state, more = advance(state, answer(command, by_attempt))
+        state, more = answer(state, command, by_attempt)
         judges += more
     return state, judges
 
@@ -62,7 +50,7 @@ def test_only_the_group_that_failed_is_topped_up():
         command = commands.pop(0)
         issued += [(command.cursor, command.attempt)] if isinstance(command, Sample) else []
         judge = rejecting(0, 2) if isinstance(command, Judge) and command.candidate.cursor == 0 else by_attempt
-        state, more = advance(state, answer(command, judge))
+        state, more = answer(state, command, judge)
         commands += more
     assert sorted(issued) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     assert [c.attempt for c in state.closed[0].candidates] == [1, 3]
@@ -123,61 +111,64 @@ def test_a_tie_is_dropped():
 
 def test_a_lost_sample_is_the_same_attempt_under_a_new_ticket():
     state, (first, _) = enqueue(fresh(), [0])
-    state, (again,) = advance(state, SampleLost(ticket=first.ticket, reason="died"))
+    state, (again,) = sample_lost(state, first.ticket)
     assert (again.cursor, again.attempt, again.prompt) == (first.cursor, first.attempt, first.prompt)
     assert again.ticket not in (0, 1)
     assert state.open[0].issued == 2
-    late = advance(state, Sampled(ticket=first.ticket, candidate=candidate(0, 0)))
+    late = sampled(state, first.ticket, candidate(0, 0))
     assert late == (state, ()) and late[0] is state
 
 
 def test_a_lost_judgement_is_the_same_candidate_under_a_new_ticket():
     state, (first, _) = to_judging(fresh())
-    state, (again,) = advance(state, JudgeLost(ticket=first.ticket, reason="died"))
+    state, (again,) = judge_lost(state, first.ticket)
     assert isinstance(again, Judge) and again.candidate == first.candidate and again.ticket != first.ticket
-    assert advance(state, Judged(ticket=first.ticket, score=FAIL))[0] is state
+    assert judged(state, first.ticket, FAIL)[0] is state
 
 
 def test_lost_pixels_are_sampled_again():
     state, (first, _) = to_judging(fresh())
-    state, (again,) = advance(state, SampleLost(ticket=first.ticket, reason="node died"))
+    state, (again,) = sample_lost(state, first.ticket)
     assert isinstance(again, Sample) and again.attempt == first.candidate.attempt
 
 
 def test_a_ticket_is_spent_once_and_answers_of_the_wrong_kind_change_nothing():
     state, (sample, _) = enqueue(fresh(), [0])
-    for wrong in (
-        Judged(ticket=sample.ticket, score=FAIL),
-        JudgeFailed(ticket=sample.ticket, judge="hps", reason=""),
-        JudgeLost(ticket=sample.ticket, reason=""),
-        Judged(ticket=99, score=FAIL),
+    for unchanged, commands in (
+        judged(state, sample.ticket, FAIL),
+        judge_failed(state, sample.ticket, "hps", ""),
+        judge_lost(state, sample.ticket),
+        judged(state, 99, FAIL),
+        judge_failed(state, 99, "hps", ""),
+        judge_lost(state, 99),
+        sample_lost(state, 99),
     ):
-        assert advance(state, wrong)[0] is state
-    state, (judge,) = advance(state, Sampled(ticket=sample.ticket, candidate=candidate(0, 0)))
-    assert advance(state, Sampled(ticket=judge.ticket, candidate=candidate(0, 0)))[0] is state
-    state, _ = advance(state, Judged(ticket=judge.ticket, score=by_attempt(judge.candidate)))
-    assert advance(state, Judged(ticket=judge.ticket, score=by_attempt(judge.candidate)))[0] is state
+        assert unchanged is state and commands == ()
+    state, (judge,) = sampled(state, sample.ticket, candidate(0, 0))
+    assert sampled(state, judge.ticket, candidate(0, 0))[0] is state
+    state, _ = judged(state, judge.ticket, by_attempt(judge.candidate))
+    assert judged(state, judge.ticket, by_attempt(judge.candidate))[0] is state
 
 
 @pytest.mark.parametrize("got", [(1, 0), (0, 1)])
 def test_a_candidate_of_another_prompt_or_attempt_is_an_error(got):
     state, (sample, *_) = enqueue(fresh(), [0, 1])
     with pytest.raises(ValueError, match=r"asked for .*\(0, 0\)"):
-        advance(state, Sampled(ticket=sample.ticket, candidate=candidate(*got)))
+        sampled(state, sample.ticket, candidate(*got))
 
 
 def test_cursors_come_in_turn():
     state, _ = enqueue(fresh(), [0])
     for cursor in (0, 2, -1):
         with pytest.raises(ValueError, match="next cursor is 1"):
-            advance(state, Enqueue(cursor=cursor, prompt=prompt(cursor)))
+            enqueue(state, [cursor])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200, "0.3", None, True])
 def test_a_reward_that_is_no_number_quarantines_the_candidate(value):
     state, (judge, _) = to_judging(fresh(names=("hps", "ctr")))
     rewards = {"hps": 0.2} if value is None else {"hps": 0.2, "ctr": value}
-    state, (sample,) = advance(state, Judged(ticket=judge.ticket, score=passed(**rewards)))
+    state, (sample,) = judged(state, judge.ticket, passed(**rewards))
     assert sample.attempt == 2 and state.open[0].quarantined == 1 and not state.open[0].valid
     _, metrics, notes = drain(state)
     assert metrics["rollout/quarantined_ctr"] == 1 and "ctr" in notes[0]
@@ -186,8 +177,8 @@ def test_a_reward_that_is_no_number_quarantines_the_candidate(value):
 
 def test_a_failed_judge_quarantines_the_candidate_and_tops_up():
     state, (first, second) = to_judging(fresh())
-    state, (sample,) = advance(state, JudgeFailed(ticket=first.ticket, judge="hps", reason="timeout"))
-    state, _ = advance(state, Judged(ticket=second.ticket, score=passed(hps=0.1)))
+    state, (sample,) = judge_failed(state, first.ticket, "hps", "timeout")
+    state, _ = judged(state, second.ticket, passed(hps=0.1))
     state = finish(state, [sample], by_attempt)
     assert [c.attempt for c in state.closed[0].candidates] == [1, 2]
 
@@ -201,12 +192,11 @@ def failing_at(share, judge="ctr", calls=200):
         if not commands:
             state, commands = enqueue(state, [state.next_cursor])
         command = commands.pop(0)
-        event = answer(command, lambda c: passed(hps=float(c.attempt), ctr=0.1))
-        if isinstance(command, Judge):
-            done += 1
-            if rng.random() < share:
-                event = JudgeFailed(ticket=command.ticket, judge=judge, reason="connection refused")
-        state, more = advance(state, event)
+        done += isinstance(command, Judge)
+        if isinstance(command, Judge) and rng.random() < share:
+            state, more = judge_failed(state, command.ticket, judge, "connection refused")
+        else:
+            state, more = answer(state, command, lambda c: passed(hps=float(c.attempt), ctr=0.1))
         commands += more
     return state
 
@@ -265,7 +255,7 @@ def test_a_resume_reopens_exactly_what_was_neither_trained_nor_dropped():
     assert [pair.cursor for pair in pairs] == [0]
     state, _ = enqueue(state, [3, 4])
     stored = json.loads(json.dumps(snapshot(state)))
-    again = restore(stored, state.limits, first_ticket=state.next_ticket)
+    again = restore(stored, state)
     assert again.queued == (2, 3, 4) and again.next_cursor == 5 and again.trained == 1
     assert again.dropped == {"too_few_valid": 1} and again.scale == state.scale and again.calls == state.calls
     assert [place(again, cursor) for cursor in range(6)] == ["done", "done", "queued", "queued", "queued", "unseen"]
@@ -273,8 +263,8 @@ def test_a_resume_reopens_exactly_what_was_neither_trained_nor_dropped():
     resumed, commands = enqueue(again, wanted(again, 2, lookahead=1))
     assert {(c.cursor, c.attempt) for c in commands} == {(cursor, a) for cursor in (2, 3, 4, 5) for a in (0, 1)}
     for ticket in state.tickets:  # an answer to a command from before the resume
-        assert advance(resumed, Sampled(ticket=ticket, candidate=candidate(3, 0)))[0] is resumed
-    assert snapshot(restore(stored, state.limits)) == stored
+        assert sampled(resumed, ticket, candidate(3, 0))[0] is resumed
+    assert snapshot(restore(stored, fresh())) == stored
 
 
 def test_states_are_frozen():

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -26,22 +27,28 @@ def claim(tmp_path):
 
 
 def save(folder, step):
-    path = folder.begin_checkpoint(step)
-    (path / "state").mkdir()
-    (path / "state" / "shard").write_text(str(step))
-    folder.commit(step)
+    with folder.checkpoint(step) as path:
+        (path / "state").mkdir()
+        (path / "state" / "shard").write_text(str(step))
+
+
+def interrupted_save(folder, step):
+    with pytest.raises(KeyboardInterrupt), folder.checkpoint(step) as path:
+        (path / "torn").write_text("x")
+        raise KeyboardInterrupt
 
 
 def finish(folder):
-    (folder.begin_final() / "model").write_text("w")
-    return folder.finish()
+    with folder.whole("final") as path:
+        (path / "model").write_text("w")
+    return folder.path / "final"
 
 
 def test_the_first_claim_takes_v0_and_keeps_the_config(claim, tmp_path):
     folder = claim()
     assert folder.path == tmp_path / "demo" / "v0" and folder.epoch == 1 and not folder.resumed
     assert (folder.path / "config.toml").read_text() == CONFIG
-    folder.check()
+    folder.fence.check()
 
 
 def trained(folder):
@@ -103,7 +110,7 @@ def test_a_finished_run_leads_to_the_next_version(claim):
 def test_resume_never_takes_the_next_version(claim):
     first = claim()
     assert claim(resume="never").path.name == "v1"
-    first.check()
+    first.fence.check()
 
 
 def test_names_stay_inside_the_root(tmp_path):
@@ -140,71 +147,71 @@ def test_a_killed_driver_lets_the_next_one_in(claim, tmp_path):
 
 def test_a_fenced_driver_writes_nothing(claim):
     old = claim()
-    old.begin_checkpoint(10).joinpath("shard").write_text("old")
+    begun = [old.checkpoint(10), old.whole("final"), old.whole("exports/step_000010")]
+    for writing in begun:
+        (writing.__enter__() / "shard").write_text("old")
     old.release()  # as if it had slept through the loss of its lock
     claim()
     for write in (
-        old.check,
-        lambda: old.commit(10),
-        lambda: old.begin_checkpoint(20),
+        old.fence.check,
+        lambda: old.checkpoint(20).__enter__(),
         lambda: old.prune(1),
         lambda: old.move_uncommitted_to_discarded(None),
-        lambda: old.begin_export(20),
-        lambda: old.finish_export(20),
-        old.begin_final,
-        old.finish,
+        lambda: old.whole("exports/step_000020").__enter__(),
+        lambda: old.whole("final").__enter__(),
+        *(partial(writing.__exit__, None, None, None) for writing in begun),
     ):
         with pytest.raises(Fenced, match="epoch 2, ours 1"):
             write()
     assert old.last_committed() is None
+    assert not any((old.path / name).exists() for name in ("final", "exports/step_000010"))
 
 
 def test_only_committed_checkpoints_count(claim):
     folder = claim()
     assert folder.last_committed() is None
     save(folder, 10)
-    folder.begin_checkpoint(20)
+    interrupted_save(folder, 20)
     assert folder.last_committed() == 10
-    with pytest.raises(FileNotFoundError):
-        folder.commit(20)  # empty
-    with pytest.raises(FileNotFoundError):
-        folder.commit(30)  # never begun
+    with pytest.raises(FileNotFoundError), folder.checkpoint(20):
+        pass
+    assert folder.last_committed() == 10
     assert json.loads((folder.checkpoint_path(10) / "COMMITTED").read_text()) == {"step": 10, "epoch": 1}
 
 
 def test_committed_is_written_after_the_rest_is_on_disk(claim, monkeypatch):
     folder, synced = claim(), []
-    path = folder.begin_checkpoint(10)
-    (path / "shard").write_text("x")
+    path = folder.checkpoint_path(10)
     fsync = os.fsync
 
     def record(handle):
         synced.append((os.readlink(f"/proc/self/fd/{handle}"), (path / "COMMITTED").exists()))
         fsync(handle)
 
-    monkeypatch.setattr(os, "fsync", record)
-    folder.commit(10)
+    with folder.checkpoint(10):
+        (path / "shard").write_text("x")
+        monkeypatch.setattr(os, "fsync", record)
     assert synced[:2] == [(str(path / "shard"), False), (str(path), False)]
     assert (str(path), True) in synced
 
 
 def test_an_interrupted_save_starts_over_and_a_committed_one_is_never_overwritten(claim):
     folder = claim()
-    folder.begin_checkpoint(10).joinpath("torn").write_text("x")
+    interrupted_save(folder, 10)
     save(folder, 10)
     assert not (folder.checkpoint_path(10) / "torn").exists()
     with pytest.raises(FileExistsError):
-        folder.begin_checkpoint(10)
+        save(folder, 10)
 
 
 def test_prune_keeps_the_newest_committed(claim):
     folder = claim()
-    folder.begin_checkpoint(5)
+    interrupted_save(folder, 5)
     folder.prune(1)
     assert folder.checkpoint_path(5).exists()  # nothing is committed yet
     for step in (10, 20, 30):
         save(folder, step)
-    folder.begin_checkpoint(40)
+    interrupted_save(folder, 40)
     folder.prune(2)
     left = sorted(path.name for path in folder.path.glob("checkpoint_*"))
     assert left == ["checkpoint_000020", "checkpoint_000030", "checkpoint_000040"]
@@ -276,22 +283,26 @@ def test_a_crash_while_setting_rows_aside_loses_none(claim, monkeypatch):
     assert steps_of(folder.path / "discarded" / "epoch_2" / "metrics.jsonl") == [2]
 
 
+def export(folder, step, weights):
+    with folder.whole(f"exports/step_{step:06d}") as path:
+        (path / "weights").write_text(weights)
+
+
 def test_exports_stay_when_checkpoints_go_and_undone_ones_are_set_aside(claim):
     folder = claim()
     for step in (10, 20, 30):
-        (folder.begin_export(step) / "weights").write_text(str(step))
-        assert folder.finish_export(step) == folder.path / "exports" / f"step_{step:06d}"
+        export(folder, step, str(step))
         save(folder, step)
         folder.prune(1)
-    (folder.begin_export(40) / "weights").write_text("undone")
-    folder.finish_export(40)
-    folder.begin_export(50)
+    export(folder, 40, "undone")
+    with pytest.raises(KeyboardInterrupt), folder.whole("exports/step_000050"):
+        raise KeyboardInterrupt
     assert folder.move_uncommitted_to_discarded(folder.last_committed()) == 2
     assert {path.name for path in (folder.path / "exports").iterdir()} == {f"step_0000{n}" for n in (10, 20, 30)}
     assert (folder.path / "discarded/epoch_1/exports/step_000040/weights").read_text() == "undone"
-    folder.begin_export(30)
     with pytest.raises(FileExistsError, match=r"step_000030 exists already"):
-        folder.finish_export(30)
+        export(folder, 30, "again")
+    assert (folder.path / "exports/step_000030/weights").read_text() == "30"
 
 
 def test_an_updates_pairs_may_be_split_otherwise_but_not_be_more_or_fewer(claim):

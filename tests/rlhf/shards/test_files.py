@@ -41,7 +41,7 @@ def test_rows_are_read_from_one_of_many_files(tmp_path):
     save_file({"a.weight": WHOLE["a.weight"]}, tmp_path / "one.safetensors")
     save_file({"b.bias": WHOLE["b.bias"].float()}, tmp_path / "two.safetensors")
     folder = SafetensorsFolder(tmp_path)
-    assert folder.names() == {"a.weight", "b.bias"}
+    assert folder.where.keys() == {"a.weight", "b.bias"}
     assert torch.equal(folder.rows("a.weight", 1, 4, (5, 3)), WHOLE["a.weight"][1:4])
     assert torch.equal(folder.rows("b.bias", 2, 7, (7,)), WHOLE["b.bias"][2:7].float())
 

@@ -55,7 +55,6 @@ class TabledFamily:
     process: ClassVar = RectifiedFlow()
     blocks: ClassVar = (Mixing,)
     lora_targets: ClassVar = ("mix",)
-    lora_prefix: ClassVar = "net"
 
     def empty_denoiser(self, dtype):
         with torch.device("meta"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlhf.tables import TrainerConfig
-from rlhf.training.optimizers import OPTIMIZERS
+from rlhf.training.optimizers import OPTIMIZERS, make_optimizer
 from tests.worlds import OPTIMIZER_NAMES, needs_bitsandbytes
 
 SHAPES = {
@@ -56,7 +56,7 @@ def sharded(mesh, optimizer, steps):
         rows, start = parameter.to_local(), distributed.first_row(parameter)
         rows.data.copy_(tensors(0)[name][start : start + len(rows)])
     config = TrainerConfig(optimizer=optimizer, **SETTINGS)
-    made = OPTIMIZERS[optimizer](bag.parameters(), config)
+    made = make_optimizer(bag.parameters(), config)
     for step in range(steps):
         bag(gradients(step)).backward()
         made.param_groups[0]["lr"] = SETTINGS["learning_rate"] / (step + 1)

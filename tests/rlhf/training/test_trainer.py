@@ -12,8 +12,7 @@ from rlhf.diffusion.objectives import DPO
 from rlhf.errors import Refused
 from rlhf.models.trainable import ADAPTER, load_for_sampling, load_trainable
 from rlhf.tables import TrainerConfig
-from rlhf.training.loss_scale import LossScale
-from rlhf.training.trainer import Trainer
+from rlhf.training.trainer import LossScale, Trainer
 from rlhf.types import POLICY, REFERENCE
 from tests import worlds
 from tests.rlhf.training import tabled
@@ -147,11 +146,9 @@ def train_and_save(mesh, path, folder, how, save_at, steps, **changes):
 
 
 def state_of(trainer):
-    from rlhf.training import optimizers
-
-    state = {f"{file}/{name}": rows.clone() for file, entries in trainer._state().items() for name, _, rows in entries}
-    for name, value in optimizers.state_of_this_rank(trainer.optimizer, trainer.trained).items():
-        state[name] = value.clone()
+    files, of_this_rank = trainer._state()
+    state = {f"{file}/{s.name}": s.rows.clone() for file, shards in files.items() for s in shards}
+    state |= {name: value.clone() for name, value in of_this_rank.items()}
     state["step"] = torch.tensor([float(s["step"]) for s in trainer.optimizer.state.values()])
     return state
 
@@ -220,8 +217,9 @@ def restored_whole(mesh, path, folder, **changes):
         assert trainer.steps == 0
         return str(error)
     whole = gather(trainer, trainer.trained)
-    for key, values in optimizers.state_by_rows(trainer.optimizer, trainer.trained).items():
-        whole |= {f"{key}/{name}": value.full_tensor() for name, value in values}
+    by_rows, _ = optimizers.state_of(trainer.optimizer, trainer.trained)
+    for key, values in by_rows.items():
+        whole |= {f"{key}/{name}": value.full_tensor() for name, value in values.items()}
     return whole
 
 
@@ -399,7 +397,7 @@ def overflow_and_recover(mesh, path, folder):
     trainer.save(folder)
     resumed = worlds.trainer(mesh, path, dtype=torch.float16)
     resumed.restore(folder)
-    counters = [(t.loss_scale.state(), t.steps, t.skipped, t.skipped_in_a_row) for t in (trainer, resumed)]
+    counters = [(dict(vars(t.loss_scale)), t.steps, t.skipped, t.skipped_in_a_row) for t in (trainer, resumed)]
     after = [t.step([mine(mesh, 1)]) for t in (trainer, resumed)]
     return (
         history,
@@ -464,8 +462,7 @@ def test_the_loss_scale_doubles_after_2000_good_steps_and_halves_after_a_bad_one
         (False, 32768, 0),
     ]:
         scale.update(good)
-        assert scale.state() == {"value": value, "good_steps": good_steps}
-    assert LossScale(**scale.state()).state() == scale.state()
+        assert scale == LossScale(value=value, good_steps=good_steps)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from rlhf.data.media import encode_png
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import read_clicks, split
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import Product
 
 HEADER = "image_url,food_name,food_type,city_name,shop_name,pv_ctr"
 

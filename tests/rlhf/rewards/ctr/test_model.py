@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from rlhf.errors import Refused
+from rlhf.rewards.ctr import build as ctr_build
 from rlhf.rewards.ctr import model as ctr
-from rlhf.rewards.ctr import small as ctr_small
-from rlhf.rewards.ctr.model import CTRModel, CTRReward, binomial_loss, compound_loss, describe, encode_items, transform
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import (
+    CTRModel,
+    Product,
+    binomial_loss,
+    compound_loss,
+    describe,
+    encode_items,
+    transform,
+)
 from rlhf.rewards.protocols import Reward
-from tests.rlhf.rewards.asking import score
+from tests.rlhf.rewards.asking import ctr_reward, score
 
 ITEMS = [
     {"food_name": "红烧肉", "food_type": "中式快餐", "city_name": "上海", "shop_name": "老王饭店"},
@@ -23,9 +30,9 @@ PRODUCTS = [Product.of(item) for item in ITEMS]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    tokenizer = ctr_small.small_tokenizer(map(describe, PRODUCTS))
+    tokenizer = ctr_build.small_tokenizer(map(describe, PRODUCTS))
     torch.manual_seed(0)
-    model = CTRModel(ctr_small.small_config(tokenizer))
+    model = CTRModel(ctr_build.small_config(tokenizer))
     return ctr.save(tmp_path_factory.mktemp("ctr") / "model", model, tokenizer)
 
 
@@ -99,7 +106,7 @@ def test_transform_pads_with_white_and_keeps_the_whole_picture():
 
 
 def test_score_is_the_models_sigmoid(folder, pictures):
-    reward = CTRReward(folder)
+    reward = ctr_reward(folder)
     model, tokenizer = ctr.load(folder)
     ids, mask = encode_items(tokenizer, PRODUCTS, model.config.max_tokens)
     with torch.no_grad():
@@ -110,21 +117,21 @@ def test_score_is_the_models_sigmoid(folder, pictures):
 
 
 def test_score_depends_on_picture_and_item(folder, pictures):
-    reward = CTRReward(folder)
+    reward = ctr_reward(folder)
     a, b = score(reward, [pictures[0]] * 2, ["", ""], ITEMS)
     c, _ = score(reward, [pictures[1]] * 2, ["", ""], ITEMS)
     assert a != b and a != c
 
 
 def test_it_scores_in_bf16(folder, pictures):
-    exact = score(CTRReward(folder), pictures, ["", ""], ITEMS)
-    low = score(CTRReward(folder, dtype=torch.bfloat16), pictures, ["", ""], ITEMS)
+    exact = score(ctr_reward(folder), pictures, ["", ""], ITEMS)
+    low = score(ctr_reward(folder, dtype="bfloat16"), pictures, ["", ""], ITEMS)
     assert low == pytest.approx(exact, rel=0.05)
 
 
 def test_neighbours_change_no_bit_of_a_score_in_padded_batches(folder, pictures):
     """The first of eight and, as 8 + 2 are scored, of two; the place in the batch is the same, as it must be."""
-    reward = CTRReward(folder, batch_rows=8)
+    reward = ctr_reward(folder, batch_rows=8)
     together = score(reward, pictures * 5, [""] * 10, ITEMS * 5)
     (alone,) = score(reward, pictures[:1], [""], ITEMS[:1])
     assert together[0] == together[8] == alone
@@ -133,12 +140,12 @@ def test_neighbours_change_no_bit_of_a_score_in_padded_batches(folder, pictures)
 def test_a_missing_column_is_an_error_that_names_it(folder, pictures):
     without = {column: text for column, text in ITEMS[0].items() if column != "city_name"}
     with pytest.raises(Refused, match=r"'ctr' reads .*; missing: city_name \(there: food_name, food_type, shop_name\)"):
-        score(CTRReward(folder), pictures, ["", ""], [ITEMS[0], without])
+        score(ctr_reward(folder), pictures, ["", ""], [ITEMS[0], without])
 
 
 def test_other_columns_are_not_read(folder, pictures):
     more = [item | {"price": "12.5"} for item in ITEMS]
-    reward = CTRReward(folder)
+    reward = ctr_reward(folder)
     assert score(reward, pictures, ["", ""], more) == score(reward, pictures, ["", ""], ITEMS)
 
 
@@ -204,11 +211,11 @@ def test_the_wide_part_adds_nothing_at_first_and_sees_what_norms_hide(folder):
 
 def test_small_tokens_are_whole_words_with_their_field():
     items = [*PRODUCTS, Product(food_name="Red Delicious", food_type="Apple", city_name="上海", shop_name="老王饭店")]
-    tokenizer = ctr_small.small_tokenizer(map(describe, items))
+    tokenizer = ctr_build.small_tokenizer(map(describe, items))
     assert "[UNK]" not in tokenizer.tokenize(describe(items[2]))
     assert tokenizer.tokenize("类型:Apple 店铺:老王饭店 Delicious") == ["类型:apple", "店铺:老王饭店", "delicious"]
     assert tokenizer.tokenize("类型:Pear") == ["类", "##型", "##:", "##p", "##e", "##a", "##r"], "seen once: spelled"
-    again = ctr_small.small_tokenizer(map(describe, reversed(items)))
+    again = ctr_build.small_tokenizer(map(describe, reversed(items)))
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again("类型:鱼")["input_ids"][1] == again.unk_token_id, "a character never seen"
     assert (again.cls_token_id, again.sep_token_id) == (again("x")["input_ids"][0], again("x")["input_ids"][-1])

@@ -6,10 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf.rewards.ctr.product import Product
+from rlhf.rewards.ctr.model import Product
 from rlhf.rewards.ctr.report import (
-    CALIBRATION_PLOT,
-    PREDICTED_PLOT,
     Predictions,
     calibration,
     metrics,
@@ -50,20 +48,20 @@ def test_ties_share_their_mean_rank():
 
 def test_calibration_error_weighs_bins_by_impressions():
     predictions = said([0.1, 0.1, 0.4, 0.4], [0.2, 0.4, 0.4, 0.4], [100.0, 300.0, 100.0, 100.0])
-    bins = calibration(predictions, bins=2)
-    torch.testing.assert_close(bins.observed, torch.tensor([(100 * 0.2 + 300 * 0.4) / 400, 0.4]).double())
-    assert bins.weight.tolist() == [400, 200]
-    assert bins.error == pytest.approx(400 / 600 * 0.25, abs=1e-6)
-    rows = calibration(said([0.1, 0.1, 0.4, 0.4], [0.2, 0.4, 0.4, 0.4]), bins=2)
-    assert rows.weight.tolist() == [2, 2] and rows.error == pytest.approx(0.5 * 0.2, abs=1e-6)
+    _, observed, weight, error = calibration(predictions, bins=2)
+    torch.testing.assert_close(observed, torch.tensor([(100 * 0.2 + 300 * 0.4) / 400, 0.4]).double())
+    assert weight.tolist() == [400, 200]
+    assert error == pytest.approx(400 / 600 * 0.25, abs=1e-6)
+    _, _, weight, error = calibration(said([0.1, 0.1, 0.4, 0.4], [0.2, 0.4, 0.4, 0.4]), bins=2)
+    assert weight.tolist() == [2, 2] and error == pytest.approx(0.5 * 0.2, abs=1e-6)
 
 
 def test_bins_have_equal_counts_in_order_of_the_prediction():
-    predicted = torch.rand(103, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
-    bins = calibration(said(predicted.tolist(), predicted.tolist()))
-    assert sorted(bins.weight.tolist()) == [10.0] * 7 + [11.0] * 3
-    assert bins.predicted.diff().min() > 0 and bins.error == pytest.approx(0, abs=1e-6)
-    assert len(calibration(said([0.1, 0.2], [0.1, 0.2])).weight) == 2
+    rates = torch.rand(103, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+    predicted, _, weight, error = calibration(said(rates.tolist(), rates.tolist()))
+    assert sorted(weight.tolist()) == [10.0] * 7 + [11.0] * 3
+    assert predicted.diff().min() > 0 and error == pytest.approx(0, abs=1e-6)
+    assert len(calibration(said([0.1, 0.2], [0.1, 0.2]))[2]) == 2
 
 
 def test_pairs_are_of_one_product_and_differ_by_three_points():
@@ -111,7 +109,7 @@ def test_plots_are_written_and_show_something(tmp_path, counted):
     rate = (predicted + 0.05 * torch.randn(60, generator=generator)).clamp(0, 1)
     views = (torch.rand(60, generator=generator) * 1000 + 10).tolist() if counted else None
     write_plots(tmp_path, said(predicted.tolist(), rate.tolist(), views, [A, B] * 30))
-    for name in (CALIBRATION_PLOT, PREDICTED_PLOT):
+    for name in ("calibration.png", "predicted_vs_actual.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and min(picture.size) >= 600
             assert len(picture.convert("RGB").getcolors(1_000_000)) > 20

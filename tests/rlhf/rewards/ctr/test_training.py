@@ -1,7 +1,9 @@
 """Training learns what decides the clicks, keeps the best epoch, and refuses what it cannot use."""
 
 import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,11 @@ import torch
 
 from rlhf.errors import Refused
 from rlhf.rewards.ctr import build as ctr_build
-from rlhf.rewards.ctr import training as ctr_training
 from rlhf.rewards.ctr.batches import Batches, Update
+from rlhf.rewards.ctr.build import small_config, small_tokenizer
 from rlhf.rewards.ctr.clicks import Rows
 from rlhf.rewards.ctr.config import CTRDataConfig, CTRModelSection, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.ctr.model import CTRModel, describe, encode_items, load, save
-from rlhf.rewards.ctr.small import small_config, small_tokenizer
 from rlhf.rewards.ctr.training import Learner, fit
 from tests.rlhf.rewards.clicks import write_backbones, write_clicks
 
@@ -38,9 +39,13 @@ def settings(**config):
     return CTRTrainConfig(**{"epochs": 12, "batch_size": 16, **config})
 
 
-def train(rows, held_out=(), validation=(), seed=0, section=SMALL, **config):
+def train(rows, held_out=(), validation=(), seed=0, section=SMALL, folder=None, **config):
+    """The learner as one rank in this process trained it, and its figures with those of the held-out rows."""
     rows = Rows(train=rows, validation=validation, held_out=held_out)
-    return ctr_training.train(rows, section, settings(**config), seed=seed, progress=lambda line: None)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as temporary:
+        made = Learner(rows, section, settings(**config), seed=seed)
+        figures = fit(made.epoch, made.keep, made.config, lambda line: None)
+        return made, made.finish(folder or Path(temporary)) | figures
 
 
 def learner(rows, section, validation=(), **config):
@@ -128,7 +133,7 @@ class Script:
 
 def test_it_stops_after_patience_and_keeps_the_best_epoch():
     script, lines = Script([5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.2, 1.0]), []
-    figures = fit(script, CTRTrainConfig(epochs=8, patience=3), lines.append)
+    figures = fit(script.epoch, script.keep, CTRTrainConfig(epochs=8, patience=3), lines.append)
     assert script.trained == [0, 1, 2, 3, 4, 5, 6] and script.kept == [0, 1, 3]
     assert (figures["best_epoch"], figures["epochs"], figures["validation_loss"]) == (4, 7, 3.0)
     assert figures["train_loss"] == 1 / 4 and "train.patience = 3" in lines[-1] and lines[0].endswith("best")
@@ -136,25 +141,27 @@ def test_it_stops_after_patience_and_keeps_the_best_epoch():
 
 def test_it_goes_to_the_end_while_it_gets_better():
     script = Script([5.0, 6.0, 4.0, 5.0])
-    assert fit(script, CTRTrainConfig(epochs=4, patience=2), lambda line: None)["epochs"] == 4
+    assert fit(script.epoch, script.keep, CTRTrainConfig(epochs=4, patience=2), lambda line: None)["epochs"] == 4
     assert script.kept == [0, 2]
 
 
 def test_without_validation_rows_all_epochs_are_trained(clicks):
-    made, figures = train(clicks[:32], epochs=3, patience=1)
+    _, figures = train(clicks[:32], epochs=3, patience=1)
     assert figures["epochs"] == figures["best_epoch"] == 3 and "validation_loss" not in figures
-    assert made.predictions is None
+    assert "rows" not in figures, "nor are there held-out rows"
 
 
-def test_the_kept_weights_are_what_is_finished(clicks):
+def test_the_kept_weights_are_what_is_finished(clicks, tmp_path):
     made = learner(clicks[:32], SMALL, clicks[32:64])
     first = made.epoch(0)
     made.keep()
     kept = {name: value.clone() for name, value in made.model.state_dict().items()}
     made.epoch(1)
     assert not all(torch.equal(kept[name], value) for name, value in made.model.state_dict().items())
-    finished = made.finish()
-    assert all(torch.equal(kept[name], value) for name, value in finished.model.state_dict().items())
+    assert made.finish(tmp_path) == {}
+    assert all(torch.equal(kept[name], value) for name, value in made.model.state_dict().items())
+    written = load(tmp_path)[0].state_dict()
+    assert all(torch.equal(kept[name], written[name]) for name in kept if kept[name].is_floating_point())
     assert made._validation_loss().item() == first["validation_loss"]
 
 
@@ -194,7 +201,7 @@ def test_accumulated_batches_are_one_large_batch(clicks, backbones):
 
 
 def replace_size(made, size):
-    return Batches(made.tokenizer, made.model.config, settings(batch_size=size), "cpu")
+    return Batches(made.tokenizer, made.model.config, settings(batch_size=size))
 
 
 def test_an_epoch_has_each_row_once_in_updates_of_accumulated_batches(clicks, backbones):
@@ -290,19 +297,20 @@ def test_pretrained_backbones_are_loaded_and_learn_at_their_own_rates(clicks, ba
 
 def test_pretrained_backbones_train_and_load_back(clicks, backbones, tmp_path):
     made, figures = train(
-        clicks[:32], clicks[32:48], clicks[48:64], section=backbones, epochs=2, mixed_precision="bf16"
+        clicks[:32], clicks[32:48], clicks[48:64], section=backbones, folder=tmp_path, epochs=2, mixed_precision="bf16"
     )
     assert figures["rows"] == 16 and math.isfinite(figures["validation_loss"])
-    made.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "calibration.png", "config.json", "model.safetensors", "predicted_vs_actual.png", "tokenizer",
     ]  # fmt: skip
     loaded, tokenizer = load(tmp_path)
     ids, mask = encode_items(tokenizer, [click.item for click in clicks[32:48]], 40)
-    pixels = next(Batches(tokenizer, loaded.config, settings(), "cpu").ordered(clicks[32:48])).pixels
+    pixels = next(Batches(tokenizer, loaded.config, settings()).ordered(clicks[32:48])).pixels
     with torch.inference_mode():
         again = loaded.eval()(pixels, ids, mask)
-    torch.testing.assert_close(again, made.predictions.logit, atol=ROUNDING * again.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        again, made.predict(clicks[32:48]).logit, atol=ROUNDING * again.abs().max().item(), rtol=0
+    )
 
 
 def test_keys_that_do_not_fit_each_other():
@@ -318,7 +326,7 @@ def test_keys_that_do_not_fit_each_other():
 
 def one_update(mesh, rank, world, rows, section, **config):
     """Train some updates without noise; every rank returns its weights and what the epoch said."""
-    made = Learner(rows, section, settings(**config), seed=0, rank=rank, world=world)
+    made = Learner(rows, section, settings(**config, ranks=world), seed=0, rank=rank)
     figures = without_noise(made).epoch(0)
     return weights(made), figures
 

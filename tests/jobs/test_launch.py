@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WAITS = """
 import os, signal, time
 import jobs, ray
-from jobs.cluster import cluster
-from jobs.launch import guarded
+from jobs.launch import cluster
+from jobs.cli import GOES_ON, run_main
 from rlhf.section import ClusterConfig
 
 @ray.remote(num_cpus=0.1)
@@ -24,7 +24,7 @@ def job():
         finally:
             print("cleaned up", flush=True)
 
-guarded(job)()
+run_main(job, GOES_ON)
 """
 
 

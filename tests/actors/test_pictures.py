@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.painting import batches, picture_file, source_file
+from actors.pictures import batches, painted_file, source_file
 from actors.sampler import Sampler
 from rlhf.evaluation.prompts import read_evaluation
 from rlhf.models import load_family
@@ -33,16 +33,15 @@ class World:
         self.sampler = Sampler(self.model, self.sampling, "cpu")
 
     def missing(self, side="base"):
-        bucket = load_family(self.model).bucket
-        return list(batches(self.prompts, self.sampling, self.out, side, self.seed, bucket))
+        return batches(self.prompts, self.sampling, self.out, side, self.seed, load_family(self.model))
 
     def paint(self, side="base"):
         weights = self.tuned if side == "tuned" else WeightsTable()
         for batch in self.missing(side):
-            assert self.sampler.paint(weights, batch.requests, batch.files, batch.sources) == len(batch.requests)
+            assert self.sampler.paint(weights, batch) == len(batch)
 
     def picture(self, index, variant, side="base"):
-        return np.asarray(Image.open(self.out / picture_file(index, variant, side)))
+        return np.asarray(Image.open(self.out / painted_file(index, variant, side)))
 
 
 @pytest.fixture
@@ -52,13 +51,13 @@ def world(diffusion, tmp_path):
 
 
 def test_a_picture_has_its_place_in_a_batch_whatever_else_is_missing(world):
-    whole = {request.noise_seed: request.slot for batch in world.missing() for request in batch.requests}
-    assert len(whole) == 6 and all(len({r.slot for r in b.requests}) == len(b.requests) for b in world.missing())
+    whole = {request.noise_seed: request.slot for batch in world.missing() for request, _, _ in batch}
+    assert len(whole) == 6 and all(len({r.slot for r, _, _ in batch}) == len(batch) for batch in world.missing())
     world.paint()
     first = world.picture(1, 0)
-    (world.out / picture_file(1, 0, "base")).unlink()
+    (world.out / painted_file(1, 0, "base")).unlink()
     (alone,) = world.missing()
-    (request,) = alone.requests
+    ((request, _, _),) = alone
     assert request.slot == whole[request.noise_seed] == 2
     world.paint()
     assert np.array_equal(world.picture(1, 0), first)

@@ -1,0 +1,159 @@
+"""The recipes: one class per job, which puts tables together. No key has its default here but those of the job alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf import tables
+from rlhf.rewards.config import JudgesConfig, RewardConfig, ServeConfig
+from rlhf.section import ClusterConfig, LocalPath, Section
+from rlhf.types import Fit
+
+
+class OnlineRunConfig(tables.RunConfig):
+    name: str = "online_dpo"
+    sample_every: int = Field(10, ge=1)
+    """Steps between contact sheets."""
+    save_latents: bool = True
+
+
+class OnlineDPORecipe(Section):
+    run: OnlineRunConfig = OnlineRunConfig()
+    model: tables.TrainedEditModelTable
+    data: tables.DataConfig
+    sampling: tables.SamplingTable = tables.SamplingTable()
+    rollout: tables.RolloutConfig = tables.RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    judges: JudgesConfig = JudgesConfig()
+    dpo: tables.DPOConfig = tables.DPOConfig()
+    trainable: tables.TrainableTable = tables.TrainableTable()
+    trainer: tables.TrainerConfig = tables.TrainerConfig()
+    samplers: tables.OnlineSamplersConfig = tables.OnlineSamplersConfig()
+    eval: tables.EvalConfig = tables.EvalConfig()
+    serve: ServeConfig = ServeConfig()
+    preprocess: tables.PreprocessConfig = tables.PreprocessConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def judge_names(self) -> list[str]:
+        """The judges of this run."""
+        return [*self.reward.names, *(["filter"] if self.judges.filter.enabled else [])]
+
+    def conflicts(self) -> Iterator[str]:
+        yield from _without_items("the reward", self.reward.names, self.judges, self.data.item_metadata)
+        if self.model.size == "auto" and self.trainer.train_batch_size != 1:
+            yield (
+                f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
+                "stacks pairs; set it to 1 and raise trainer.gradient_accumulation_steps"
+            )
+        yield from self.judges.problems(self.reward)
+
+
+class OfflineRunConfig(tables.RunConfig):
+    name: str = "offline_dpo"
+
+
+class OfflineDPO(tables.DPOConfig):
+    reference_refresh_every: int = Field(0, ge=0)
+    """Steps between copies of the policy into the reference; 0: never, as in the paper."""
+
+
+class TrainRecipe(Section):
+    objective: Literal["dpo", "sft"] = "dpo"
+    """`sft` trains on the winners alone, without a reference."""
+    run: OfflineRunConfig = OfflineRunConfig()
+    model: tables.SizedModelTable
+    data: tables.PairDataConfig
+    eval: tables.HeldOutConfig = tables.HeldOutConfig()
+    dpo: OfflineDPO = OfflineDPO()
+    trainable: tables.TrainableTable = tables.TrainableTable()
+    trainer: tables.TrainerConfig = tables.TrainerConfig()
+    preprocess: tables.PreprocessConfig = tables.PreprocessConfig()
+    judges: JudgesConfig = JudgesConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def judge_names(self) -> list[str]:
+        """The judge that relabels, if one does."""
+        return [self.data.choice_model] if self.data.choice_model else []
+
+    def conflicts(self) -> Iterator[str]:
+        yield from self.judges.unusable(self.judge_names, "data.choice_model")
+        yield from _without_items("data.choice_model =", self.judge_names, self.judges, self.data.item_metadata)
+
+
+class EvaluateRecipe(Section):
+    out: LocalPath
+    """Folder for the page, the numbers and the pictures. A finished evaluation is never overwritten."""
+    seed: int = Field(0, ge=0)
+    model: tables.EvaluatedModelTable
+    tuned: tables.TunedTable
+    data: tables.PromptDataTable
+    sampling: tables.EvaluateSamplingTable = tables.EvaluateSamplingTable()
+    reward: RewardConfig = RewardConfig()
+    """Which judges are asked, as in a run's recipe. They are never mixed here, so the numbers in weights do not matter."""
+    judges: JudgesConfig = JudgesConfig()
+    """Where the judges are. The filter is not asked."""
+    samplers: tables.SamplersConfig = tables.SamplersConfig()
+    """They are gone before the judges come, so both may use the same GPU."""
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def conflicts(self) -> Iterator[str]:
+        no_filter = self.judges.filter.model_copy(update={"enabled": False})
+        yield from self.judges.model_copy(update={"filter": no_filter}).problems(self.reward)
+        yield from _without_items("the judge", self.reward.names, self.judges, self.data.item_metadata)
+
+
+class EditRequestConfig(Section):
+    """What is edited, and where the PNGs go."""
+
+    image: LocalPath | None = None
+    prompt: str = ""
+    data: LocalPath | None = None
+    """A JSONL like data.path, instead of one image."""
+    out: LocalPath = "edits"
+    seed: int = 0
+    variants: int = Field(1, ge=1)
+    """Edits per prompt, each from noise of its own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    fit: Fit = "crop"
+
+    def conflicts(self) -> Iterator[str]:
+        if (self.image is None) == (self.data is None):
+            yield f"give either image or data: image = {self.image!r}, data = {self.data!r}"
+
+
+class EditRecipe(Section):
+    model: tables.EditModelTable
+    edit: EditRequestConfig
+    tuned: tables.WeightsTable = tables.WeightsTable()
+    """Unset: the base model's weights."""
+    sampling: tables.SolverTable = tables.SolverTable()
+
+
+class ServeRecipe(Section):
+    """What `jobs.serve` keeps up: every judge below that has a checkpoint, a function or a server to ask."""
+
+    name: str = "judges"
+    judges: JudgesConfig = JudgesConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def judge_names(self) -> list[str]:
+        names = [*self.judges.rewards, *(["filter"] if self.judges.filter.enabled else [])]
+        return list(self.judges.to_deploy(names))
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.judge_names:
+            yield "nothing to serve: give a judge its source, e.g. judges.hps.path or judges.filter.path"
+
+
+def _without_items(asked_by: str, names: Sequence[str], judges: JudgesConfig, items: str | None) -> Iterator[str]:
+    """A line where a judge of `names` reads the item of a picture, and there are no `items`."""
+    needing = [name for name in names if name in judges.rewards and judges[name].item_columns]
+    if items is None and needing:
+        yield f"{asked_by} {needing[0]!r} needs data.item_metadata: it reads the item of a picture"
