@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,15 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_start_goes_on(diffusion, tmp
     tuned = {"denoiser": str(diffusion / "unet")}
     slowly = {"steps": 200, "seeds": 2, "batch_size": 1}
     path = recipe(tmp_path, "stable_diffusion", diffusion, tuned, write_texts(tmp_path), sampling=slowly)
-    process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(path),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal: what a shell starts in the background ignores the signal, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for line in process.stdout:
             if line.startswith("painted: 1/24"):
