@@ -63,7 +63,7 @@ def run_once(tmp_path, steps, fails_at=None):
     duties = [
         Duty(every=2, do=done.append, at_start=True),
         Duty(every=0, do=lambda step: pytest.fail("never due")),
-        *saving(RunConfig(export_every=2, save_every=2, keep_checkpoints=1), run, source, trainer),
+        *saving(RunConfig(name="run", export_every=2, save_every=2, keep_checkpoints=1), run, source, trainer),
     ]
     try:
         train(steps, run, source, trainer, tracker, duties)
