@@ -240,7 +240,12 @@ class TrainerConfig(Section):
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = Field(1.0, gt=0)
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal["all", "half", "none"] = "all"
+    """Blocks that the backward pass computes again in place of keeping them: all, every second one, none."""
+    offload: Literal["none", "ema", "reference", "optimizer"] = "none"
+    """What lies in the host's memory, each with those before it. `ema`: the average, updated beside the next step. `reference`:
+    frozen networks, which full training has (of others they are small and stay). `optimizer`: masters, gradients and Adam's
+    moments; the update then runs on the CPU."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the exponential moving average of the weights; unset: none is kept."""
     num_cpus: float = Field(0.3, ge=0)
@@ -271,6 +276,11 @@ class TrainerConfig(Section):
             )
         return values
 
+    def offloads(self, what: Literal["ema", "reference", "optimizer"]) -> bool:
+        """Whether `what` lies in the host's memory."""
+        order = ("none", "ema", "reference", "optimizer")
+        return order.index(what) <= order.index(self.offload)
+
     @property
     def pairs_per_rank(self) -> int:
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -288,6 +298,11 @@ class TrainerConfig(Section):
         whole, rules, example = self.effective_batch_size, self.lr_step_rules, 'e.g. "1:10,0.1:20,0.01"'
         if whole not in (None, self.pairs_per_step):
             yield f"effective_batch_size = {whole}: write it as a whole number, like 2048"
+        if self.offload == "optimizer" and self.optimizer != "adamw":
+            yield (
+                f'offload = "optimizer" updates on the CPU, which only optimizer = "adamw" does here, not "{self.optimizer}": '
+                'take one of the two'
+            )
         if self.lr_scheduler == "piecewise_constant" and rules is None:
             yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'
         if rules is not None and not _is_step_rules(rules):

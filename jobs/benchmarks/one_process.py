@@ -47,7 +47,7 @@ def trainer_table(*, batch: int, learning_rate: float, steps: int) -> TrainerCon
         gradient_accumulation_steps=1,
         learning_rate=learning_rate,
         max_train_steps=steps,
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
         weight_decay=0.0,
     )
 

@@ -97,6 +97,9 @@ class Family(Protocol):
     def target(self, source: Source, geometry: Geometry) -> Encoding:
         """The encoding whose row has the x0 of a medium, (C, …), as its tensor "latents"."""
 
+    def empty_row(self, encoding: Encoding) -> Mapping[str, Tensor]:
+        """The tensors of an encoding's row on the meta device: shapes and dtypes, from JSON files alone."""
+
     def unguided(self, prompt: Prompt) -> Prompt | None:
         """Guidance's other branch, also caption dropout; its condition is made in `prompt`'s bucket. None: there is none."""
 

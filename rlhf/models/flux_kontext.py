@@ -154,6 +154,16 @@ class FluxKontext:
     def target(self, source: Source, geometry: Geometry) -> Encoding:
         return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
 
+    def empty_row(self, encoding: Encoding) -> Condition:
+        if encoding.kind == "picture":
+            return {"latents": torch.empty(self.latent_shape(encoding.geometries[0]), dtype=self.dtype, device="meta")}
+        length = self._json("tokenizer_2", "tokenizer_config.json")["model_max_length"]
+        shapes = {
+            "prompt_embeds": (length, self._transformer["joint_attention_dim"]),
+            "pooled_prompt_embeds": (self._transformer["pooled_projection_dim"],),
+        }
+        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
+
     def unguided(self, prompt: Prompt) -> Prompt:
         return replace(prompt, instruction="")
 

@@ -11,22 +11,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def start(*, rank: int, world: int, store: dist.Store, device: str, timeout_s: float) -> DeviceMesh:
     """Join the process group over `store`; returns the mesh of all ranks. A collective over `timeout_s` raises."""
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # gloo: norms of gradients that are offloaded
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
     return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
 
 
 def shard(
-    module: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh, compute_dtype: torch.dtype | None
+    module: nn.Module,
+    blocks: tuple[type[nn.Module], ...],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype | None,
+    offload: bool = False,
 ) -> nn.Module:
     """`fully_shard` every block and then the root, in place. `compute_dtype` is what parameters are gathered in.
+
+    offload: shards and their gradients lie in the host's memory, from where FSDP copies a block when it is due.
 
     Inputs are not cast: the family casts its own, and FSDP's casting would round the fp32 RoPE at every block. Gradients
     are reduced in fp32. The root reshards after forward too, so that shards may be written at any time between steps.
@@ -34,10 +40,11 @@ def shard(
     # Flux's blocks return slices of one tensor. FSDP warns of in-place operations on them; nothing here does any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    where = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for child in module.modules():
         if isinstance(child, blocks):
-            fully_shard(child, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(child, mesh=mesh, mp_policy=policy, offload_policy=where)
+    return fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=True)
 
 
 def materialise(module: nn.Module, device: str) -> None:

@@ -2,7 +2,7 @@
 
 Master weights are fp32, because at lr 1e-5 a bf16 AdamW step rounds away; forward and backward run in the family's dtype
 (bf16, or fp16 under a loss scale). No rank ever holds more than its shard plus one block: weights are read by rows, refreshed
-shard to shard, and written by rows. Left out: CPU offload, tensor parallelism.
+shard to shard, and written by rows. `trainer.offload` keeps shards in the host's memory. Left out: tensor parallelism.
 
 Shapes: B examples, C latent channels, … height and width, with frames before them where there are any.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf.diffusion.objectives import Objective, Predict
 from rlhf.errors import Refused
@@ -31,6 +32,7 @@ from rlhf.shards import distributed
 from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
 from rlhf.tables import TrainerConfig
 from rlhf.training import optimizers
+from rlhf.training.average import Average
 from rlhf.types import POLICY, Batch, Condition
 
 EMA = "ema"
@@ -82,9 +84,9 @@ class Trainer:
         """The parameters of every frozen side, by the names that `trained` has."""
         for side in objective.sides:
             self.keep(side)
-        self.ema: dict[str, Tensor] = {}
+        self.ema: Average | None = None
         if config.ema_decay is not None:
-            self.ema = {name: p.to_local().detach().clone() for name, p in self.trained.items()}
+            self.ema = Average(self.trained, config.ema_decay, offload=config.offloads("ema"))
         self.optimizer = optimizers.make_optimizer(self.trained.values(), config)
         schedule = get_scheduler(
             config.lr_scheduler,
@@ -105,20 +107,36 @@ class Trainer:
         family = self.family
         denoiser = family.empty_denoiser(family.dtype)
         self.trainable.add(denoiser, self.objective.sides, torch.float32)
-        if self.config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        self._materialise(denoiser, family.dtype)
-        checkpoint = SafetensorsFolder(family.denoiser_path)
-        with torch.no_grad():
-            for name, parameter in denoiser.named_parameters():
-                rows, first = parameter.to_local(), distributed.first_row(parameter)
-                last = first + len(rows)
-                whole = self.trainable.start(name, parameter.shape, self.seed)
-                if whole is not None:
-                    rows.copy_(whole[first:last])
-                elif len(rows):
-                    rows.copy_(checkpoint.rows(owner(name)[1], first, last, parameter.shape))
+        self._recompute(denoiser)
+        self._materialise(denoiser, family.dtype, self.config.offloads("optimizer"))
+        self._fill(denoiser)
         return denoiser
+
+    def _recompute(self, denoiser: nn.Module) -> None:
+        """Have the backward pass recompute all of the family's blocks, or every second one, in place of keeping them."""
+        if self.config.gradient_checkpointing == "none":
+            return
+        every = {"all": 1, "half": 2}[self.config.gradient_checkpointing]
+        blocks = (module for module in denoiser.modules() if isinstance(module, self.family.blocks))
+        kept = {block for number, block in enumerate(blocks) if number % every}
+
+        def call(module: nn.Module, *arguments: Any) -> Any:
+            return module(*arguments) if module in kept else checkpoint(module, *arguments, use_reentrant=False)
+
+        denoiser.enable_gradient_checkpointing(call)  # diffusers' own
+
+    @torch.no_grad()
+    def _fill(self, denoiser: nn.Module) -> None:
+        """This rank's rows of the checkpoint, and what adapters begin with."""
+        checkpoint = SafetensorsFolder(self.family.denoiser_path)
+        for name, parameter in denoiser.named_parameters():
+            rows, first = parameter.to_local(), distributed.first_row(parameter)
+            last = first + len(rows)
+            whole = self.trainable.start(name, parameter.shape, self.seed)
+            if whole is not None:
+                rows.copy_(whole[first:last])
+            elif len(rows):
+                rows.copy_(checkpoint.rows(owner(name)[1], first, last, parameter.shape))
 
     def keep(self, side: str) -> None:
         """Keep a frozen side, equal to the policy. A collective; called for every side that the objective names."""
@@ -126,14 +144,17 @@ class Trainer:
         if not self.trainable.twins:  # one of its own in the compute dtype, to which FSDP would cast the masters anyway
             network = family.empty_denoiser(family.dtype)
             self.trainable.add(network, (), family.dtype)
-            self._materialise(network.eval().requires_grad_(False), None)
+            self._materialise(network.eval().requires_grad_(False), None, self.config.offloads("reference"))
         self._networks[side], self.sides[side] = network, self._trained(network, side)
         self.refresh(side)
 
-    def _materialise(self, network: nn.Module, compute_dtype: torch.dtype | None) -> None:
-        """Shard a network on the meta device, give it memory, and let the family fill in all but its parameters."""
-        distributed.shard(network, self.family.blocks, self.mesh, compute_dtype)
-        distributed.materialise(network, self.device)
+    def _materialise(self, network: nn.Module, compute_dtype: torch.dtype | None, offload: bool) -> None:
+        """Shard a network on the meta device, give it memory, and let the family fill in all but its parameters.
+
+        offload: its shard, with gradients and optimizer, lies in the host's memory.
+        """
+        distributed.shard(network, self.family.blocks, self.mesh, compute_dtype, offload)
+        distributed.materialise(network, "cpu" if offload else self.device)
         self.family.finish(network, self.device)
         empty = distributed.left_on_meta(network)
         assert not empty, f"{type(self.family).__name__}.finish leaves these without values: {', '.join(empty)}"
@@ -169,7 +190,7 @@ class Trainer:
                     parameter.grad.div_(scale)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        metrics = distributed.mean_over_ranks(sums | {"grad_norm": norm}, self.device)
+        metrics = self._over_ranks(sums | {"grad_norm": norm})
         finite_loss, finite_gradient = math.isfinite(metrics["loss"]), math.isfinite(metrics["grad_norm"])
         if self.loss_scale:
             self.loss_scale.update(good=finite_gradient)
@@ -191,7 +212,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """The objective's scalars, as `step` gives them, with no gradient and no change of state. A collective like it."""
-        return _finite(distributed.mean_over_ranks(self._mean(micro_batches), self.device))
+        return _finite(self._over_ranks(self._mean(micro_batches)))
+
+    def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, float]:
+        return distributed.mean_over_ranks(values, self.device)
 
     def _mean(self, micro_batches: Sequence[Batch], scale: float | None = None) -> dict[str, Tensor]:
         """Loss and scalars averaged over this rank's micro-batches, and if `scale` is given the gradient of `scale` · loss."""
@@ -208,10 +232,11 @@ class Trainer:
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.ema:
+            self.ema.wait()
         self.optimizer.step()
-        for name, average in self.ema.items():
-            assert self.config.ema_decay is not None
-            average.lerp_(self.trained[name].to_local(), 1 - self.config.ema_decay)
+        if self.ema:
+            self.ema.update()
 
     @torch.no_grad()
     def refresh(self, side: str, decay: float = 0.0) -> None:
@@ -223,7 +248,7 @@ class Trainer:
         assert 0 <= decay <= 1, f"decay = {decay} is no share"
         for name, mine in self.sides[side].items():
             rows, policy = mine.to_local(), self.trained[name].to_local()
-            rows.copy_(torch.lerp(policy, rows.float(), decay) if decay else policy)
+            rows.copy_(torch.lerp(policy.to(rows.device), rows.float(), decay) if decay else policy)
 
     def shards(
         self, which: str = POLICY, dtype: torch.dtype | None = None, names: Mapping[str, str] | None = None
@@ -241,7 +266,8 @@ class Trainer:
     def _rows(self, which: str) -> list[Shard]:
         """This rank's rows as they are kept: no copies."""
         if which == EMA:
-            return [_shard(name, self.trained[name], rows) for name, rows in self.ema.items()]
+            assert self.ema, "no average is kept"
+            return [_shard(name, self.trained[name], rows) for name, rows in self.ema.rows.items()]
         tensors = self.trained if which == POLICY else self.sides[which]
         return [_shard(name, tensor, tensor.to_local().detach()) for name, tensor in tensors.items()]
 

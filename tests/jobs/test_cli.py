@@ -57,7 +57,7 @@ def test_a_recipe_alone(recipe):
         (["--model.guidance_scale", "-1"], lambda c: c.model.guidance_scale, -1.0),
         (["--run.save_latents", "false"], lambda c: c.run.save_latents, False),
         (["--run.save_latents", "False"], lambda c: c.run.save_latents, False),
-        (["--trainer.gradient_checkpointing"], lambda c: c.trainer.gradient_checkpointing, True),
+        (["--trainer.scale_lr"], lambda c: c.trainer.scale_lr, True),
         (["--run.name", "5"], lambda c: c.run.name, "5"),
         (["--run.name", "true"], lambda c: c.run.name, "true"),
         (["--run.name", '"quoted = x"'], lambda c: c.run.name, "quoted = x"),

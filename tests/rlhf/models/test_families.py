@@ -345,8 +345,8 @@ def gradients(mesh, path, kind, how, batch, checkpointing):
 @KINDS
 def test_two_checkpointed_ranks_give_the_gradient_of_one_batch(one_rank, two_ranks, folders, kind, how):
     batch = pairs_of(worlds.family(folders[kind], torch.float32, kind), 4)
-    ((whole, rounding),) = one_rank.run(gradients, folders[kind], kind, how, batch, False)
-    (spread, _), _ = two_ranks.run(gradients, folders[kind], kind, how, batch, True)
+    ((whole, rounding),) = one_rank.run(gradients, folders[kind], kind, how, batch, "none")
+    (spread, _), _ = two_ranks.run(gradients, folders[kind], kind, how, batch, "half")
     assert rounding < 1e-3, "what one rounding to bf16 would make"
     difference = math.sqrt(sum((whole[name] - spread[name]).square().sum().item() for name in whole))
     assert difference < rounding * math.sqrt(sum(value.square().sum().item() for value in whole.values()))

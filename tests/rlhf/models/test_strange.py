@@ -216,7 +216,7 @@ def trainer_of(mesh, path, how, objective, **changes):
     family = worlds.family(path, kind=KIND)
     return Trainer(
         family=family,
-        config=TrainerConfig(**{"learning_rate": 5e-3, "gradient_checkpointing": True, **changes}),
+        config=TrainerConfig(**{"learning_rate": 5e-3, "gradient_checkpointing": "all", **changes}),
         trainable=worlds.trainable(how, family, KIND),
         objective=OBJECTIVES[objective],
         mesh=mesh,

@@ -319,13 +319,57 @@ def test_a_non_finite_loss_skips_the_step_and_the_third_in_a_row_stops(two_ranks
         assert "three steps in a row" in error
 
 
+# --- where the state lies, and what is computed again -------------------------------------------------------------------
+
+
+def trained_with(mesh, path, how, folder, changes, resumed):
+    """Losses and whole weights of three steps under `changes`, saved after the second and resumed under `resumed`."""
+    trainer = worlds.trainer(mesh, path, how=how, **changes)
+    losses = [trainer.step([mine(mesh, step, 4)])["loss"] for step in range(2)]
+    trainer.refresh(REFERENCE)
+    trainer.save(folder)
+    trainer = worlds.trainer(mesh, path, how=how, **resumed)
+    trainer.restore(folder)
+    losses += [trainer.step([mine(mesh, step, 4)])["loss"] for step in range(2, 4)]
+    trainer.refresh(REFERENCE, decay=0.5)
+    sides = {name: p.full_tensor() for name, p in trainer.sides[REFERENCE].items()}
+    averages = {name: rows.clone() for name, rows in trainer.ema.rows.items()}
+    return losses, gather(trainer, trainer.trained) | {f"side {name}": side for name, side in sides.items()}, averages
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+@pytest.mark.parametrize("how", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("changes", "resumed"),
+    [
+        ({"offload": "ema"}, {"offload": "reference"}),
+        ({"offload": "reference"}, {"offload": "none"}),
+        ({"offload": "optimizer"}, {"offload": "ema"}),
+        ({"offload": "none"}, {"offload": "optimizer"}),
+        ({"gradient_checkpointing": "half"}, {"gradient_checkpointing": "none"}),
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_where_state_lies_and_what_is_recomputed_changes_no_bit(
+    request, kontext, tmp_path, ranks, how, changes, resumed
+):
+    group = request.getfixturevalue(ranks)
+    plain = group.run(trained_with, kontext, how, tmp_path / "plain", {}, {})
+    other = group.run(trained_with, kontext, how, tmp_path / "other", changes, resumed)
+    for (losses, weights, averages), (losses_2, weights_2, averages_2) in zip(plain, other, strict=True):
+        assert losses == losses_2 and len(set(losses)) > 2
+        assert weights.keys() == weights_2.keys() and averages.keys() == averages_2.keys()
+        assert all(torch.equal(weights[name], weights_2[name]) for name in weights)
+        assert all(torch.equal(averages[name], averages_2[name]) for name in averages)
+
+
 # --- buffers and tables ------------------------------------------------------------------------------------------------
 
 PATTERNS = ("mixings.1", "out")
 
 
 def tabled_trainer(mesh, family, how):
-    config = TrainerConfig(learning_rate=1e-2, gradient_checkpointing=False)
+    config = TrainerConfig(learning_rate=1e-2, gradient_checkpointing="none")
     trainable = load_trainable(worlds.TRAINABLES[how](PATTERNS), family)
     return Trainer(family=family, config=config, trainable=trainable, objective=DPO(beta=50.0), mesh=mesh, seed=1)
 
