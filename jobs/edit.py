@@ -15,7 +15,9 @@ from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, read_prompts
+from rlhf.data.records import BadInput
 from rlhf.errors import Refused
+from rlhf.evaluation.prompts import weight_problems
 from rlhf.models import load_family
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
@@ -26,6 +28,8 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     edit, model = recipe.edit, recipe.model
     family = load_family(model)
     family.check()
+    if problems := weight_problems(recipe.tuned, family):
+        raise BadInput(problems)
 
     def geometry(height: int, width: int) -> Geometry:
         height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)

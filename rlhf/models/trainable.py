@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import Refused
 from rlhf.models.family import Family
-from rlhf.models.folder import LORA_FILE, MODULES_FILE, MODULES_TABLE, WEIGHTS_FILE
+from rlhf.models.folder import WEIGHTS_FILE
+from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE
 from rlhf.tables import TrainableTable
 from rlhf.types import POLICY, seed_from
 
@@ -194,7 +195,7 @@ class Modules(Part):
         return found
 
     def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
-        """Plain names, as in the denoiser's own checkpoint: `rlhf.models.folder.load_modules` reads it."""
+        """Plain names, as in the denoiser's own checkpoint: `rlhf.models.lora.load_modules` reads it."""
         table = json.dumps({"patterns": list(self.patterns)}, indent=1)
         names = {name: name for name in trained if not ADAPTER.search(name)}
         return Export(file=MODULES_FILE, names=names, beside={MODULES_TABLE: table})

@@ -21,7 +21,7 @@ from rlhf.diffusion.objectives import SFT
 from rlhf.errors import Refused
 from rlhf.models import FAMILIES, load_family
 from rlhf.models.family import sample_batch
-from rlhf.models.folder import LORA_FILE, load_modules
+from rlhf.models.lora import LORA_FILE, load_modules
 from rlhf.models.trainable import ADAPTER, load_for_sampling, owner
 from rlhf.shards import buffers, distributed
 from rlhf.shards.files import SafetensorsFolder
