@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import Refused
+from rlhf.models.family import check_finite
 from rlhf.models.lora import load_lora
 from rlhf.types import Geometry
 
@@ -75,7 +76,8 @@ def to_pixels(images: Tensor, vae: torch.nn.Module) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded."""
+    """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded. Raises NotFinite."""
+    check_finite(pixels, "the VAE gives NaN or infinity: compare its files in model.path with their source")
     images = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return images.permute(0, 2, 3, 1).cpu().unsqueeze(1)
 

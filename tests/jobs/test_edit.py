@@ -119,6 +119,13 @@ def test_a_denoiser_of_another_model_is_refused_before_anything_loads(world, kon
     assert status == 2 and "tuned.denoiser: is a AutoencoderKL" in error
 
 
+def test_weights_that_give_nan_paint_nothing(world, kontext, tmp_path):
+    broken = transformer(kontext, tmp_path / "broken", lambda denoiser: denoiser.proj_out.bias.fill_(float("nan")))
+    status, out, error = world("--tuned.denoiser", broken)
+    assert status == 2 and not out and not pictures(tmp_path / "edits") and "Traceback" not in error
+    assert f"no picture of '1' with tuned.denoiser = {broken!r}: the denoiser gives NaN or infinity" in error
+
+
 def test_what_is_no_picture_is_refused(world, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for image, says in (("none.png", "is no file"), ("text.png", "is unreadable")):
