@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlhf.data.batches import ReadRow, latents_from_array, latents_to_array
 from rlhf.data.cache import EncodingCache
+from rlhf.data.instructions import Unread, unread
 from rlhf.data.media import encode_png
 from rlhf.data.sampler import encoded_now, sample_prompts
 from rlhf.data.sources import seen_source
@@ -108,19 +109,25 @@ class Sampler:
         shown = ((media[request.slot].copy(), stored[request.slot]) for request in requests)
         return [self._version, *chain(*shown)]
 
-    def paint(self, weights: WeightsTable, paintings: Sequence[Painting]) -> int:
-        """Sample with these weights into PNG files; returns how many. Raises NotFinite."""
+    def paint(self, weights: WeightsTable, paintings: Sequence[Painting]) -> Unread:
+        """Sample with these weights into PNG files; returns what the encoders do not read of the instructions.
+
+        Raises NotFinite.
+        """
         self.use(weights)
         requests = [request for request, _, _ in paintings]
         prompts = [request.prompt for request in requests]
         rows = encoded_now(self._family, self._codec, prompts, self._sampling)
         with self._telling(requests):
-            media = self._decode(self._x0(requests, rows))
+            media = self._decode(self._x0(requests, lambda encoding: rows[encoding].tensors))
         for request, file, source in paintings:
             save(file, media[request.slot][0])
             if source:
                 save(source, seen_source(request.prompt.sources[0], request.prompt.geometry)[0])
-        return len(paintings)
+        found = Unread()
+        for prompt in prompts:
+            found |= unread(prompt, map(rows.__getitem__, self._family.encodings(prompt)))
+        return found
 
     @contextmanager
     def _telling(self, requests: Sequence[SampleRequest]) -> Iterator[None]:

@@ -13,6 +13,7 @@ import torch
 from actors.sampler import Sampler, SampleRequest
 from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe
+from rlhf.data.instructions import Unread, unread_report
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, read_prompts
 from rlhf.data.records import BadInput
@@ -58,12 +59,15 @@ def main() -> None:
     sampler = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device)
     out = Path(edit.out)
     out.mkdir(parents=True, exist_ok=True)
+    not_read = Unread()
     for prompt in todo:
         for variant in range(edit.variants):
             file = out / f"{prompt.key}_{variant}.png"
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)
-            sampler.paint(recipe.tuned, [(request, file, None)])
+            not_read |= sampler.paint(recipe.tuned, [(request, file, None)])
             say(str(file))
+    for warning in unread_report(not_read, len(todo)):
+        say(warning)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ def refused(model, folder, says, weights=None):
     assert not list(folder.glob("*.png")), "a picture of numbers that are none"
 
 
+def test_paint_tells_what_is_not_read_of_an_instruction(model, tmp_path):
+    found = painted(model, tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    ((key, (unknown, cut)),) = found.items()
+    letters = len(TEXTS[1].replace(" ", ""))  # the tiny CLIP reads letters, 24 with the two special tokens
+    assert key == ("p1", TEXTS[1]) and unknown == 0 and cut == pytest.approx((letters + 2 - 24) / (letters + 2))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_base_that_gives_nan_paints_nothing_and_names_prompts_and_weights(model, tmp_path, value):
     break_file(Path(model.path) / "unet/diffusion_pytorch_model.safetensors", "conv_in.weight", value)

@@ -126,6 +126,17 @@ def test_weights_that_give_nan_paint_nothing(world, kontext, tmp_path):
     assert f"no picture of '1' with tuned.denoiser = {broken!r}: the denoiser gives NaN or infinity" in error
 
 
+def test_an_instruction_that_is_cut_or_unknown_is_told(world, tmp_path):
+    status, out, _ = world("--edit.prompt", "Give it a warm and sunny light, and a blue plate")
+    assert status == 0 and (tmp_path / "edits/1_0.png").exists()
+    assert "WARNING: the text encoder cuts off the end of 1 instructions (1 of 1 prompts)" in out
+    assert "cut off: Give it a warm and sunny light, and a blue plate (prompt '1')" in out
+    _, out, _ = world("--edit.prompt", "更亮")
+    assert "100% unknown: 更亮 (prompt '1')" in out and "cut off" not in out
+    _, out, _ = world()
+    assert "WARNING" not in out
+
+
 def test_what_is_no_picture_is_refused(world, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for image, says in (("none.png", "is no file"), ("text.png", "is unreadable")):
