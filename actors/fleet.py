@@ -15,7 +15,7 @@ import ray
 from actors.judging import Waiting
 from actors.publication import Publication
 from actors.sampler import SampleRequest
-from rlhf.errors import last_line
+from rlhf.errors import Refused, last_line
 from rlhf.rollouts import health
 from rlhf.tables import OnlineSamplersConfig
 
@@ -133,12 +133,17 @@ class Fleet:
     def _watch(
         self, reference: ray.ObjectRef, index: int, generation: int, event: Callable[[Any], health.Next]
     ) -> None:
-        """When `reference` is there, carry out what `event(value)` decides, or what the death of the sampler does."""
+        """When `reference` is there, carry out what `event(value)` decides, or what the death of the sampler does.
+
+        Raises what the sampler refused.
+        """
 
         def done(reference: ray.ObjectRef) -> None:
             try:
                 value = ray.get(reference, timeout=FETCH_TIMEOUT_S)
             except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Refused):
+                    raise error.as_instanceof_cause() from None  # a new process would meet the same
                 self._obey(health.died(self._health, index, generation, last_line(error), monotonic()))
             else:
                 self._obey(event(value))

@@ -17,6 +17,7 @@ import ray
 from actors import reading
 from actors.judging import Judging, Read, judge_all
 from actors.sampler import Painting, Sampler, SampleRequest
+from rlhf.data.instructions import Unread, unread_report
 from rlhf.errors import Refused
 from rlhf.evaluation.duels import SIDES, Duel, FailedScore, Picture, Side
 from rlhf.models import load_family
@@ -56,7 +57,9 @@ def paint_all(
     seed: int,
     log: Callable[[str], None],
 ) -> None:
-    """Paint what `out` lacks. Raises PaintingFailed at the deadline, and what a sampler raised."""
+    """Paint what `out` lacks, and warn of what encoders do not read. Raises PaintingFailed at the deadline, and what a
+    sampler raised.
+    """
     family, weights = load_family(model), {"base": WeightsTable(), "tuned": tuned}
     todo = [(weights[side], batch) for side in SIDES for batch in batches(prompts, sampling, out, side, seed, family)]
     total, done = sum(len(batch) for _, batch in todo), 0
@@ -65,27 +68,32 @@ def paint_all(
     options = {"num_cpus": samplers.num_cpus, "num_gpus": samplers.num_gpus, "max_restarts": 0, "max_task_retries": 0}
     new_sampler = ray.remote(Sampler).options(**options).remote
     actors = [new_sampler(model, sampling, device) for _ in range(min(samplers.count, len(todo)))]
-    idle, busy, started = list(actors), dict[ray.ObjectRef, ray.actor.ActorHandle](), monotonic()
+    idle, busy, started = list(actors), dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, int]](), monotonic()
+    not_read = Unread()
     try:
         while todo or busy:
             while todo and idle:
-                actor = idle.pop()
-                busy[actor.paint.remote(*todo.pop(0))] = actor
+                actor, (chosen, batch) = idle.pop(), todo.pop(0)
+                busy[actor.paint.remote(chosen, batch)] = actor, len(batch)
             ready, _ = ray.wait(list(busy), timeout=samplers.timeout_s)
             if not ready:
                 free = ray.available_resources()
                 raise PaintingFailed(
                     f"no picture in samplers.timeout_s = {samplers.timeout_s:g} s; the cluster has {free} free"
                 )
-            idle.append(busy.pop(ready[0]))
+            actor, count = busy.pop(ready[0])
+            idle.append(actor)
             try:
-                done += ray.get(ready[0], timeout=samplers.timeout_s)
+                not_read |= ray.get(ready[0], timeout=samplers.timeout_s)
             except ray.exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from None
+            done += count
             log(f"painted: {done}/{total} pictures, {monotonic() - started:.0f} s")
     finally:
         for actor in actors:
             ray.kill(actor)
+    for warning in unread_report(not_read, len(prompts)):
+        log(warning)
 
 
 def batches(

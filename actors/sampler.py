@@ -6,7 +6,8 @@ which are the driver's (`fleet.py`).
 Shapes: B batch, C latent channels, F frames, H W pixels, h w latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.batches import latents_from_array, latents_to_array
+from rlhf.data.batches import ReadRow, latents_from_array, latents_to_array
 from rlhf.data.cache import EncodingCache
+from rlhf.data.instructions import Unread, unread
 from rlhf.data.media import encode_png
 from rlhf.data.sampler import encoded_now, sample_prompts
 from rlhf.data.sources import seen_source
+from rlhf.errors import NotFinite
 from rlhf.models import load_family
 from rlhf.models.trainable import Trainable, load_for_sampling
 from rlhf.shards import buffers
@@ -54,8 +57,8 @@ class Sampler:
         trainable: Trainable | None = None,
         cache: EncodingCache | None = None,
     ):
-        """trainable: what `load` takes weights of; cache: where conditions are, else they are encoded here."""
-        self._sampling, self._device, self._trainable = sampling, device, trainable
+        """trainable: what `load` takes weights of; cache: where `sample` finds conditions. `paint` encodes what it needs."""
+        self._model, self._sampling, self._device, self._trainable = model, sampling, device, trainable
         self._family = load_family(model)
         self._codec = self._family.load_codec(device)
         self._cache = cache
@@ -96,36 +99,64 @@ class Sampler:
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[object]:
         """[version, medium 0, latents 0, medium 1, …]: uint8 (F, H, W, 3) and bf16-as-int16 (C, …) per request, which are all
-        of one bucket and have different slots.
+        of one bucket and have different slots. Raises NotFinite.
         """
-        stored = [latents_to_array(latents) for latents in self._x0(requests)]
-        # The medium shows exactly the latents that training will see: decode what was rounded to bf16.
-        media = self._decode(torch.stack([latents_from_array(array) for array in stored]))
+        assert self._cache is not None, "this sampler paints"
+        with self._telling(requests):
+            stored = [latents_to_array(latents) for latents in self._x0(requests, self._cache.row)]
+            # The medium shows exactly the latents that training will see: decode what was rounded to bf16.
+            media = self._decode(torch.stack([latents_from_array(array) for array in stored]))
         shown = ((media[request.slot].copy(), stored[request.slot]) for request in requests)
         return [self._version, *chain(*shown)]
 
-    def paint(self, weights: WeightsTable, paintings: Sequence[Painting]) -> int:
-        """Sample with these weights into PNG files; returns how many."""
+    def paint(self, weights: WeightsTable, paintings: Sequence[Painting]) -> Unread:
+        """Sample with these weights into PNG files; returns what the encoders do not read of the instructions.
+
+        Raises NotFinite.
+        """
         self.use(weights)
-        media = self._decode(self._x0([request for request, _, _ in paintings]))
+        requests = [request for request, _, _ in paintings]
+        prompts = [request.prompt for request in requests]
+        rows = encoded_now(self._family, self._codec, prompts, self._sampling)
+        with self._telling(requests):
+            media = self._decode(self._x0(requests, lambda encoding: rows[encoding].tensors))
         for request, file, source in paintings:
             save(file, media[request.slot][0])
             if source:
                 save(source, seen_source(request.prompt.sources[0], request.prompt.geometry)[0])
-        return len(paintings)
+        found = Unread()
+        for prompt in prompts:
+            found |= unread(prompt, map(rows.__getitem__, self._family.encodings(prompt)))
+        return found
 
-    def _x0(self, requests: Sequence[SampleRequest]) -> Tensor:
+    @contextmanager
+    def _telling(self, requests: Sequence[SampleRequest]) -> Iterator[None]:
+        """A NotFinite says which prompts and weights gave it."""
+        try:
+            yield
+        except NotFinite as error:
+            keys = ", ".join(repr(request.prompt.key) for request in requests if request.slot in error.rows)
+            raise NotFinite(f"no picture of {keys or 'the batch'} with {self._named_weights()}: {error}") from error
+
+    def _named_weights(self) -> str:
+        """For people, by the key that they come from."""
+        if self._weights is None:
+            return f"published version {self._version} of the trained weights"
+        base = {"model.denoiser": self._model.denoiser} if self._model.denoiser else {"model.path": self._model.path}
+        tuned = {f"tuned.{key}": path for key, path in self._weights.model_dump(exclude_none=True).items()}
+        return ", ".join(f"{key} = {path!r}" for key, path in (tuned or base).items())
+
+    def _x0(self, requests: Sequence[SampleRequest], row: ReadRow) -> Tensor:
         """(batch_size, C, …) fp32, each request at its slot."""
         if self._version is None or self._denoiser is None:
             raise RuntimeError("this sampler has loaded no weights yet")
-        prompts = [request.prompt for request in requests]
         return sample_prompts(
             self._family,
             self._denoiser,
-            self._cache.row if self._cache else encoded_now(self._family, self._codec, prompts, self._sampling),
+            row,
             self._sampling,
             self._device,
-            prompts=prompts,
+            prompts=[request.prompt for request in requests],
             noise_seeds=[request.noise_seed for request in requests],
             slots=[request.slot for request in requests],
         )

@@ -13,9 +13,12 @@ import torch
 from actors.sampler import Sampler, SampleRequest
 from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe
+from rlhf.data.instructions import Unread, unread_report
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, read_prompts
+from rlhf.data.records import BadInput
 from rlhf.errors import Refused
+from rlhf.evaluation.prompts import weight_problems
 from rlhf.models import load_family
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
@@ -26,6 +29,8 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     edit, model = recipe.edit, recipe.model
     family = load_family(model)
     family.check()
+    if problems := weight_problems(recipe.tuned, family):
+        raise BadInput(problems)
 
     def geometry(height: int, width: int) -> Geometry:
         height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
@@ -54,12 +59,15 @@ def main() -> None:
     sampler = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device)
     out = Path(edit.out)
     out.mkdir(parents=True, exist_ok=True)
+    not_read = Unread()
     for prompt in todo:
         for variant in range(edit.variants):
             file = out / f"{prompt.key}_{variant}.png"
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)
-            sampler.paint(recipe.tuned, [(request, file, None)])
+            not_read |= sampler.paint(recipe.tuned, [(request, file, None)])
             say(str(file))
+    for warning in unread_report(not_read, len(todo)):
+        say(warning)
 
 
 if __name__ == "__main__":

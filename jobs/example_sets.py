@@ -95,8 +95,8 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
         raise BadInput(problems)
     sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
     for one in sets.named().values():
-        check_buckets(family, _prompts(family, one), recipe.trainer.train_batch_size)
-    if recipe.data.caption_dropout and family.unguided(next(_prompts(family, sets.training))) is None:
+        check_buckets(family, prompts_of(family, one), recipe.trainer.train_batch_size)
+    if recipe.data.caption_dropout and family.unguided(next(prompts_of(family, sets.training))) is None:
         raise Refused(
             f"data.caption_dropout = {recipe.data.caption_dropout:g}, but {recipe.model.family} knows no prompt without a "
             "caption: set it to 0"
@@ -107,7 +107,8 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     return sets
 
 
-def _prompts(family: Family, found: ExampleSet) -> Iterator[Prompt]:
+def prompts_of(family: Family, found: ExampleSet) -> Iterator[Prompt]:
+    """Every prompt of a data set, in order."""
     index, place = found.index, found.place
     if index is None:
         return recorded_prompts(place.path)

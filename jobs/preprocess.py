@@ -16,15 +16,14 @@ from jobs.launch import cluster
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import EncodingCache, Manifest, read_manifest
 from rlhf.data.fingerprint import fingerprints
+from rlhf.data.instructions import Unread, unread, unread_report
 from rlhf.data.prompts import Prompts, read_prompts
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
 from rlhf.models import load_family
+from rlhf.models.family import Family
 from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
 from rlhf.types import Encoding, Geometry, Prompt
-
-UNKNOWN_SHARE = 0.1
-"""Share of unknown tokens from which an instruction is warned about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +114,25 @@ def preprocess(
 ) -> EncodingCache:
     """All that is encoded of `prompts` is in the cache when this returns. Ray must be initialised if anything is missing.
 
-    Also warns of instructions that the text encoder does not know well enough, by the largest share of unknown tokens in
-    anything that is encoded of them: families add words of their own. Raises: what `encode_missing` does, IncompleteModel.
+    Also warns of what the text encoder does not read of instructions. Raises: what `encode_missing` does, IncompleteModel.
     """
     cache, wanted = cache_place(model, folder), wanted_encodings(model, sampling, prompts)
     manifest = encode_missing(model, table, cache, wanted, f"{len(prompts)} prompts", log)
-    family, shares = load_family(model), dict[str, float]()
-    for prompt in prompts:
-        found = (manifest.places[cache.key(encoding)].unknown or 0.0 for encoding in family.encodings(prompt))
-        shares[prompt.instruction] = max([shares.get(prompt.instruction, 0.0), *found])
-    bad = sorted(((share, text) for text, share in shares.items() if share >= UNKNOWN_SHARE), reverse=True)
-    if bad:
-        count = sum(shares[prompt.instruction] >= UNKNOWN_SHARE for prompt in prompts)
-        head = (
-            f"WARNING: the text encoder does not know {UNKNOWN_SHARE:.0%} or more of the tokens of {len(bad)} "
-            f"instructions ({count} of {len(prompts)} prompts) and edits will ignore them; T5 has no Chinese: translate "
-            "the instructions"
-        )
-        log("\n".join([head, *(f"  {share:4.0%} unknown: {text}" for share, text in bad)]))
+    warn_of_unread(load_family(model), cache, manifest, prompts, log)
     return cache
+
+
+def warn_of_unread(
+    family: Family, cache: EncodingCache, manifest: Manifest, prompts: Iterable[Prompt], log: Say
+) -> None:
+    """Say what the encoders do not read of instructions whose encodings are in the cache."""
+    found, total = Unread(), 0
+    for prompt in prompts:
+        places = [manifest.places.get(cache.key(encoding)) for encoding in family.encodings(prompt)]
+        found |= unread(prompt, filter(None, places))
+        total += 1
+    for warning in unread_report(found, total):
+        log(warning)
 
 
 def main() -> None:

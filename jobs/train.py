@@ -9,6 +9,7 @@ trainer ranks, and runs the loop of `rlhf.loops.train`. The same command goes on
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import ray
@@ -20,10 +21,10 @@ from actors.reporting import Reporter
 from actors.sources import Feed, OfflineSource
 from actors.trainer import RankSetup, TrainerGroup
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
-from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
+from jobs.example_sets import ExampleSets, prompts_of, read_example_sets, refuse_other_examples, refuse_too_few, wanted
 from jobs.feedback import Labelled, relabel_by_judge
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
-from jobs.preprocess import encode_missing
+from jobs.preprocess import encode_missing, warn_of_unread
 from jobs.recipes import TrainRecipe
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples, OfflineWork
@@ -87,7 +88,10 @@ def run(recipe: TrainRecipe) -> Path:
         for name, answer in labelled.records.items():
             write_record(folder.path / name, *answer)
         encodings = wanted(recipe, roles, examples)
-        encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, "captions and pictures", say)
+        what, family = "captions and pictures", load_family(recipe.model)
+        manifest = encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, what, say)
+        prompts = [prompts_of(family, found) for found in examples.named().values()]
+        warn_of_unread(family, examples.cache, manifest, chain(*prompts), say)
         group = placement.reserve(needed.roles[:1])
         started.stack.callback(ray.util.remove_placement_group, group)
         train_until_done(folder, partial(train_once, recipe, started, examples, labelled.swapped, group))

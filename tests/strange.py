@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import Kind, Rows, stacked
+from rlhf.models.family import Kind, Rows, check_finite, stacked
 from rlhf.models.folder import check_trained, load_trained, read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -380,6 +380,7 @@ class StrangeCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         frames = latents.to(self.device).float().movedim(1, -1) @ self._basis
+        check_finite(frames, "the patches of finite latents are NaN or infinite")
         frames = torch.cat([frames[:, :1], frames[:, 1:].repeat_interleave(2, dim=1)], dim=1)
         pixels = frames.unflatten(-1, (PIXELS, PIXELS, 3)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
         return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu()

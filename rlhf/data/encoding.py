@@ -32,9 +32,16 @@ def encode_group(
 def encode_all(
     codec: Codec, encodings: Iterable[Encoding], batch_size: int, read: ReadColumn = read_held
 ) -> dict[Encoding, Mapping[str, Tensor]]:
-    """The tensors of any encodings' rows, their media opened here. Raises: OSError, Refused for a medium that has changed."""
-    rows: dict[Encoding, Mapping[str, Tensor]] = {}
+    """The tensors of `encode_rows`."""
+    return {encoding: row.tensors for encoding, row in encode_rows(codec, encodings, batch_size, read).items()}
+
+
+def encode_rows(
+    codec: Codec, encodings: Iterable[Encoding], batch_size: int, read: ReadColumn = read_held
+) -> dict[Encoding, Encoded]:
+    """The rows of any encodings, their media opened here. Raises: OSError, Refused for a medium that has changed."""
+    rows: dict[Encoding, Encoded] = {}
     for group in grouped(encodings):
         media = {encoding: media_of(encoding, read) for encoding in group}
-        rows |= {encoding: row.tensors for encoding, row in encode_group(codec, group, media, batch_size)}
+        rows |= encode_group(codec, group, media, batch_size)
     return rows

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.batches import ReadRow, condition_of, unguided_of
-from rlhf.data.encoding import encode_all
+from rlhf.data.encoding import encode_rows
 from rlhf.models.family import Codec, Family, sample_batch
 from rlhf.tables import SamplingTable
-from rlhf.types import Encoding, Prompt, noise_from
+from rlhf.types import Encoded, Encoding, Prompt, noise_from
 
 
 def sample_prompts(
@@ -46,13 +46,15 @@ def sample_prompts(
     return sample_batch(family, denoiser, condition, unguided, noise.to(device), sampling)
 
 
-def encoded_now(family: Family, codec: Codec, prompts: Sequence[Prompt], sampling: SamplingTable) -> ReadRow:
+def encoded_now(
+    family: Family, codec: Codec, prompts: Sequence[Prompt], sampling: SamplingTable
+) -> dict[Encoding, Encoded]:
     """The rows that sampling these prompts needs, encoded here in batches of `sampling.batch_size`.
 
     Raises: OSError, Refused for a source that has changed.
     """
     wanted = [encoding for prompt in prompts for encoding in encodings_for_sampling(family, prompt, sampling)]
-    return encode_all(codec, wanted, sampling.batch_size).__getitem__
+    return encode_rows(codec, wanted, sampling.batch_size)
 
 
 def encodings_for_sampling(family: Family, prompt: Prompt, sampling: SamplingTable) -> tuple[Encoding, ...]:

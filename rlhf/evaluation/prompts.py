@@ -9,15 +9,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from safetensors import SafetensorError, safe_open
-
 from rlhf.data.checks import check_file, no_rows, refuse
 from rlhf.data.prompts import Prompts, read_items, read_prompts
 from rlhf.data.records import BadInput, Field, Problem, whole
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.models.folder import trained_fault
+from rlhf.models.lora import Misfit, check_lora
 from rlhf.tables import EvaluatedModelTable, PromptDataTable, WeightsTable
 from rlhf.types import Geometry, Prompt
 
@@ -26,7 +24,7 @@ def read_evaluation(model: EvaluatedModelTable, tuned: WeightsTable, data: Promp
     """The prompts of a recipe. Raises BadInput with every problem of prompts and weights, Refused for `model.path`."""
     family = load_family(model)
     family.check()
-    problems = weight_problems(tuned, model.family, family)
+    problems = weight_problems(tuned, family)
     try:
         found = _edits(model, data, family) if family.sees_source else _texts(data, _geometry(model, family, 1, 1))
     except BadInput as error:
@@ -36,30 +34,20 @@ def read_evaluation(model: EvaluatedModelTable, tuned: WeightsTable, data: Promp
     return Prompts(prompts=found.prompts[: data.max_prompts], left_out=found.left_out)
 
 
-def weight_problems(tuned: WeightsTable, model_family: str, family: Family) -> list[Problem]:
-    """What is wrong with `tuned`, as far as can be seen without loading it. `model_family` is `model.family`, for messages."""
-
+def weight_problems(tuned: WeightsTable, family: Family) -> list[Problem]:
+    """What is wrong with `tuned`, as far as can be seen without loading it; nothing where it is not set."""
     if tuned.denoiser is not None:
         folder = Path(tuned.denoiser)
         remedy = f"give the folder of the trained weights, e.g. RUN/final/{family.denoiser_folder}"
         base = json.loads((Path(family.path) / family.denoiser_folder / "config.json").read_text())
         fault = trained_fault(folder, base)
         return [replace(whole(folder, fault, remedy), field="tuned.denoiser")] if fault else []
-    path = Path(str(tuned.lora))
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        what = f"cannot be read: {error}"
-        remedy = f"give a LoRA in the diffusers layout or its folder, e.g. RUN/final/lora with {LORA_WEIGHT_NAME_SAFE}"
-    else:
-        if any(name.startswith(f"{family.denoiser_folder}.") for name in names):
-            return []
-        # diffusers would load nothing, and go on
-        what = f"holds nothing for {family.denoiser_folder!r}, its first tensor is {min(names, default=None)!r}"
-        remedy = f"give a LoRA that was trained on {model_family}"
-    return [replace(whole(file, what, remedy), field="tuned.lora")]
+    if tuned.lora is not None:
+        try:
+            check_lora(Path(tuned.lora), family.empty_denoiser(family.dtype), family.denoiser_folder)
+        except Misfit as error:
+            return [replace(whole(error.file, error.what, error.remedy), field="tuned.lora")]
+    return []
 
 
 def _texts(data: PromptDataTable, geometry: Geometry) -> Prompts:

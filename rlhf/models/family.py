@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.diffusion.process import Process
+from rlhf.errors import NotFinite
 from rlhf.tables import SamplingTable
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -40,7 +41,7 @@ class Codec(Protocol):
         """The rows of encodings of one kind and one set of geometries. Media: per encoding its sources, uint8 (F, H, W, 3)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 (B, F, H, W, 3) on the CPU of x0 (B, C, …)."""
+        """uint8 (B, F, H, W, 3) on the CPU of x0 (B, C, …). Raises NotFinite where numbers are no picture: see `check_finite`."""
 
 
 class Family(Protocol):
@@ -130,6 +131,15 @@ class Family(Protocol):
         """The prediction that a sampler follows at its `step` (from 0); `state` is kept between the steps of one sample."""
 
 
+OVERFLOW = 'float16 overflows at 65504: where model.dtype is that, set "bfloat16" or "float32"'
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise NotFinite, beginning with `what`, where numbers of (B, …) are NaN or infinite."""
+    if bad := (~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero().flatten().tolist():
+        raise NotFinite(f"{what}; {OVERFLOW}", bad)
+
+
 @torch.no_grad()
 def sample_batch(
     family: Family,
@@ -143,14 +153,22 @@ def sample_batch(
 
     unguided: the condition of the family's `unguided` prompts where it `needs_unguided`, else None. A row's bits may depend
     on its place in the batch and on the batch size, never on what the other rows are: whoever must repeat a sample keeps both.
+    Raises NotFinite, for the condition too.
     """
+    for tensor in (*condition.values(), *(unguided or {}).values()):
+        check_finite(
+            tensor,
+            "what the encoders made of it is NaN or infinite: compare their files in model.path with their source",
+        )
     state = dict[str, Any]()
 
     def guided(x_t: Tensor, t: Tensor, step: int) -> Tensor:
         times, scale = t.expand(len(x_t)), sampling.guidance_scale
         return family.guided(denoiser, x_t, times, condition, unguided, guidance_scale=scale, step=step, state=state)
 
-    return family.process.sample(guided, noise.float(), sampling.steps, family.tokens(noise))
+    x0 = family.process.sample(guided, noise.float(), sampling.steps, family.tokens(noise))
+    check_finite(x0, "the denoiser gives NaN or infinity: take earlier weights, which are finite")
+    return x0
 
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> Condition:

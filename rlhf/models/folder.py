@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import Refused
+from rlhf.models.family import check_finite
+from rlhf.models.lora import load_lora
 from rlhf.types import Geometry
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-LORA_FILE = LORA_WEIGHT_NAME_SAFE
-MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
-"""Whole submodules that were trained, by their plain names, and the patterns that chose them."""
 
 
 def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
@@ -54,22 +51,8 @@ def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device:
     """A denoiser for sampling, frozen, with a LoRA if one is given: its file, or its folder and the modules trained with it."""
     model = cls.from_pretrained(folder, dtype=dtype)
     if lora is not None:
-        file = lora / LORA_FILE if lora.is_dir() else lora
-        if (lora / MODULES_FILE).is_file():
-            load_modules(model, lora)
-        # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
-        model.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
+        load_lora(model, lora, prefix)
     return model.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def load_modules(denoiser: torch.nn.Module, folder: Path) -> None:
-    """Put the modules of an export into a plain denoiser. Raises Refused for a tensor that it has not, or in another shape."""
-    parameters = dict(denoiser.named_parameters())
-    for name, value in load_file(folder / MODULES_FILE).items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise Refused(f"{folder / MODULES_FILE}: {name} of shape {tuple(value.shape)} is none of this model's")
-        parameters[name].copy_(value)
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:
@@ -93,7 +76,8 @@ def to_pixels(images: Tensor, vae: torch.nn.Module) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded."""
+    """uint8 (B, 1, H, W, 3) on the CPU of (B, 3, H, W) in −1 … 1, rounded. Raises NotFinite."""
+    check_finite(pixels, "the VAE gives NaN or infinity: compare its files in model.path with their source")
     images = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return images.permute(0, 2, 3, 1).cpu().unsqueeze(1)
 

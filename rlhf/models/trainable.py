@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import Refused
 from rlhf.models.family import Family
-from rlhf.models.folder import LORA_FILE, MODULES_FILE, MODULES_TABLE, WEIGHTS_FILE
+from rlhf.models.folder import WEIGHTS_FILE
+from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE
 from rlhf.tables import TrainableTable
 from rlhf.types import POLICY, seed_from
 
@@ -37,6 +38,8 @@ class Export:
 
     file: str
     names: Mapping[str, str]
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Published name → what its values are multiplied by in the file; absent: 1."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,12 +120,19 @@ class LoRA(Part):
         return settings | ({"exclude_modules": whole} if inside else {})
 
     def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
-        """A LoRA file of diffusers. Without rank and alpha in its header diffusers would take alpha = rank."""
+        """A LoRA file of diffusers in which alpha = rank: alpha / rank is in lora_B.
+
+        Programs look for alpha in different places (diffusers in the header, ComfyUI in NAME.alpha tensors, which diffusers
+        refuses beside it), and whoever finds none takes alpha = rank. So all of them apply the same adapter.
+        """
         prefix = family.denoiser_folder
+        names = {name: f"{prefix}.{name.replace(f'.{POLICY}.', '.')}" for name in trained if ADAPTER.search(name)}
         settings = {f"{prefix}.{key}": value for key, value in self._settings(denoiser).items()}
+        settings[f"{prefix}.lora_alpha"] = self.rank
         return Export(
             file=LORA_FILE,
-            names={name: f"{prefix}.{name.replace(f'.{POLICY}.', '.')}" for name in trained if ADAPTER.search(name)},
+            names=names,
+            scales={name: self.alpha / self.rank for name in names if ".lora_B." in name},
             metadata={"lora_adapter_metadata": json.dumps(settings)},
         )
 
@@ -194,7 +204,7 @@ class Modules(Part):
         return found
 
     def export(self, denoiser: nn.Module, trained: Iterable[str], family: Family) -> Export:
-        """Plain names, as in the denoiser's own checkpoint: `rlhf.models.folder.load_modules` reads it."""
+        """Plain names, as in the denoiser's own checkpoint: `rlhf.models.lora.load_modules` reads it."""
         table = json.dumps({"patterns": list(self.patterns)}, indent=1)
         names = {name: name for name in trained if not ADAPTER.search(name)}
         return Export(file=MODULES_FILE, names=names, beside={MODULES_TABLE: table})

@@ -251,17 +251,24 @@ class Trainer:
             rows.copy_(torch.lerp(policy.to(rows.device), rows.float(), decay) if decay else policy)
 
     def shards(
-        self, which: str = POLICY, dtype: torch.dtype | None = None, names: Mapping[str, str] | None = None
+        self,
+        which: str = POLICY,
+        dtype: torch.dtype | None = None,
+        names: Mapping[str, str] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> Iterator[Shard]:
         """This rank's rows of the trained weights of the policy, the `ema` or a frozen side, one tensor at a time.
 
         `dtype` None: the compute dtype. `names`: those to give, with the name that each goes by; None: all by their own.
+        `scales`: what some are multiplied by, by their own name.
         """
         if names is None:
             names = {name: name for name in self.trained}
         for shard in self._rows(which):
             if shard.name in names:
-                yield replace(shard, name=names[shard.name], rows=shard.rows.to(dtype or self.family.dtype))
+                scale = (scales or {}).get(shard.name)
+                rows = shard.rows if scale is None else shard.rows * scale
+                yield replace(shard, name=names[shard.name], rows=rows.to(dtype or self.family.dtype))
 
     def _rows(self, which: str) -> list[Shard]:
         """This rank's rows as they are kept: no copies."""
@@ -280,7 +287,8 @@ class Trainer:
             if self.rank == 0:
                 for name, text in file.beside.items():
                     (folder / name).write_text(text)
-            self._write(folder / file.file, partial(self.shards, which, dtype, file.names), metadata=file.metadata)
+            shards = partial(self.shards, which, dtype, file.names, file.scales)
+            self._write(folder / file.file, shards, metadata=file.metadata)
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteLoss rather than commit weights that no resume could mend."""

@@ -96,7 +96,7 @@ def test_preprocess_fills_the_cache_with_what_it_lacks_and_nothing_else(cluster,
     assert [prompt.key for prompt in prompts] == ["0", "1", "2", "3", "4"]
     assert said[0] == "preprocess: encoding 2 texts and 4 pictures"  # equal texts and pictures once
     assert any(line.startswith("preprocess: 6/6 rows") for line in said)
-    assert "1 instructions (1 of 5 prompts)" in said[-1] and said[-1].endswith("  100% unknown: 更亮")
+    assert "1 instructions (1 of 5 prompts)" in said[-1] and said[-1].endswith("  100% unknown: 更亮 (prompt '4')")
     assert len(read_manifest(config.data.cache).places) == 6
 
     family, codec = load_family(config.model), load_codec(config.model, config.preprocess)

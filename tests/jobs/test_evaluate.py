@@ -175,6 +175,9 @@ def test_a_lora_that_edits_greener_wins_and_the_source_is_measured(kontext, tmp_
     path = recipe(tmp_path, "flux_kontext", kontext, tuned, write_edits(tmp_path))
     status, out, error = evaluate(path)
     assert status == 0, out + error
+    assert (
+        "cuts off the end of 1 instructions (1 of 6 prompts)" in out and "(prompt '0')" in out
+    )  # the markup, 29 letters
     results, page = check_outcome(tmp_path)
     assert '<script>alert("warm")</script>' in page.text and "script" not in page.tags
     assert results["source"]["pairs"] == 12 and "source distance" in page.text

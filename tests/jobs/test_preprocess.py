@@ -8,10 +8,11 @@ import ray
 from PIL import Image
 
 from jobs import preprocess as job
-from jobs.preprocess import cache_place, missing, read_data, wanted_encodings
+from jobs.preprocess import cache_place, missing, read_data, wanted_encodings, warn_of_unread
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import Manifest, Place, read_manifest
 from rlhf.data.records import BadInput
+from rlhf.models import load_family
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.types import Encoding
 from tests.rlhf.data import photos
@@ -54,6 +55,35 @@ def full(config) -> Manifest:
 def test_nothing_changed_is_no_miss_and_an_empty_cache_misses_all(config, full):
     assert misses(config, full) == (0, 0)
     assert misses(config, read_manifest(config.data.cache)) == (3, 3)
+
+
+def test_instructions_that_are_cut_or_unknown_are_told_once_with_counts(config, tmp_path):
+    """From what the cache says of them, whether encoded now or long ago."""
+    folder = tmp_path / "data"
+    texts = ["short", "long", "long", "strange"]
+    rows = [{"image_id": f"p{i}", "prompt": text, "image": "images/1.png"} for i, text in enumerate(texts)]
+    photos.write_rows(folder, rows)
+    prompts = read_data(config.data, config.eval, config.model).all
+    family, cache = load_family(config.model), cache_place(config.model, config.data.cache)
+    shares = {"short": (0.0, 0.0), "long": (0.0, 0.25), "strange": (0.5, 0.0)}
+    places = {
+        cache.key(family.encodings(prompt)[0]): Place(
+            file="",
+            first=0,
+            names=(),
+            checksum="",
+            unknown=shares[prompt.instruction][0],
+            cut=shares[prompt.instruction][1],
+        )
+        for prompt in prompts
+    }
+    said = []
+    warn_of_unread(family, cache, Manifest(files={}, places=places), prompts, said.append)
+    unknown, cut = said
+    assert "10% or more of the tokens of 1 instructions (1 of 4 prompts)" in unknown
+    assert unknown.endswith("\n   50% unknown: strange (prompt 'p3')")
+    assert "cuts off the end of 1 instructions (2 of 4 prompts) that are longer than it reads" in cut
+    assert cut.endswith("\n   25% cut off: long (prompt 'p1')")
 
 
 def test_one_changed_picture_is_one_miss(config, full, tmp_path):

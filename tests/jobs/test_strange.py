@@ -20,7 +20,7 @@ from rlhf.data.audit import read_pairs, recorded_prompt
 from rlhf.data.cache import read_manifest
 from rlhf.data.sources import media_of
 from rlhf.errors import Refused
-from rlhf.models.folder import load_modules
+from rlhf.models.lora import load_modules
 from rlhf.types import Geometry, Source
 from tests import strange, worlds
 from tests.conftest import SERVE_PORT

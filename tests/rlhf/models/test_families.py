@@ -7,6 +7,7 @@ must export what diffusers loads.
 
 import json
 import math
+import pickle
 
 import diffusers
 import pytest
@@ -18,10 +19,10 @@ from rlhf.data.batches import condition_of, unguided_of
 from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.fingerprint import fingerprints
 from rlhf.diffusion.objectives import SFT
-from rlhf.errors import Refused
+from rlhf.errors import NotFinite, Refused
 from rlhf.models import FAMILIES, load_family
 from rlhf.models.family import sample_batch
-from rlhf.models.folder import LORA_FILE, load_modules
+from rlhf.models.lora import LORA_FILE, load_modules
 from rlhf.models.trainable import ADAPTER, load_for_sampling, owner
 from rlhf.shards import buffers, distributed
 from rlhf.shards.files import SafetensorsFolder
@@ -210,6 +211,17 @@ def test_decoding(folders, kind):
 
 
 @KINDS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_latents_that_are_not_finite_are_no_picture(folders, kind, value):
+    family = worlds.family(folders[kind], kind=kind)
+    latents = noise_from(4, (3, *family.latent_shape(GEOMETRY)))
+    latents[1].view(-1)[0] = value
+    with pytest.raises(NotFinite) as caught:
+        family.load_codec("cpu").decode(latents)
+    assert caught.value.rows == (1,) and pickle.loads(pickle.dumps(caught.value)).rows == (1,)
+
+
+@KINDS
 def test_a_condition_is_made_row_by_row(folders, kind):
     """A padded length follows from the bucket and not from the neighbours."""
     family = worlds.family(folders[kind], kind=kind)
@@ -311,6 +323,23 @@ def test_a_sample_does_not_depend_on_its_neighbours(folders, kind):
     assert whole.dtype == torch.float32 and whole.isfinite().all()
     exact, order = worlds.family(folders[kind], torch.float32, kind), [2, 0, 1]
     assert (sampled(exact, order) - sampled(exact, [0, 1, 2])[order]).abs().max() < 1e-4
+
+
+@KINDS
+def test_what_makes_a_sample_not_finite_is_named(folders, kind):
+    family = worlds.family(folders[kind], kind=kind)
+    (condition, unguided), noise = conditions_of(family, 3), noise_from(5, (3, *family.latent_shape(GEOMETRY)))
+    denoiser = family.load_denoiser("cpu")
+    name = next(name for name, tensor in condition.items() if tensor.is_floating_point())
+    broken = condition | {name: condition[name].clone()}
+    broken[name][2].view(-1)[0] = math.nan
+    with pytest.raises(NotFinite, match="what the encoders made of it is NaN or infinite") as caught:
+        sample_batch(family, denoiser, broken, unguided, noise, THREE_STEPS)
+    assert caught.value.rows == (2,)
+    next(denoiser.parameters()).fill_(math.nan)
+    with pytest.raises(NotFinite, match=r"the denoiser gives NaN or infinity.*model\.dtype") as caught:
+        sample_batch(family, denoiser, condition, unguided, noise, THREE_STEPS)
+    assert caught.value.rows == (0, 1, 2)
 
 
 # --- on ranks ----------------------------------------------------------------------------------------------------------
@@ -584,13 +613,15 @@ def test_a_lora_export_loads_in_the_pipeline_with_no_unmatched_key(trained, fold
     denoiser = getattr(pipeline, family.denoiser_folder)
     loaded = {name: p for name, p in denoiser.named_parameters() if ADAPTER.search(name)}
     assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name].bfloat16(), weights[name]) for name in weights)
+    for name, value in weights.items():  # alpha / rank, a power of two here, is in B
+        scale = worlds.ALPHA / worlds.RANK if ".lora_B." in name else 1.0
+        assert torch.equal(loaded[name].bfloat16(), value * scale), name
     layers = {f"{family.denoiser_folder}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name=POLICY)}
     pipeline.save_lora_weights(tmp_path, **layers)
     saved, again = (SafetensorsFolder(place / LORA_FILE).where.keys() for place in (folder, tmp_path))
     assert saved == again, "diffusers names them otherwise"
     if how == "lora_modules":
         load_modules(denoiser, folder)
-    with torch.no_grad():  # the scale alpha/rank too
+    with torch.no_grad():
         theirs = family.predict(denoiser.to(torch.bfloat16), batch.x0["winner"], batch.t, batch.condition)
     assert torch.equal(theirs, prediction)

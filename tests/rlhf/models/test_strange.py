@@ -21,7 +21,7 @@ from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import DPO, SFT
 from rlhf.errors import Refused
 from rlhf.models.family import sample_batch
-from rlhf.models.folder import load_modules
+from rlhf.models.lora import load_modules
 from rlhf.models.trainable import load_for_sampling
 from rlhf.shards import buffers, distributed
 from rlhf.tables import SamplingTable, TrainerConfig

@@ -1,5 +1,6 @@
 """Trainables: which names they train, what they refuse, and what a table means. On ranks: `test_families.py`."""
 
+import json
 import re
 
 import pytest
@@ -165,6 +166,20 @@ def test_what_the_model_has_not_is_refused_by_name(part, says):
 def test_lora_targets_that_are_all_trained_whole_are_refused():
     with pytest.raises(Refused, match=r"trainable.targets = \['attn'\] does not fit this model"):
         added(Modules(patterns=("*.attn",)), lora("attn"))
+
+
+def test_an_exported_lora_has_alpha_equal_to_rank_and_the_rest_of_the_scale_in_b(kontext):
+    """Programs look for alpha in different places; whoever finds none takes the rank."""
+    family = worlds.family(kontext)
+    denoiser, part = family.empty_denoiser(torch.bfloat16), LoRA(rank=3, alpha=5.0, targets=("attn.to_q",))
+    trained = Trainable(parts=(part,))
+    trained.add(denoiser, (), torch.float32)
+    export = part.export(denoiser, trained.trained(denoiser), family)
+    assert set(export.scales) == {name for name in export.names if ".lora_B." in name}
+    assert set(export.scales.values()) == {5 / 3}
+    header = json.loads(export.metadata["lora_adapter_metadata"])
+    assert header["transformer.lora_alpha"] == header["transformer.r"] == 3
+    assert not any(name.endswith(".alpha") for name in export.names.values())
 
 
 def test_full_goes_with_no_other_part():

@@ -1,0 +1,159 @@
+"""LoRA files, and whole modules trained with them: read into a denoiser only where all that they hold fits it.
+
+diffusers loads the keys that it knows and passes over the rest, down to none: a file in another program's layout would give the
+base model's pictures. So every key is held against the denoiser's layers first, by the file's header alone. Read are files in
+the diffusers layout, `transformer.NAME.lora_A.weight` with its `lora_B` (families with a UNet: `unet.`). Left out: other layouts,
+DoRA, biases of adapters, adapters of text encoders.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from rlhf.errors import Refused, last_line
+
+LORA_FILE = LORA_WEIGHT_NAME_SAFE
+MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
+"""Whole submodules that were trained, by their plain names, and the patterns that chose them."""
+LAYOUTS = {
+    r"diffusion_model\.": "ComfyUI's layout (diffusion_model.…)",
+    r"base_model\.model\.": "PEFT's layout (base_model.model.…)",
+    r"lora_(unet|transformer|te\d?|prior\w*)_": "kohya's layout (lora_unet_…)",
+    r"lycoris_": "LyCORIS' layout (lycoris_…)",
+    r"double_blocks\.|single_blocks\.": "Black Forest Labs' layout (double_blocks.…)",
+    r"transformer\.": "the diffusers layout of a transformer (transformer.…)",
+    r"unet\.": "the diffusers layout of a UNet (unet.…)",
+    r"text_encoder": "the diffusers layout of a text encoder (text_encoder.…)",
+}
+"""How the keys of a layout begin, and its name."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Misfit(Refused):
+    """What is wrong with a file of trained weights; `file`, `what` and `remedy` make its message."""
+
+    def __init__(self, file: Path, what: str, remedy: str):
+        super().__init__(file, what, remedy)
+        self.file, self.what, self.remedy = file, what, remedy
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}; {self.remedy}"
+
+
+def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
+    """Raise Misfit unless a LoRA file, or its folder with the modules trained beside it, fits the denoiser entirely.
+
+    prefix: what the keys begin with. Reads headers only, so the denoiser may be on the meta device.
+    """
+    file, example = path / LORA_FILE if path.is_dir() else path, f"{prefix}.NAME.lora_A.weight"
+    remedy = f"give a LoRA for this model in the diffusers layout ({example} and lora_B), e.g. RUN/final/lora"
+    shapes = _shapes(file, remedy)
+    if not shapes:
+        raise Misfit(file, "holds no tensors", remedy)
+    if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
+        what = f"is no LoRA: of its {len(shapes)} keys none names one, the first is {min(shapes)!r}"
+        raise Misfit(file, what, f"{remedy}; whole weights are given by their folder, as tuned.denoiser")
+    mine = {key.removeprefix(f"{prefix}."): shape for key, shape in shapes.items() if key.startswith(f"{prefix}.")}
+    if len(mine) < len(shapes):
+        others = [key for key in shapes if not key.startswith(f"{prefix}.")]
+        found = " and ".join(f"{count} in {name}" for name, count in Counter(map(_layout, others)).most_common())
+        what = f"has {len(others)} of {len(shapes)} keys that are not read: {found}; the first is {min(others)!r}"
+        raise Misfit(file, what, remedy)
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, _ConvNd))}
+    if faults := [fault for key in sorted(mine) if (fault := _fault(key, mine, layers))]:
+        what = f"fits this {type(denoiser).__name__} in {len(mine) - len(faults)} of {len(mine)} keys; the first that does not"
+        raise Misfit(file, f"{what}, {prefix}.{faults[0]}", remedy)
+    if (path / MODULES_FILE).is_file():
+        check_modules(path, denoiser)
+    elif file.name == LORA_FILE and (file.parent / MODULES_FILE).is_file():
+        raise Misfit(file, f"was trained together with {MODULES_FILE} beside it", f"give their folder, {file.parent}")
+
+
+def _layout(key: str) -> str:
+    return next((name for begins, name in LAYOUTS.items() if re.match(begins, key)), "no layout that is known")
+
+
+def _fault(key: str, shapes: Shapes, layers: Mapping[str, nn.Module]) -> str:
+    """Why a key, without its prefix, fits no layer; empty: it does."""
+    found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+    if found is None:
+        return f"{key}, is neither a lora_A.weight nor a lora_B.weight"
+    name, half = found.groups()
+    if name not in layers:
+        return f"{key}, belongs to no layer of it"
+    other = f"{name}.lora_{'B' if half == 'A' else 'A'}.weight"
+    if other not in shapes:
+        return f"{key}, lacks its other half {other.removeprefix(f'{name}.')}"
+    weight: Any = layers[name].weight
+    rank, ones = next(iter(shapes[f"{name}.lora_A.weight"]), 0), (1,) * (weight.ndim - 2)
+    fits = (rank, *weight.shape[1:]) if half == "A" else (weight.shape[0], rank, *ones)
+    return "" if shapes[key] == fits else f"{key}, has shape {shapes[key]}, but its layer takes {fits}"
+
+
+def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in a safetensors file, by its key."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError) as error:
+        raise Misfit(file, f"cannot be read as safetensors: {error}", remedy) from error
+
+
+def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
+    """Put a LoRA, from its file or its folder with the modules trained beside it, into a diffusers model. Raises Misfit."""
+    check_lora(path, denoiser, prefix)
+    file = path / LORA_FILE if path.is_dir() else path
+    if (path / MODULES_FILE).is_file():
+        load_modules(denoiser, path)
+    remedy = "export it again, or take the entry lora_adapter_metadata out of its header"
+    try:
+        # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
+        denoiser.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Misfit(file, f"does not load, its header does not fit its tensors: {last_line(error)}", remedy) from error
+
+
+def check_modules(folder: Path, denoiser: nn.Module) -> None:
+    """Raise Misfit unless the modules of an export are all that its patterns choose in a denoiser, in their shapes."""
+    file, table = folder / MODULES_FILE, folder / MODULES_TABLE
+    remedy = f"give the whole folder of an export of this model, with {MODULES_TABLE}"
+    shapes = _shapes(file, remedy)
+    try:
+        patterns = json.loads(table.read_text())["patterns"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Misfit(table, f"cannot be read: {last_line(error)}", remedy) from error
+    model = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    if strange := [name for name, shape in shapes.items() if model.get(name) != shape]:
+        shown = f"{min(strange)} of shape {shapes[min(strange)]}"
+        raise Misfit(
+            file, f"has {len(strange)} of {len(shapes)} tensors that are none of this model's: {shown}", remedy
+        )
+    if lacking := {name for name in model if _chosen(name, patterns)} - shapes.keys():
+        raise Misfit(file, f"lacks {len(lacking)} tensors that {patterns} chose: {min(lacking)}", remedy)
+
+
+def _chosen(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter lies in a module, at any depth, that a pattern matches."""
+    parts = name.split(".")
+    modules = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return any(fnmatchcase(module, pattern) for module in modules for pattern in patterns)
+
+
+@torch.no_grad()
+def load_modules(denoiser: nn.Module, folder: Path) -> None:
+    """Put the modules of an export into a plain denoiser. Raises Misfit."""
+    check_modules(folder, denoiser)
+    parameters = dict(denoiser.named_parameters())
+    for name, value in load_file(folder / MODULES_FILE).items():
+        parameters[name].copy_(value)
