@@ -301,7 +301,7 @@ class TrainerConfig(Section):
         if self.offload == "optimizer" and self.optimizer != "adamw":
             yield (
                 f'offload = "optimizer" updates on the CPU, which only optimizer = "adamw" does here, not "{self.optimizer}": '
-                'take one of the two'
+                "take one of the two"
             )
         if self.lr_scheduler == "piecewise_constant" and rules is None:
             yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'

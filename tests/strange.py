@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
 from rlhf.models.family import Kind, Rows, check_finite, stacked
-from rlhf.models.folder import check_trained, load_trained, read_json
+from rlhf.models.folder import LoadParts, Parts, check_trained, load_trained, read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 CHANNELS, PIXELS, READ, WIDTH, HEADS = 4, 8, 12, 32, 2
@@ -205,7 +205,7 @@ class Strange:
         self.finish(found, device)
         return found
 
-    def load_codec(self, device: str) -> "StrangeCodec":
+    def load_codec(self, device: str, parts: LoadParts = Parts) -> "StrangeCodec":
         return StrangeCodec(self.path, device)
 
     # --- sizes
@@ -241,6 +241,16 @@ class Strange:
 
     def target(self, source: Source, geometry: Geometry) -> Encoding:
         return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def empty_row(self, encoding: Encoding) -> Condition:
+        if encoding.kind == "picture":
+            shape = self.latent_shape(encoding.geometries[0])
+            return {"latents": torch.empty(shape, device="meta")}
+        length = len(words_of(encoding.text)) + sum(map(patches_read, encoding.geometries))
+        return {
+            "read": torch.empty(length, READ, device="meta"),
+            "origins": torch.empty(length, dtype=torch.int64, device="meta"),
+        }
 
     def unguided(self, prompt: Prompt) -> Prompt:
         return replace(prompt, instruction="")

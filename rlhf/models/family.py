@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from rlhf.diffusion.process import Process
 from rlhf.errors import NotFinite
@@ -83,7 +84,8 @@ class Family(Protocol):
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> nn.Module:
         """The whole network in `dtype`, frozen, for sampling: the base, another `folder` (a trained export), a LoRA."""
 
-    def load_codec(self, device: str) -> Codec: ...
+    def load_codec(self, device: str, parts: Any = ...) -> Codec:
+        """parts: what opens the folder on the device, a `rlhf.models.folder.LoadParts`; by default it reads the weights."""
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) that the model was trained on, nearest in aspect to a picture of (H, W) pixels."""
@@ -135,8 +137,10 @@ OVERFLOW = 'float16 overflows at 65504: where model.dtype is that, set "bfloat16
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise NotFinite, beginning with `what`, where numbers of (B, …) are NaN or infinite."""
-    if bad := (~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero().flatten().tolist():
+    """Raise NotFinite, beginning with `what`, where numbers of (B, …) are NaN or infinite; not of tensors without data."""
+    if not is_fake(tensor) and (
+        bad := (~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero().flatten().tolist()
+    ):
         raise NotFinite(f"{what}; {OVERFLOW}", bad)
 
 

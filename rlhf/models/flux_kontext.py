@@ -19,16 +19,17 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
 from rlhf.models.family import Kind, Rows, stacked
 from rlhf.models.folder import (
+    LoadParts,
+    Parts,
     check_trained,
     cut_share,
     latent_shape,
-    load_frozen,
     load_trained,
     read_json,
     to_images,
@@ -123,9 +124,9 @@ class FluxKontext:
             FluxTransformer2DModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
 
-    def load_codec(self, device: str) -> "KontextCodec":
+    def load_codec(self, device: str, parts: LoadParts = Parts) -> "KontextCodec":
         self.check()
-        return KontextCodec(self.path, device, self.dtype)
+        return KontextCodec(parts(self.path, device), self.dtype)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """One of Kontext's own sizes, chosen as `FluxKontextPipeline` does."""
@@ -224,23 +225,23 @@ class FluxKontext:
 class KontextCodec:
     """T5, CLIP and the VAE of a Kontext folder, frozen."""
 
-    def __init__(self, path: Path, device: str, dtype: torch.dtype):
-        self.device, self.dtype, self.path = device, dtype, path
-        self.vae = load_frozen(AutoencoderKL, path, "vae", device, dtype)
+    def __init__(self, parts: Parts, dtype: torch.dtype):
+        self.parts, self.device, self.dtype = parts, parts.device, dtype
+        self.vae = parts.module(AutoencoderKL, "vae", dtype)
 
     @cached_property
     def _text(self):
         """Tokenizers and encoders, loaded at first use: a sampler with cached conditions only decodes."""
         return (
-            AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer"),
-            load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype),
+            self.parts.tokenizer("tokenizer"),
+            self.parts.module(CLIPTextModel, "text_encoder", self.dtype),
             self._t5_tokenizer,
-            load_frozen(T5EncoderModel, self.path, "text_encoder_2", self.device, self.dtype),
+            self.parts.module(T5EncoderModel, "text_encoder_2", self.dtype),
         )
 
     @cached_property
     def _t5_tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2")
+        return self.parts.tokenizer("tokenizer_2")
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:

@@ -4,12 +4,14 @@ Shapes: B batch, C latent channels, H W pixels, h w latents.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from rlhf.errors import Refused
 from rlhf.models.family import check_finite
@@ -42,9 +44,23 @@ def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
         raise Refused(f"model.denoiser = {str(folder)!r} {fault}; {remedy}")
 
 
-def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dtype) -> Any:
-    """A part of the checkpoint that never trains."""
-    return cls.from_pretrained(path, subfolder=folder, dtype=dtype).to(device).eval().requires_grad_(False)
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a folder that never train, on one device."""
+
+    path: Path
+    device: str
+
+    def module(self, cls: Any, folder: str, dtype: torch.dtype) -> Any:
+        return (
+            cls.from_pretrained(self.path, subfolder=folder, dtype=dtype).to(self.device).eval().requires_grad_(False)
+        )
+
+    def tokenizer(self, folder: str) -> Any:
+        return AutoTokenizer.from_pretrained(self.path, subfolder=folder)
+
+
+LoadParts = Callable[[Path, str], Parts]
 
 
 def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device: str, dtype: torch.dtype) -> Any:

@@ -21,16 +21,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.diffusion.ddpm import DDPM
 from rlhf.errors import Refused
 from rlhf.models.family import Kind, Rows, stacked
 from rlhf.models.folder import (
+    LoadParts,
+    Parts,
     check_trained,
     cut_share,
     latent_shape,
-    load_frozen,
     load_trained,
     read_json,
     to_images,
@@ -141,9 +142,9 @@ class StableDiffusion:
             UNet2DConditionModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
 
-    def load_codec(self, device: str) -> "StableDiffusionCodec":
-        vae = load_frozen(AutoencoderKL, self.path, "vae", device, self._vae_dtype)
-        return StableDiffusionCodec(self.path, device, self.dtype, vae, self.xl)
+    def load_codec(self, device: str, parts: LoadParts = Parts) -> "StableDiffusionCodec":
+        found = parts(self.path, device)
+        return StableDiffusionCodec(found, self.dtype, found.module(AutoencoderKL, "vae", self._vae_dtype), self.xl)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Square, the UNet's sample_size; XL: one of the sizes of its paper."""
@@ -185,6 +186,17 @@ class StableDiffusion:
 
     def target(self, source: Source, geometry: Geometry) -> Encoding:
         return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def empty_row(self, encoding: Encoding) -> Condition:
+        if encoding.kind == "picture":
+            shape = self.latent_shape(encoding.geometries[0])
+            return {"latents": torch.empty(shape, dtype=self._vae_dtype, device="meta")}
+        unet, length = self._unet, self._json("tokenizer/tokenizer_config.json")["model_max_length"]
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (length, unet["cross_attention_dim"])}
+        if self.xl:  # beside six numbers about sizes, each embedded
+            of_sizes = 6 * unet["addition_time_embed_dim"]
+            shapes["pooled_prompt_embeds"] = (unet["projection_class_embeddings_input_dim"] - of_sizes,)
+        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
 
     def unguided(self, prompt: Prompt) -> Prompt:
         return replace(prompt, instruction="")
@@ -230,21 +242,21 @@ class StableDiffusion:
 class StableDiffusionCodec:
     """The CLIP text encoders (one, XL two) and the VAE of a Stable Diffusion folder, frozen."""
 
-    def __init__(self, path: Path, device: str, dtype: torch.dtype, vae: AutoencoderKL, xl: bool):
-        self.path, self.device, self.dtype, self.vae, self.xl = path, device, dtype, vae, xl
+    def __init__(self, parts: Parts, dtype: torch.dtype, vae: AutoencoderKL, xl: bool):
+        self.parts, self.device, self.dtype, self.vae, self.xl = parts, parts.device, dtype, vae, xl
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer")
+        return self.parts.tokenizer("tokenizer")
 
     @cached_property
     def _text(self) -> list[tuple[Any, Any]]:
         """Tokenizers with their encoders, loaded at first use: a sampler with cached conditions only decodes."""
-        first = load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype)
+        first = self.parts.module(CLIPTextModel, "text_encoder", self.dtype)
         if not self.xl:
             return [(self._tokenizer, first)]
-        second = load_frozen(CLIPTextModelWithProjection, self.path, "text_encoder_2", self.device, self.dtype)
-        return [(self._tokenizer, first), (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second)]
+        second = self.parts.module(CLIPTextModelWithProjection, "text_encoder_2", self.dtype)
+        return [(self._tokenizer, first), (self.parts.tokenizer("tokenizer_2"), second)]
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:

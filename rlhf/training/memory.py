@@ -7,19 +7,20 @@ shapes. Left out: CUDA's own context, NCCL's buffers and fragmentation, for whic
 Shapes: B examples, C latent channels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.diffusion.objectives import Objective
 from rlhf.models.family import Family
+from rlhf.models.memory import DEVICE, Peak, empty_condition, without_data
 from rlhf.models.trainable import Trainable
 from rlhf.shards import distributed
 from rlhf.tables import TrainerConfig
@@ -27,8 +28,6 @@ from rlhf.training import optimizers
 from rlhf.training.trainer import Trainer
 from rlhf.types import POLICY, Batch, Condition, Prompt
 
-DEVICE = "cpu"
-"""Of the tensors without data: the sizes are those of any device."""
 KINDS = {
     "Sharded Param": "parameters",
     "Sharded Grad": "gradients",
@@ -43,17 +42,6 @@ KINDS = {
     "Temp": "temporaries",
 }
 """What the tracker calls them, and what they are called here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peak:
-    """Bytes of a process at its peak, by kind."""
-
-    kinds: Mapping[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.kinds.values())
 
 
 class Rehearsal(Trainer):
@@ -79,18 +67,6 @@ class Rehearsal(Trainer):
         return super().predict(x_t, t, condition, side)
 
 
-def without_data(network: nn.Module, fake: FakeTensorMode) -> None:
-    """Turn the parameters and buffers of a network on the meta device into tensors of `fake`."""
-    for owner in network.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                tensor = FakeTensor(fake, parameter.data, torch.device(DEVICE))
-                owner._parameters[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                owner._buffers[name] = FakeTensor(fake, buffer, torch.device(DEVICE))
-
-
 def trainer_peak(
     family: Family, config: TrainerConfig, trainable: Trainable, objective: Objective, prompt: Prompt
 ) -> Peak:
@@ -102,9 +78,8 @@ def trainer_peak(
     mesh = init_device_mesh(DEVICE, (config.ranks,), mesh_dim_names=("shard",))
     Rehearsal.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
     traced = config.model_copy(update={"ema_decay": None, "optimizer": _traced(config.optimizer)})
-    trainer = Rehearsal(
-        family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0
-    )
+    trainer = Rehearsal(family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0)
+    counter = FlopCounterMode(display=False)
     with fake:
         optimizers.make_state(trainer.optimizer, trainer.trained.values(), updates=1)
         for parameter in trainer.trained.values():
@@ -115,37 +90,43 @@ def trainer_peak(
             trainer.optimizer.zero_grad(set_to_none=True)
         batch = _batch(family, objective.roles, prompt, config.train_batch_size)
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
-        with trainer.tracker:
+        with trainer.tracker, counter:
             trainer.step([batch])
+    dist.destroy_process_group()
+    return Peak(kinds=_kinds(trainer, config), flops=counter.get_total_flops())
+
+
+def _kinds(trainer: Rehearsal, config: TrainerConfig) -> dict[str, int]:
+    """Bytes on the device by kind; what is offloaded is none of them."""
+    assert trainer.tracker
     kinds = dict.fromkeys(KINDS.values(), 0)
     for name, nbytes in trainer.tracker.get_tracker_snapshot("peak")[torch.device(DEVICE)].items():
         if name != "Total":
             kinds[KINDS[name.value]] += nbytes
     shard = sum(p.to_local().nbytes for p in trainer.trained.values())
-    if not trainable.twins:
-        kinds["frozen sides"] = sum(
-            p.to_local().nbytes for side in trainer.sides.values() for p in side.values()
-        )
+    if config.optimizer == "adamw_8bit":
+        kinds["optimizer"] = shard // 4 * 2
+    if not trainer.trainable.twins:
+        sides = sum(p.to_local().nbytes for side in trainer.sides.values() for p in side.values())
+        kinds["frozen sides"] = 0 if config.offloads("reference") else sides
     if config.ema_decay is not None:
-        kinds["average of the weights"] = shard
-    return Peak(kinds=kinds)
+        kinds["average"] = 0 if config.offloads("ema") else shard
+    if config.offloads("optimizer"):
+        kinds |= {"parameters": 0, "gradients": 0, "optimizer": 0}
+    return kinds
 
 
 def _traced(optimizer: str) -> str:
-    """bitsandbytes takes no tensors without data: Adafactor stands in, and the state is arithmetic."""
+    """bitsandbytes takes no tensors without data: Adafactor stands in, and the state is arithmetic, two bytes a weight."""
     return "adafactor" if optimizer == "adamw_8bit" else optimizer
 
 
 def _batch(family: Family, roles: Sequence[str], prompt: Prompt, size: int) -> Batch:
     """A micro-batch of one prompt again and again; call it where tensors have no data."""
-    rows = [
-        {name: torch.zeros_like(tensor, device=DEVICE) for name, tensor in family.empty_row(encoding).items()}
-        for encoding in family.encodings(prompt)
-    ]
     shape = (size, *family.latent_shape(prompt.geometry))
     return Batch(
         x0={role: torch.zeros(shape) for role in roles},
-        condition=family.condition([rows] * size, family.bucket(prompt)),
+        condition=empty_condition(family, prompt, size),
         t=torch.zeros(size),
         noise=torch.zeros(shape),
         weight={role: torch.ones(size) for role in roles},

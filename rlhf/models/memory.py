@@ -1,0 +1,179 @@
+"""Peak memory of what samples and encodes, told before anything starts: real code on tensors that have shapes and no data.
+
+torch's `MemTracker` counts what is alive while one step is sampled and decoded, or one batch encoded. Only JSON files of the
+model's folder are read. Left out: CUDA's own context and fragmentation.
+
+Shapes: B batch, C latent channels, H W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf.models.family import Codec, Family
+from rlhf.models.folder import Parts, read_json
+from rlhf.models.trainable import Trainable
+from rlhf.tables import SamplingTable
+from rlhf.types import Condition, Prompt
+
+DEVICE = "cpu"
+"""Of the tensors without data: their sizes are those of any device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Of a process at its peak."""
+
+    kinds: Mapping[str, int]
+    """Bytes by what they hold."""
+    flops: int = 0
+    """Of what was traced: a micro-batch of training, a step of sampling a batch."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.kinds.values())
+
+
+def without_data(network: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """Turn what lies on the meta device in a network into tensors of `fake`; returns the network."""
+    for owner in network.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                tensor = FakeTensor(fake, parameter.data, torch.device(DEVICE))
+                owner._parameters[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                owner._buffers[name] = FakeTensor(fake, buffer, torch.device(DEVICE))
+    return network
+
+
+class _BlankTokenizer:
+    """Every text is as long as the encoder takes, by tokenizer_config.json."""
+
+    unk_token_id = 0
+
+    def __init__(self, limit: int):
+        self.model_max_length = limit
+
+    def __call__(self, texts: str | Sequence[str], **settings: Any) -> Any:
+        ids = [0] * self.model_max_length
+        return _Ids(
+            ids if isinstance(texts, str) else torch.zeros(len(texts), self.model_max_length, dtype=torch.int64)
+        )
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class _Ids:
+    input_ids: Any
+
+
+class EmptyParts(Parts):
+    """The frozen parts of a folder with shapes and without data."""
+
+    def __init__(self, path: Path, device: str, fake: FakeTensorMode):
+        super().__init__(path, device)
+        self._fake = fake
+
+    def module(self, cls: Any, folder: str, dtype: torch.dtype) -> Any:
+        with unset_fake_temporarily(), torch.device("meta"):  # codecs open some parts when first used
+            if issubclass(cls, ModelMixin):
+                empty = cls.from_config(cls.load_config(self.path, subfolder=folder))
+            else:
+                empty = cls(cls.config_class.from_pretrained(self.path, subfolder=folder))
+            nn.Module.to(empty, dtype).eval()
+        return without_data(empty, self._fake)
+
+    def tokenizer(self, folder: str) -> Any:
+        return _BlankTokenizer(read_json(self.path, "model", f"{folder}/tokenizer_config.json")["model_max_length"])
+
+
+def empty_condition(family: Family, prompt: Prompt, size: int) -> Condition:
+    """The condition of a prompt `size` times; call it where tensors have no data."""
+    rows = [
+        {name: torch.zeros_like(tensor, device=DEVICE) for name, tensor in family.empty_row(encoding).items()}
+        for encoding in family.encodings(prompt)
+    ]
+    return family.condition([rows] * size, family.bucket(prompt))
+
+
+def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, prompt: Prompt) -> Peak:
+    """Of one batch of `prompt`: a step of the denoiser, then the decoder."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    denoiser = family.empty_denoiser(family.dtype)
+    trainable.add(denoiser, (), family.dtype)
+    without_data(denoiser.eval().requires_grad_(True), fake)  # the tracker puts hooks on parameters
+    family.finish(denoiser, DEVICE)
+    codec, size, scale = _codec(family, fake), sampling.batch_size, sampling.guidance_scale
+    with fake, _Tracing(denoiser, *modules_of(codec)) as tracing:
+        x, t = torch.zeros(size, *family.latent_shape(prompt.geometry)), torch.ones(size)
+        other = family.unguided(prompt) if family.needs_unguided(scale) else None
+        condition = empty_condition(family, prompt, size)
+        unguided = empty_condition(family, other, size) if other else None
+        family.guided(denoiser, x, t, condition, unguided, guidance_scale=scale, step=0, state={})
+        flops = tracing.counter.get_total_flops()
+        codec.decode(x)
+    return replace(tracing.peak(denoiser, *modules_of(codec)), flops=flops)
+
+
+def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
+    """Of a batch of each kind of encoding that `prompt` has."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    codec = _codec(family, fake)
+
+    def encode(count: int) -> None:
+        for encoding in family.encodings(prompt):
+            media = [torch.zeros(g.frames, g.height, g.width, 3, dtype=torch.uint8) for g in encoding.geometries]
+            codec.encode([encoding] * count, [media] * count)
+
+    with fake:
+        encode(1)  # opens the parts
+        with _Tracing(*modules_of(codec)) as tracing:
+            encode(batch_size)
+    return tracing.peak(*modules_of(codec))
+
+
+def _codec(family: Family, fake: FakeTensorMode) -> Codec:
+    return family.load_codec(DEVICE, partial(EmptyParts, fake=fake))
+
+
+def modules_of(holder: object) -> list[nn.Module]:
+    """The networks that an object holds itself, in lists and tuples too."""
+    found, waiting = [], [*vars(holder).values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+    return found
+
+
+class _Tracing(ExitStack):
+    """Counts bytes and operations inside the block, without gradients."""
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__()
+        self.tracker, self.counter = MemTracker(), FlopCounterMode(display=False)
+        self.tracker.track_external(*modules)
+        for context in (torch.no_grad(), self.tracker, self.counter):
+            self.enter_context(context)
+
+    def peak(self, *modules: nn.Module) -> Peak:
+        """modules: all that were used."""
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        weights = sum(tensor.nbytes for tensor in tensors)
+        whole = self.tracker.get_tracker_snapshot("peak")[torch.device(DEVICE)]["Total"]
+        return Peak(kinds={"parameters": weights, "activations": whole - weights}, flops=self.counter.get_total_flops())
