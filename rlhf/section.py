@@ -52,5 +52,7 @@ def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
 class ClusterConfig(Section):
     address: str | None = None
     """A running cluster ("auto" or host:port; also RAY_ADDRESS). Unset: the job starts one of its own and ends it."""
+    card: str | None = Field(None, pattern=r"^[1-9]\d*GB$")
+    """Memory of one of its GPUs, e.g. "80GB"; unset: of this machine's."""
     num_cpus: float | None = None
     object_store_memory: int | None = Field(None, ge=80_000_000)

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from rlhf.models.family import Codec, Family
 from rlhf.models.folder import Parts, read_json
@@ -28,6 +28,16 @@ from rlhf.types import Condition, Prompt
 
 DEVICE = "cpu"
 """Of the tensors without data: their sizes are those of any device."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's, which does not know what attention is called on a CPU."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +176,7 @@ class _Tracing(ExitStack):
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
-        self.tracker, self.counter = MemTracker(), FlopCounterMode(display=False)
+        self.tracker, self.counter = MemTracker(), flop_counter()
         self.tracker.track_external(*modules)
         for context in (torch.no_grad(), self.tracker, self.counter):
             self.enter_context(context)

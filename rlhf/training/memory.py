@@ -16,11 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.diffusion.objectives import Objective
 from rlhf.models.family import Family
-from rlhf.models.memory import DEVICE, Peak, empty_condition, without_data
+from rlhf.models.memory import DEVICE, Peak, empty_condition, flop_counter, without_data
 from rlhf.models.trainable import Trainable
 from rlhf.shards import distributed
 from rlhf.tables import TrainerConfig
@@ -79,7 +78,7 @@ def trainer_peak(
     Rehearsal.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
     traced = config.model_copy(update={"ema_decay": None, "optimizer": _traced(config.optimizer)})
     trainer = Rehearsal(family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0)
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with fake:
         optimizers.make_state(trainer.optimizer, trainer.trained.values(), updates=1)
         for parameter in trainer.trained.values():

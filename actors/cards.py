@@ -1,0 +1,145 @@
+"""Whether every role fits its card: peaks by kind, the margin, and what to lower first, told before anything starts.
+
+A peak is traced (`rlhf.models.memory`, `rlhf.training.memory`) for roles that have a GPU. Remedies are worked out from the same
+trace. Left out: what Ray places beside what; roles with a part of a card are taken to share as few cards as hold their parts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from actors.placement import GIB, NotEnoughResources, Role
+from rlhf.models.memory import Peak
+from rlhf.section import ClusterConfig
+from rlhf.tables import TrainerConfig
+
+RESERVE = 1.5 * GIB
+"""Of a process on a card: CUDA's context, NCCL's buffers, workspaces and fragmentation."""
+USABLE = 0.985
+"""Share of a card's nominal memory that torch sees: an H100 of 80 GB has 79.2 GiB."""
+TFLOPS, UTILISATION = 990e12, 0.4
+"""Of an H100 in bf16, dense; the share of it that hours are worked out with."""
+SHARDED = ("parameters", "gradients", "optimizer", "frozen sides", "average")
+PER_EXAMPLE = ("activations", "temporaries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A role that needs memory of a card, and the key to lower where it does not fit."""
+
+    role: Role
+    peak: Peak
+    remedies: Sequence[tuple[str, Peak]] = ()
+    """What to set, and the peak that it would give; the cheapest first."""
+
+
+def card_bytes(cluster: ClusterConfig) -> float | None:
+    """Memory of one card that torch can use: of `cluster.card`, else of this machine's; None where neither is known."""
+    if cluster.card:
+        return float(cluster.card.removesuffix("GB")) * GIB * USABLE
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def trainer_remedies(config: TrainerConfig, peak: Peak) -> Iterator[tuple[str, Peak]]:
+    """What lowers a trainer rank's peak, the cheapest first."""
+
+    def changed(what: str, **kinds: float) -> tuple[str, Peak]:
+        return what, replace(peak, kinds={**peak.kinds, **{name: round(value) for name, value in kinds.items()}})
+
+    def scaled(names: Sequence[str], factor: float) -> dict[str, float]:
+        return {name: peak.kinds[name] * factor for name in names if name in peak.kinds}
+
+    average, sides = peak.kinds.get("average", 0), peak.kinds.get("frozen sides", 0)
+    if average:
+        yield changed('trainer.offload = "ema"', average=0)
+    if sides:
+        yield changed('trainer.offload = "reference"', **scaled(("average", "frozen sides"), 0))
+    if config.optimizer == "adamw":
+        yield changed('trainer.optimizer = "adamw_8bit"', optimizer=peak.kinds["optimizer"] / 4)
+    if config.train_batch_size > 1:
+        half = config.train_batch_size // 2
+        what = f"trainer.train_batch_size = {half} and {'twice' if half * 2 == config.train_batch_size else 'more'} the "
+        yield changed(f"{what}gradient_accumulation_steps", **scaled(PER_EXAMPLE, half / config.train_batch_size))
+    if config.gradient_checkpointing != "all":
+        yield 'trainer.gradient_checkpointing = "all"', peak  # not from this trace
+    if config.optimizer == "adamw" and not config.offloads("optimizer"):
+        yield changed('trainer.offload = "optimizer"', **dict.fromkeys(SHARDED, 0))
+    yield changed(f"trainer.ranks = {2 * config.ranks}", **scaled(SHARDED, 0.5))
+
+
+def batch_remedies(key: str, size: int, peak: Peak) -> Iterator[tuple[str, Peak]]:
+    """What lowers the peak of a role whose batch `key` is of this size."""
+    if size > 1:
+        kinds = {**peak.kinds, "activations": round(peak.kinds["activations"] * (size // 2) / size)}
+        yield f"{key} = {size // 2}", replace(peak, kinds=kinds)
+
+
+def table(shares: Sequence[Share], card: float | None) -> str:
+    """Of every role its peak by kind in GiB, and the margin to its part of a card."""
+    kinds = dict.fromkeys(kind for share in shares for kind in share.peak.kinds)
+    names = [share.role.name.split(" (")[0] for share in shares]
+
+    def line(head: str, values: Sequence[float | None]) -> str:
+        return f"{head:<24}" + "".join(
+            f"{'' if v is None else f'{v / GIB:.1f}':>{max(12, len(n) + 2)}}" for v, n in zip(values, names, strict=True)
+        )
+
+    head = f"{'peak, GiB':<24}" + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in names)
+    lines = [head, *(line(kind, [share.peak.kinds.get(kind) for share in shares]) for kind in kinds)]
+    lines.append(line("one process", [share.peak.nbytes for share in shares]))
+    if card is None:
+        lines.append('the card is not known: give its memory, e.g. cluster.card = "80GB", to see whether this fits')
+    else:
+        parts = [min(share.role.num_gpus, 1.0) * card - RESERVE for share in shares]
+        lines.append(line("its part of a card", parts))
+        lines.append(line("to spare", [part - share.peak.nbytes for part, share in zip(parts, shares, strict=True)]))
+    return "\n".join(lines)
+
+
+def check(shares: Sequence[Share], card: float | None) -> None:
+    """Raise NotEnoughResources where a role that has a whole card does not fit it, or those that share cards do not together."""
+    if card is None:
+        return
+    faults = [_fault(share, card) for share in shares if share.role.num_gpus >= 1]
+    parts = [share for share in shares if 0 < share.role.num_gpus < 1 and not share.role.before]
+    cards = math.ceil(sum(share.role.count * share.role.num_gpus for share in parts) - 1e-6)
+    need = sum(share.role.count * (share.peak.nbytes + RESERVE) for share in parts)
+    if need > cards * card:
+        each = ", ".join(f"{share.role.name} {share.peak.nbytes / GIB:.1f}" for share in parts)
+        faults.append(
+            f"roles that share {cards} card{'s' if cards > 1 else ''} need {need / GIB:.1f} GiB of {cards * card / GIB:.1f} "
+            f"({each}, and {RESERVE / GIB:g} for each process){_lower([r for s in parts for r in s.remedies])}"
+        )
+    if found := [fault for fault in faults if fault]:
+        raise NotEnoughResources("\n".join(found))
+
+
+def _fault(share: Share, card: float) -> str:
+    room = card - RESERVE
+    if share.peak.nbytes <= room:
+        return ""
+    fitting = [(what, peak) for what, peak in share.remedies if peak.nbytes <= room]
+    return (
+        f"a {share.role.name} needs {share.peak.nbytes / GIB:.1f} GiB at its peak, a card of {card / GIB:.1f} GiB has "
+        f"{room / GIB:.1f} to give{_lower(fitting or share.remedies)}"
+    )
+
+
+def _lower(remedies: Sequence[tuple[str, Peak]]) -> str:
+    told = "; or ".join(f"{what} ({peak.nbytes / GIB:.1f} GiB)" for what, peak in remedies[:2])
+    return f": set {told}" if told else ""
+
+
+def hours(steps: int, flops_of_a_step: Mapping[str, float], processes: Mapping[str, int]) -> str:
+    """How long a run takes if every role computes at a stated share of an H100's speed, and roles wait for each other."""
+    seconds = {name: flops / (TFLOPS * UTILISATION * processes[name]) for name, flops in flops_of_a_step.items()}
+    each = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    total = sum(seconds.values()) * steps / 3600
+    return (
+        f"about {total:.0f} hours for {steps} steps on cards like an H100 at {UTILISATION:.0%} of {TFLOPS / 1e12:.0f} "
+        f"TFLOP/s (a step: {each}); judges, filter and transfers are not counted"
+    )
+
+
