@@ -171,7 +171,10 @@ def sample_batch(
         return family.guided(denoiser, x_t, times, condition, unguided, guidance_scale=scale, step=step, state=state)
 
     x0 = family.process.sample(guided, noise.float(), sampling.steps, family.tokens(noise))
-    check_finite(x0, "the denoiser gives NaN or infinity: take earlier weights, which are finite")
+    check_finite(
+        x0,
+        "the denoiser gives NaN or infinity: its weights are damaged, or were trained at too high a rate; take earlier ones",
+    )
     return x0
 
 

@@ -62,7 +62,7 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     if not shapes:
         raise Misfit(file, "holds no tensors", remedy)
     if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
-        what = f"is no LoRA: of its {len(shapes)} keys none names one, the first is {min(shapes)!r}"
+        what = f"is no LoRA: none of its {len(shapes)} keys names an adapter, the first is {min(shapes)!r}"
         raise Misfit(file, what, f"{remedy}; whole weights are given by their folder, as tuned.denoiser")
     mine = {key.removeprefix(f"{prefix}."): shape for key, shape in shapes.items() if key.startswith(f"{prefix}.")}
     if len(mine) < len(shapes):
@@ -103,6 +103,8 @@ def _fault(key: str, shapes: Shapes, layers: Mapping[str, nn.Module]) -> str:
 
 def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
     """Of every tensor in a safetensors file, by its key."""
+    if not file.is_file():
+        raise Misfit(file, "does not exist", remedy)
     try:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no mapping

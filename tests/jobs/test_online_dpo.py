@@ -6,6 +6,7 @@ their counts fails by chance less than once in 100,000 runs; no judge's failures
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import pytest
 import tomli_w
 from PIL import Image
 from ray import serve
+from safetensors.torch import load_file, save_file
 
 from rlhf.data.audit import read_pairs
 from rlhf.data.batches import latents_from_array
+from rlhf.errors import NotFinite
 from rlhf.models import load_family
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.rollouts.rollout import NothingPasses
@@ -84,6 +87,19 @@ def test_a_filter_that_rejects_all_stops_with_the_counts(cluster, judge_server, 
     )
     with pytest.raises(NothingPasses, match=r"0 of \d+ candidates passed the filter"):
         run_online(config)
+
+
+def test_weights_that_give_nan_stop_the_run_before_a_judge_sees_a_picture(cluster, judge_server, kontext, folder):
+    broken = shutil.copytree(kontext / "transformer", folder / "broken")
+    weights = load_file(broken / "diffusion_pytorch_model.safetensors")
+    weights["proj_out.bias"][0] = float("nan")
+    save_file(weights, broken / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    config = light_config(folder, kontext, judge_server(), model={"denoiser": str(broken)})
+    with pytest.raises(
+        NotFinite, match=r"no picture of .* with published version \d of the trained weights: the denoiser"
+    ):
+        run_online(config)
+    assert not list((folder / "runs").rglob("samples/*.png")) and not list((folder / "runs").rglob("pairs/*.parquet"))
 
 
 def test_no_pair_holds_a_candidate_whose_judging_failed(cluster, judge_server, kontext, folder, tmp_path_factory):

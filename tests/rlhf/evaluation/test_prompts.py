@@ -134,7 +134,7 @@ def test_wrong_weights_are_found_before_anything_loads(diffusion, kontext, tmp_p
             tmp_path,
             r"tuned.lora: has 1 of 1 keys that are not read: 1 in the diffusers layout of a transformer .* 'transformer.x",
         ),
-        (tmp_path / "none.safetensors", "cannot be read"),
+        (tmp_path / "none.safetensors", "tuned.lora: does not exist"),
         (file, "cannot be read"),
     ):
         with pytest.raises(BadInput, match=says):
