@@ -15,8 +15,10 @@ from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, read_prompts
+from rlhf.data.records import BadInput
 from rlhf.errors import Refused
-from rlhf.models import load_family
+from rlhf.evaluation.prompts import weight_problems
+from rlhf.models.checks import check_model
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
 
@@ -24,8 +26,9 @@ from rlhf.types import Geometry, Prompt, seed_from
 def prompts(recipe: EditRecipe) -> list[Prompt]:
     """Everything to edit. Raises Refused."""
     edit, model = recipe.edit, recipe.model
-    family = load_family(model)
-    family.check()
+    family = check_model(model)
+    if problems := weight_problems(recipe.tuned, family):
+        raise BadInput(problems)
 
     def geometry(height: int, width: int) -> Geometry:
         height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)

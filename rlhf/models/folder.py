@@ -1,9 +1,8 @@
-"""What families share of a folder in the diffusers layout: its JSON files, its frozen parts, its VAE's geometry and pixels.
+"""What families share of a folder in the diffusers layout: its frozen parts, its VAE's geometry and pixels.
 
 Shapes: B batch, C latent channels, H W pixels, h w latents.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import Refused
+from rlhf.shards.files import AGAIN, DIFFUSERS, read_json
 from rlhf.types import Geometry
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = f"{DIFFUSERS}.safetensors"
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
 """Whole submodules that were trained, by their plain names, and the patterns that chose them."""
 
 
-def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises Refused, naming the file, where `path` is no folder of `what`."""
-    file = Path(path) / name
-    if not file.is_file():
-        raise Refused(f"model.path = {str(path)!r} is no {what} folder in the diffusers layout: {file} is missing")
-    return json.loads(file.read_text())
-
-
-def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
-    """What is wrong with the folder of a trained denoiser, whose base has this config; empty: nothing."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        return "holds no config.json with *.safetensors"
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    return "" if name == config["_class_name"] else f"is a {name}, but the base model has a {config['_class_name']}"
-
-
-def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
-    """Raise Refused where `model.denoiser`, if it is given, is none for a model with this config."""
-    if folder is not None and (fault := trained_fault(folder, config)):
-        remedy = "give a trained folder of this family, from a run's final/"
-        raise Refused(f"model.denoiser = {str(folder)!r} {fault}; {remedy}")
+def read_value(path: Path, file: str, key: str) -> Any:
+    """A value that a JSON file of a model folder must have. Raises Refused."""
+    found = read_json(path / file)
+    if key not in found:
+        raise Refused(f"{path / file} has no {key!r}; {AGAIN}")
+    return found[key]
 
 
 def load_frozen(cls: Any, path: Path, folder: str, device: str, dtype: torch.dtype) -> Any:
-    """A part of the checkpoint that never trains."""
-    return cls.from_pretrained(path, subfolder=folder, dtype=dtype).to(device).eval().requires_grad_(False)
+    """A part of the checkpoint that never trains. Raises Refused where its weights are not all there."""
+    part, report = cls.from_pretrained(path, subfolder=folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):  # the libraries would leave them random, with a warning
+        raise Refused(f"{path / folder}: the weights lack {len(missing)} tensors, the first is {missing[0]}; {AGAIN}")
+    return part.to(device).eval().requires_grad_(False)
 
 
 def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device: str, dtype: torch.dtype) -> Any:
