@@ -11,6 +11,7 @@ from rlhf.data.records import BadInput, whole
 TABLES = (".parquet", ".arrow")
 """What is looked for in a folder."""
 STATE = "state.json"
+SAVE = "save the data set anew with save_to_disk"
 SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[-_.]?\d*")
 
 
@@ -29,8 +30,7 @@ def find_files(
         return [path]
     if not path.is_dir():
         raise BadInput([whole(path, "no such file or folder", remedy)])
-    files = _listed(path, sorted(file for suffix in TABLES for file in path.rglob(f"*{suffix}")))
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = _listed(path)
     if not files:
         raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file", remedy)])
     named = {file: _split_of(file.relative_to(path)) for file in files}
@@ -48,46 +48,50 @@ def find_files(
     return chosen
 
 
-def _listed(path: Path, files: Sequence[Path]) -> list[Path]:
-    """Those files that `datasets.save_to_disk` lists where it wrote a folder, and all of other folders. Raises: BadInput.
+def _visible(path: Path, pattern: str) -> list[Path]:
+    """Files below a folder, sorted, without those of hidden folders."""
+    found = sorted(path.rglob(pattern))
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
-    `dataset_dict.json` names the folders of splits; `state.json` the files of one, beside which old ones and caches may lie.
+
+def _listed(path: Path) -> list[Path]:
+    """The tables of a folder; where `datasets.save_to_disk` wrote one, those that it lists. Raises: BadInput.
+
+    `dataset_dict.json` names the folders of splits, `state.json` the files of one; old ones and caches may lie beside them.
     """
-    lists, remedy = dict[Path, set[Path]](), "save the data set anew with save_to_disk"
-    for file in sorted(path.rglob("dataset_dict.json")):
-        splits = _named(file, lambda content: content["splits"])
-        lists[file.parent] = set()
-        files = [
-            table for table in files if not table.is_relative_to(file.parent) or _below(table, file.parent) in splits
-        ]
+    tables = sorted(file for suffix in TABLES for file in _visible(path, f"*{suffix}"))
+    for file in _visible(path, "dataset_dict.json"):
+        splits = _names(file, lambda content: content["splits"])
         if absent := [split for split in splits if not (file.parent / split / STATE).is_file()]:
-            raise BadInput([whole(file, f"names the split {absent[0]!r}, but {absent[0]}/{STATE} is missing", remedy)])
-    for file in sorted(path.rglob(STATE)):
-        names = _named(file, lambda content: [entry["filename"] for entry in content["_data_files"]])
-        lists[file.parent] = {file.parent / name for name in names}
+            what = f"names the split {absent[0]!r}, but {absent[0]}/{STATE} is missing"
+            raise BadInput([whole(file, what, f"copy it there, or {SAVE}")])
+        others = [table for table in tables if not table.is_relative_to(file.parent)]
+        tables = sorted(others + [table for split in splits for table in (file.parent / split).glob("*.arrow")])
+    for file in _visible(path, STATE):
+        names = _names(file, lambda content: [entry["filename"] for entry in content["_data_files"]])
         if absent := [name for name in names if not (file.parent / name).is_file()]:
-            raise BadInput([whole(file, f"names {', '.join(absent)}, which is missing", f"copy it there, or {remedy}")])
-        if _named(file, lambda content: content.get("_indices_data_files") or []):
-            what = "says that only some rows of its files, in another order, are the data set"
-            raise BadInput([whole(file, what, "call flatten_indices() before save_to_disk")])
-    kept = [file for file in files if file in lists.get(file.parent, {file})]
-    if caches := [file for file in kept if file.parent not in lists and file.name.startswith("cache-")]:
-        what, do = f"is what `datasets` keeps of a map or filter, and no {STATE} beside it lists it", "move it away"
-        raise BadInput([whole(file, what, do) for file in caches])
-    return kept
+            raise BadInput([whole(file, f"names {', '.join(absent)}, which is missing", f"copy it there, or {SAVE}")])
+        if _names(file, lambda content: content.get("_indices_data_files") or []):
+            what = "says that only some rows of its files, or in another order, are the data set"
+            raise BadInput([whole(file, what, f"call flatten_indices() and {SAVE}")])
+        listed = {file.parent / name for name in names}
+        tables = [table for table in tables if table.parent != file.parent or table in listed]
+    caches = [file for file in tables if file.name.startswith("cache-") and not (file.parent / STATE).is_file()]
+    if caches:
+        what = (
+            f"is what `datasets` keeps of a map or filter, and no {STATE} beside it says which files are the data set"
+        )
+        raise BadInput([whole(file, what, "move it away") for file in caches])
+    return tables
 
 
-def _below(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).parts[0]
-
-
-def _named(file: Path, chosen: Callable[[Any], list[str]]) -> list[str]:
+def _names(file: Path, chosen: Callable[[Any], list[str]]) -> list[str]:
     """The names in a JSON file of `datasets`. Raises: BadInput."""
     try:
         return [str(name) for name in chosen(json.loads(file.read_bytes()))]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"is not what save_to_disk writes ({type(error).__name__}: {error})"
-        raise BadInput([whole(file, what, "save the data set anew with save_to_disk")]) from error
+        raise BadInput([whole(file, what, SAVE)]) from error
 
 
 def _split_of(file: Path) -> str | None:
