@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import Kind, Part, Rows, index, stacked
+from rlhf.models.family import Kind, Need, Rows, index, stacked
 from rlhf.models.folder import load_trained
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
@@ -183,9 +183,9 @@ class Strange:
             "picture": Kind(folders=("patches",), dtype=torch.float32),
         }
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def needs(self) -> Iterator[tuple[str, Need]]:
         yield "", index("Strange")
-        yield self.denoiser_folder, Part(network=StrangeTransformer, values={"channels": (CHANNELS,)})
+        yield self.denoiser_folder, Need(network=StrangeTransformer, values={"channels": (CHANNELS,)})
 
     def empty_denoiser(self, dtype: torch.dtype) -> StrangeTransformer:
         with torch.device("meta"):

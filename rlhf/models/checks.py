@@ -1,11 +1,12 @@
 """Whether a model folder holds what will be needed: asked by every job before anything dear starts.
 
-A family says what it needs (`Family.parts`); here it is looked for. JSON files and the headers of weights are read, and no
+A family says what it needs (`Family.needs`); here it is looked for. JSON files and the headers of weights are read, and no
 tensor: a folder of 60 GB takes a second. Left out: whether the values of the weights make sense.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from rlhf.errors import Refused
 from rlhf.models import load_family
-from rlhf.models.family import INDEX_FILE, NUMBER, Family, Part
+from rlhf.models.family import INDEX_FILE, NUMBER, Family, Need
 from rlhf.shards.files import (
     AGAIN,
     DIFFUSERS,
@@ -24,7 +25,7 @@ from rlhf.shards.files import (
     SafetensorsFolder,
     Stored,
     read_json,
-    refuse_pointer,
+    refuse_broken,
 )
 from rlhf.tables import ModelTable
 
@@ -40,13 +41,12 @@ def check_model(model: ModelTable) -> Family:
             raise Refused(
                 f"{what}; give the folder of a whole model in the diffusers layout, with its model_index.json"
             )
-        for name, part in family.parts():
-            if name or not model.accept_index:
-                config = _config(root / name, part)
-                elsewhere = name == family.denoiser_folder and model.denoiser is not None
-                if part.network is not None and not elsewhere:
-                    network = _on_meta(part.network, root / name, config)
-                    _check_weights(root / name, network, exact=name == family.denoiser_folder)
+        for name, need in family.needs():
+            accepted = not name and model.accept_index
+            _check_config(root / name, replace(need, values={}) if accepted else need)
+            is_denoiser = name == family.denoiser_folder
+            if need.network is not None and not (is_denoiser and model.denoiser):
+                check_weights(root / name, on_meta(need.network, root / name), exact=is_denoiser)
         _ = family.process  # which refuses a scheduler that it does not know
     except Refused as error:
         raise Refused(f"model.path = {model.path!r}: {error}") from error
@@ -60,27 +60,27 @@ def check_model(model: ModelTable) -> Family:
 
 def check_denoiser(family: Family, folder: Path) -> None:
     """Raise Refused where a folder is no trained denoiser of a checked family's model."""
-    part = next(part for name, part in family.parts() if name == family.denoiser_folder)
-    assert part.network is not None, "a denoiser has a class"
+    need = next(need for name, need in family.needs() if name == family.denoiser_folder)
+    assert need.network is not None, "a denoiser has a class"
     base, remedy = Path(family.path) / family.denoiser_folder, f"give e.g. RUN/final/{family.denoiser_folder}"
-    if not (folder / part.file).is_file():
-        raise Refused(f"{folder} holds no {part.file}; {remedy}")
-    mine = _on_meta(part.network, folder, _config(folder, part))
-    ours = _on_meta(part.network, base, read_json(base / part.file))
+    if not (folder / need.file).is_file():
+        raise Refused(f"{folder} holds no {need.file}; {remedy}")
+    _check_config(folder, need)
+    mine, ours = on_meta(need.network, folder), on_meta(need.network, base)
     for name in sorted({*mine.config, *ours.config}):
         given, known = mine.config.get(name), ours.config.get(name)
         if not name.startswith("_") and json.dumps(given) != json.dumps(known):
             what = f"{name} = {given!r}, but the base model has {known!r}"
-            raise Refused(f"{folder / part.file}: {what}; give a folder that was trained from this model")
-    _check_weights(folder, mine, exact=True)
+            raise Refused(f"{folder / need.file}: {what}; give a folder that was trained from this model")
+    check_weights(folder, mine, exact=True)
 
 
-def _config(folder: Path, part: Part) -> dict[str, Any]:
-    """What the part's file says. Raises Refused where that, or a file that it needs beside, is not what the family takes."""
-    file = folder / part.file
-    config, values = read_json(file), dict(part.values)
-    if part.network is not None and issubclass(part.network, ModelMixin):
-        values = {"_class_name": (part.network.__name__,)} | values
+def _check_config(folder: Path, need: Need) -> None:
+    """Raise Refused where the file that says what a folder is, or one that is needed beside it, is not what the family takes."""
+    file = folder / need.file
+    config, values = read_json(file), dict(need.values)
+    if need.network is not None and issubclass(need.network, ModelMixin):
+        values = {"_class_name": (need.network.__name__,)} | values
     if config.get("quantization_config") is not None:
         raise Refused(f"{file} has a quantization_config; {QUANTISED}")
     for key, known in values.items():
@@ -88,22 +88,19 @@ def _config(folder: Path, part: Part) -> dict[str, Any]:
         if value not in known and not (NUMBER in known and isinstance(value, NUMBER)):
             wanted = " or ".join("a number" if one is NUMBER else str(one) for one in known if one is not None)
             remedy = "give a folder of the model that model.family is for"
-            if part.file == INDEX_FILE:
+            if need.file == INDEX_FILE:
                 remedy += ", or set model.accept_index = true if this is one whose index was copied from another"
             raise Refused(f"{file}: {key} = {value!r}, but this family takes {wanted or 'none'}; {remedy}")
-    if part.files and not any(all((folder / name).is_file() for name in names) for names in part.files):
-        wanted = ", or ".join(" and ".join(names) for names in part.files)
+    if need.files and not any(all((folder / name).is_file() for name in names) for names in need.files):
+        wanted = ", or ".join(" and ".join(names) for names in need.files)
         raise Refused(f"{folder} lacks {wanted}; download the whole folder")
-    for other in sorted(folder.iterdir()) if part.files else ():
-        if other.suffix == ".json":
-            read_json(other)
-        elif other.is_file():
-            refuse_pointer(other)
-    return config
+    if need.files:
+        refuse_broken(folder)
 
 
-def _on_meta(cls: type[nn.Module], folder: Path, config: dict[str, Any]) -> Any:
-    """The network of a folder, without memory. Raises Refused where its class makes nothing of the config."""
+def on_meta(cls: Any, folder: Path) -> Any:
+    """The network of a folder without memory; of a class of diffusers or transformers. Raises Refused for a senseless config."""
+    config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
             if issubclass(cls, ModelMixin):
@@ -114,7 +111,7 @@ def _on_meta(cls: type[nn.Module], folder: Path, config: dict[str, Any]) -> Any:
         raise Refused(f"{what}; {AGAIN}") from error
 
 
-def _check_weights(folder: Path, network: nn.Module, *, exact: bool) -> None:
+def check_weights(folder: Path, network: nn.Module, *, exact: bool = False) -> None:
     """Raise Refused unless the headers of a folder's weights have every parameter of its network, with its shape.
 
     exact: by its own name, as the trainer reads it; otherwise by any that its library knows.

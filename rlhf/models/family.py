@@ -38,7 +38,7 @@ NUMBER = Real
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Need:
     """What must lie in one folder of a checkpoint: see `rlhf.models.checks`."""
 
     file: str = "config.json"
@@ -54,12 +54,12 @@ class Part:
 INDEX_FILE = "model_index.json"
 
 
-def index(*pipelines: str) -> Part:
+def index(*pipelines: str) -> Need:
     """The folder itself, whose model_index.json names one of these pipelines."""
-    return Part(file=INDEX_FILE, values={"_class_name": pipelines})
+    return Need(file=INDEX_FILE, values={"_class_name": pipelines})
 
 
-TOKENIZER = Part(
+TOKENIZER = Need(
     file="tokenizer_config.json", files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 )
 """The folder of a tokenizer: without these files transformers makes one of no words, and no error."""
@@ -99,7 +99,7 @@ class Family(Protocol):
     def denoiser_path(self) -> Path:
         """The folder of the denoiser to begin with: `path`/`denoiser_folder`, or another that was trained from it."""
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def needs(self) -> Iterator[tuple[str, Need]]:
         """What must lie in the folder "" (`path` itself) and in which subfolders of it, in the order in which it is checked.
 
         Values that follow from an earlier part's files are read when their part is reached. Raises Refused.

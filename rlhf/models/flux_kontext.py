@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import NUMBER, TOKENIZER, Kind, Part, Rows, index, stacked
+from rlhf.models.family import NUMBER, TOKENIZER, Kind, Need, Rows, index, stacked
 from rlhf.models.folder import (
     cut_share,
     latent_shape,
@@ -37,7 +37,7 @@ from rlhf.models.folder import (
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
-SCHEDULER = Part(
+SCHEDULER = Need(
     file="scheduler_config.json",
     values={
         "_class_name": ("FlowMatchEulerDiscreteScheduler",),
@@ -109,13 +109,13 @@ class FluxKontext:
     def _vae(self) -> dict:
         return read_json(self.path / "vae" / "config.json")
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def needs(self) -> Iterator[tuple[str, Need]]:
         yield "", index("FluxKontextPipeline")
         yield "scheduler", SCHEDULER
         scale = {"shift_factor": (NUMBER,), "scaling_factor": (NUMBER,)}
-        yield "vae", Part(network=AutoencoderKL, values=scale | {"latents_mean": (None,)})
+        yield "vae", Need(network=AutoencoderKL, values=scale | {"latents_mean": (None,)})
         for folder, network in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
-            yield folder, Part(network=network)
+            yield folder, Need(network=network)
         for folder in ("tokenizer", "tokenizer_2"):
             yield folder, TOKENIZER
         read, tokens = partial(read_value, self.path), 4 * self._vae["latent_channels"]
@@ -125,7 +125,7 @@ class FluxKontext:
             "joint_attention_dim": (read("text_encoder_2/config.json", "d_model"),),
             "pooled_projection_dim": (read("text_encoder/config.json", "hidden_size"),),
         }
-        yield self.denoiser_folder, Part(network=FluxTransformer2DModel, values=values)
+        yield self.denoiser_folder, Need(network=FluxTransformer2DModel, values=values)
 
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.diffusion.ddpm import DDPM
-from rlhf.models.family import TOKENIZER, Kind, Part, Rows, index, stacked
+from rlhf.models.family import TOKENIZER, Kind, Need, Rows, index, stacked
 from rlhf.models.folder import (
     cut_share,
     latent_shape,
@@ -111,20 +111,20 @@ class StableDiffusion:
         """Whether the unguided branch sees zeros in place of the encoded empty text."""
         return self.xl and self._json("model_index.json").get("force_zeros_for_empty_prompt", True)
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def needs(self) -> Iterator[tuple[str, Need]]:
         yield "", index("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-        yield "scheduler", Part(file="scheduler_config.json")
-        yield "vae", Part(network=AutoencoderKL, values={"latents_mean": (None,), "shift_factor": (None, 0)})
+        yield "scheduler", Need(file="scheduler_config.json")
+        yield "vae", Need(network=AutoencoderKL, values={"latents_mean": (None,), "shift_factor": (None, 0)})
         encoders = {"text_encoder": CLIPTextModel} | (
             {"text_encoder_2": CLIPTextModelWithProjection} if self.xl else {}
         )
         for folder, network in encoders.items():
-            yield folder, Part(network=network)
+            yield folder, Need(network=network)
             yield folder.replace("text_encoder", "tokenizer"), TOKENIZER
         widths = [read_value(self.path, f"{folder}/config.json", "hidden_size") for folder in encoders]
         latents = self._vae["latent_channels"]
         values = {"in_channels": (latents,), "out_channels": (latents,), "cross_attention_dim": (sum(widths),)}
-        yield self.denoiser_folder, Part(network=UNet2DConditionModel, values=UNET_LIMITS | values)
+        yield self.denoiser_folder, Need(network=UNet2DConditionModel, values=UNET_LIMITS | values)
 
     def empty_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         with torch.device("meta"):

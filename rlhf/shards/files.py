@@ -108,6 +108,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_broken(folder: Path) -> None:
+    """Raise Refused for a JSON file of a model's folder that is none, and for lists of words that Git LFS has not fetched."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix == ".json":
+            read_json(file)
+        elif file.suffix in (".txt", ".model"):
+            refuse_pointer(file)
+
+
 class Stored(NamedTuple):
     """Where a tensor lies."""
 
