@@ -136,12 +136,15 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
         "uint8 VAE": (tensors(vae, partial(quantise, torch.uint8)), "is stored as U8; quantised"),
         "fp16 variant alone": (
             rename(weights, f"{STEM}.fp16.safetensors"),
-            rf"holds no {STEM}\.safetensors and no index of it but {STEM}\.fp16\.safetensors; that is a variant alone",
+            rf"has neither {STEM}\.safetensors nor its index, but {STEM}\.fp16\.safetensors; that is a variant alone",
         ),
-        "fp16 variant of the VAE": (rename(vae, f"{STEM}.fp16.safetensors"), "vae holds no .* that is a variant alone"),
+        "fp16 variant of the VAE": (
+            rename(vae, f"{STEM}.fp16.safetensors"),
+            "vae has neither .* that is a variant alone",
+        ),
         "fp16 variant of a text encoder": (
             rename("text_encoder/model.safetensors", "model.fp16.safetensors"),
-            r"text_encoder holds no model\.safetensors .* that is a variant alone: download model\.safetensors too",
+            r"text_encoder has neither model\.safetensors .* that is a variant alone: download model\.safetensors too",
         ),
         "only .bin": (rename(weights, f"{STEM}.bin"), rf"but {STEM}\.bin; only safetensors are read: download those"),
         "only .ckpt": (rename(weights, "v1-5.ckpt"), r"but v1-5\.ckpt; only safetensors are read"),
@@ -149,7 +152,22 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
             rename(weights, "flux1-dev.safetensors"),
             r"flux1-dev\.safetensors; that is another layout",
         ),
-        "no weights": (remove(weights), rf"{denoiser} holds no {STEM}\.safetensors and no index of it; download them"),
+        "shards without their index": (
+            sharded(denoiser, lambda f, where: (f / f"{STEM}.safetensors.index.json").unlink()),
+            rf"those are shards without their index: download {STEM}\.safetensors\.index\.json",
+        ),
+        "a link to nothing": (
+            lambda folder: ((folder / weights).unlink(), (folder / weights).symlink_to("../../blobs/5f3a")),
+            "that is a link to nothing: download it again",
+        ),
+        "a VAE without its channels": (
+            edit("vae/config.json", latent_channels=None),
+            "has no 'latent_channels'|lack|shape",
+        ),
+        "no weights": (
+            remove(weights),
+            rf"{denoiser} has neither {STEM}\.safetensors nor its index; download the weights",
+        ),
         "pointer for weights": (write(weights, POINTER), r"is a Git LFS pointer.*: run `git lfs pull` in .*"),
         "pointer for the VAE": (write(vae, POINTER), "vae/.* is a Git LFS pointer"),
         "pointer for a text encoder": (

@@ -87,9 +87,9 @@ def _check_config(folder: Path, need: Need) -> None:
         value = config.get(key)
         if value not in known and not (NUMBER in known and isinstance(value, NUMBER)):
             wanted = " or ".join("a number" if one is NUMBER else str(one) for one in known if one is not None)
-            remedy = "give a folder of the model that model.family is for"
+            remedy = "give a folder of this family's model, or set model.family to that of the folder"
             if need.file == INDEX_FILE:
-                remedy += ", or set model.accept_index = true if this is one whose index was copied from another"
+                remedy += "; for a copy of the right model that has another's index set model.accept_index = true"
             raise Refused(f"{file}: {key} = {value!r}, but this family takes {wanted or 'none'}; {remedy}")
     if need.files and not any(all((folder / name).is_file() for name in names) for names in need.files):
         wanted = ", or ".join(" and ".join(names) for names in need.files)

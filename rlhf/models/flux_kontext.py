@@ -118,7 +118,8 @@ class FluxKontext:
             yield folder, Need(network=network)
         for folder in ("tokenizer", "tokenizer_2"):
             yield folder, TOKENIZER
-        read, tokens = partial(read_value, self.path), 4 * self._vae["latent_channels"]
+        read = partial(read_value, self.path)
+        tokens = 4 * read("vae/config.json", "latent_channels")
         values = {
             "in_channels": (tokens,),  # FLUX.1 Fill has more
             "out_channels": (None, tokens),

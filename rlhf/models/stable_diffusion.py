@@ -122,7 +122,7 @@ class StableDiffusion:
             yield folder, Need(network=network)
             yield folder.replace("text_encoder", "tokenizer"), TOKENIZER
         widths = [read_value(self.path, f"{folder}/config.json", "hidden_size") for folder in encoders]
-        latents = self._vae["latent_channels"]
+        latents = read_value(self.path, "vae/config.json", "latent_channels")
         values = {"in_channels": (latents,), "out_channels": (latents,), "cross_attention_dim": (sum(widths),)}
         yield self.denoiser_folder, Need(network=UNet2DConditionModel, values=UNET_LIMITS | values)
 

@@ -42,7 +42,7 @@ class HPSv2Reward(Reward):
 
     def __init__(self, name: str, judge: HPSJudgeConfig, device: str) -> None:
         self.name, self.device = name, device
-        file = find_checkpoint(judge)
+        file = checkpoint_of(judge)
         self.version = f"{file.stem}@{fingerprint(file)}"
         self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
         self.model = load_model(file).to(device=device, dtype=self.dtype)
@@ -55,7 +55,7 @@ class HPSv2Reward(Reward):
 
     @classmethod
     def check(cls, key: str, judge: HPSJudgeConfig) -> None:
-        load_model(find_checkpoint(judge), "meta")
+        load_model(checkpoint_of(judge), "meta")
 
     @torch.inference_mode()
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
@@ -73,15 +73,19 @@ def transform(image: np.ndarray, size: int) -> Tensor:
     return letterbox(image, size, InterpolationMode.BICUBIC, fill=0.0, mean=mean, std=std)
 
 
-def find_checkpoint(judge: HPSJudgeConfig) -> Path:
-    """`judge.path` itself, or the published file of its version in that folder. Raises: Refused."""
-    published = FILES[judge.version]
-    path = existing("judges.hps.path", judge.path, f"a checkpoint, or a folder that holds {published}")
-    file = path / published if path.is_dir() else path
+def checkpoint_of(judge: HPSJudgeConfig) -> Path:
+    """The file of a judge. Raises: Refused."""
+    needed = f"a checkpoint, or a folder that holds {FILES[judge.version]}"
+    return find_checkpoint(existing("judges.hps.path", judge.path, needed), judge.version)
+
+
+def find_checkpoint(path: Path, version: str) -> Path:
+    """`path` itself, or the published file of `version` in the folder `path`. Raises: Refused."""
+    file = path / FILES[version] if path.is_dir() else path
     if not file.is_file():
         raise Refused(
             f"judges.hps.path: no HPSv2 checkpoint at {file}; give a .pt or .safetensors file, or a folder that holds "
-            f"{published} (judges.hps.version = {judge.version!r})"
+            f"{FILES[version]} (judges.hps.version = {version!r})"
         )
     return file
 

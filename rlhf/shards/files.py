@@ -177,16 +177,20 @@ def weight_files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
 def no_weights(folder: Path, stem: str) -> str:
     """What lies in a folder in place of weights, and what to do."""
     wanted, found = f"{stem}.safetensors", sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHTS)
-    others = f" but {', '.join(found[:3])}{', …' if found[3:] else ''}" if found else ""
-    if any(name.startswith(f"{stem}.") and name.endswith(".safetensors") for name in found):
-        remedy = f"that is a variant alone: download {wanted} too, or save the model anew, read with its variant="
+    others = f", but {', '.join(found[:3])}{', …' if found[3:] else ''}" if found else ""
+    if wanted in found:
+        remedy = f"that is a link to nothing: {AGAIN}"
+    elif any(name.startswith(f"{stem}-") for name in found):
+        remedy = f"those are shards without their index: download {wanted}.index.json"
+    elif any(name.startswith(f"{stem}.") and name.endswith(".safetensors") for name in found):
+        remedy = f"that is a variant alone: download {wanted} too, or load the model with its `variant` and save it"
     elif any(name.endswith(".safetensors") for name in found):
         remedy = f"that is another layout: download the folder of the diffusers layout, whose file is {wanted}"
     elif found:
         remedy = "only safetensors are read: download those, or write them with `from_pretrained` and `save_pretrained`"
     else:
-        remedy = "download them"
-    return f"{folder} holds no {wanted} and no index of it{others}; {remedy}"
+        remedy = "download the weights"
+    return f"{folder} has neither {wanted} nor its index{others}; {remedy}"
 
 
 class SafetensorsFolder:

@@ -101,7 +101,7 @@ JUDGE_FAULTS = {
     "filter without weights": (
         "filter",
         remove("vlm/model.safetensors"),
-        r"holds no model\.safetensors .*download them",
+        r"has neither model\.safetensors .*download the weights",
     ),
     "filter without words": ("filter", remove("vlm/tokenizer.json"), r"lacks tokenizer\.json or vocab\.json"),
 }

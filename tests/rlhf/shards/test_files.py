@@ -61,7 +61,7 @@ def test_without_an_index_the_one_file_is_read_whatever_lies_beside(tmp_path):
         save_file({"a.weight": torch.full((2, 2), float(name != "model"))}, tmp_path / f"{name}.safetensors")
     assert not SafetensorsFolder(tmp_path, TRANSFORMERS).rows("a.weight", 0, 2, (2, 2)).any()
     with pytest.raises(
-        Refused, match=r"holds no diffusion_pytorch_model\.safetensors and no index of it but a\.saf.*, …;"
+        Refused, match=r"has neither diffusion_pytorch_model\.safetensors nor its index, but a\.saf.*, …;"
     ):
         SafetensorsFolder(tmp_path)
 
