@@ -60,7 +60,9 @@ def trainer_remedies(config: TrainerConfig, peak: Peak) -> Iterator[tuple[str, P
         yield changed('trainer.optimizer = "adamw_8bit"', optimizer=peak.kinds["optimizer"] / 4)
     if config.train_batch_size > 1:
         half = config.train_batch_size // 2
-        what = f"trainer.train_batch_size = {half} and {'twice' if half * 2 == config.train_batch_size else 'more'} the "
+        what = (
+            f"trainer.train_batch_size = {half} and {'twice' if half * 2 == config.train_batch_size else 'more'} the "
+        )
         yield changed(f"{what}gradient_accumulation_steps", **scaled(PER_EXAMPLE, half / config.train_batch_size))
     if config.gradient_checkpointing != "all":
         yield 'trainer.gradient_checkpointing = "all"', peak  # not from this trace
@@ -83,7 +85,8 @@ def table(shares: Sequence[Share], card: float | None) -> str:
 
     def line(head: str, values: Sequence[float | None]) -> str:
         return f"{head:<24}" + "".join(
-            f"{'' if v is None else f'{v / GIB:.1f}':>{max(12, len(n) + 2)}}" for v, n in zip(values, names, strict=True)
+            f"{'' if v is None else f'{v / GIB:.1f}':>{max(12, len(n) + 2)}}"
+            for v, n in zip(values, names, strict=True)
         )
 
     head = f"{'peak, GiB':<24}" + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in names)
@@ -141,5 +144,3 @@ def hours(steps: int, flops_of_a_step: Mapping[str, float], processes: Mapping[s
         f"about {total:.0f} hours for {steps} steps on cards like an H100 at {UTILISATION:.0%} of {TFLOPS / 1e12:.0f} "
         f"TFLOP/s (a step: {each}); judges, filter and transfers are not counted"
     )
-
-

@@ -20,6 +20,7 @@ from rlhf.models.family import Family
 from rlhf.models.trainable import Counts
 from rlhf.rewards.config import JudgeConfig, JudgesConfig
 from rlhf.section import local_paths
+from rlhf.shards.files import DIFFUSERS, TRANSFORMERS, weight_files
 from rlhf.tables import PreprocessConfig, SamplersConfig, TrainerConfig
 from rlhf.types import Geometry, Source
 
@@ -53,7 +54,7 @@ class NotEnoughResources(Refused):
 
 def _weight_bytes(path: Path) -> float:
     """Of a file, or of the safetensors in a folder; 0 where there is none."""
-    files = [path] if path.is_file() else path.glob("*.safetensors")
+    files = [path] if path.is_file() else [*weight_files(path, DIFFUSERS)[0], *weight_files(path, TRANSFORMERS)[0]]
     return float(sum(file.stat().st_size for file in files))
 
 

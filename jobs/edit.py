@@ -19,7 +19,7 @@ from rlhf.data.prompts import prompt_of, read_prompts
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.evaluation.prompts import weight_problems
-from rlhf.models import load_family
+from rlhf.models.checks import check_model
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
 
@@ -27,8 +27,7 @@ from rlhf.types import Geometry, Prompt, seed_from
 def prompts(recipe: EditRecipe) -> list[Prompt]:
     """Everything to edit. Raises Refused."""
     edit, model = recipe.edit, recipe.model
-    family = load_family(model)
-    family.check()
+    family = check_model(model)
     if problems := weight_problems(recipe.tuned, family):
         raise BadInput(problems)
 

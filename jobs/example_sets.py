@@ -64,7 +64,6 @@ class ExampleSets:
 def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: CheckAll) -> ExampleSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for keys that do not fit."""
     family = load_family(recipe.model)
-    family.check()
     geometry = Geometry(height=recipe.model.height, width=recipe.model.width, frames=recipe.model.frames)
     family.latent_shape(geometry)  # refuses a size that the network cannot take
     cache = EncodingCache(recipe.data.cache, fingerprints(family))

@@ -34,9 +34,7 @@ def check_cards(
     cards.check(shares, card)
 
 
-def _share(
-    recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt
-) -> Share | None:
+def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt) -> Share | None:
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
     if role.name == "trainer rank":

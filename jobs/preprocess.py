@@ -21,6 +21,7 @@ from rlhf.data.prompts import Prompts, read_prompts
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
 from rlhf.models import load_family
+from rlhf.models.checks import check_model
 from rlhf.models.family import Family
 from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
 from rlhf.types import Encoding, Geometry, Prompt
@@ -42,8 +43,7 @@ class Data:
 
 def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelTable) -> Data:
     """Read `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for what is no model folder."""
-    family = load_family(model)
-    family.check()
+    family = check_model(model)
 
     def geometry(height: int, width: int) -> Geometry:
         """Of the edit of a source of (H, W) pixels."""

@@ -31,6 +31,7 @@ from rlhf.data.work import IndexedExamples, OfflineWork
 from rlhf.diffusion.objectives import DPO, SFT, Objective
 from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
+from rlhf.models.checks import check_model
 from rlhf.models.trainable import load_trainable
 from rlhf.tables import TrainerConfig
 from rlhf.types import REFERENCE
@@ -42,11 +43,17 @@ def main() -> None:
     if is_dry:
         say(resolved_toml(recipe))
         say(batch_in_words(recipe.trainer))
-        deploy.check_sources(recipe.judges, recipe.judge_names)
+        check(recipe)
         say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())
         dry_run(recipe.run, plan(recipe), recipe.cluster)
     else:
         say(f"results: {run(recipe)}")
+
+
+def check(recipe: TrainRecipe) -> None:
+    """What can be refused before the rows are read. Raises Refused."""
+    check_model(recipe.model)
+    deploy.check_sources(recipe.judges, recipe.judge_names)
 
 
 def objective(recipe: TrainRecipe) -> Objective:
@@ -68,7 +75,7 @@ def plan(recipe: TrainRecipe) -> Plan:
 
 def run(recipe: TrainRecipe) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
-    deploy.check_sources(recipe.judges, recipe.judge_names)
+    check(recipe)
     needed, roles = plan(recipe), objective(recipe).roles
     with ExitStack() as stack:
         stack.enter_context(cluster(recipe.cluster, namespace=recipe.run.name))  # the check needs it, and no folder yet

@@ -20,6 +20,7 @@ from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.launch import cluster, free_resources
 from rlhf.data.records import BadInput, Problem
 from rlhf.errors import Refused
+from rlhf.rewards.ctr.build import check_backbones
 from rlhf.rewards.ctr.clicks import Click, Rows, read_clicks, split
 from rlhf.rewards.ctr.config import CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.ctr.training import fit, uses_binomial
@@ -62,6 +63,7 @@ def load_rows(config: TrainCTRConfig) -> Rows:
     """
     if Path(config.output).exists():
         raise Refused(f"output = {config.output} exists and is never overwritten; choose another or remove it")
+    check_backbones(config.model)
     problems: list[Problem] = []
     groups: list[list[Click]] = []
     for path in filter(None, (config.data.path, config.data.eval_path)):

@@ -37,6 +37,9 @@ class ModelTable(Section):
     """Folder in the diffusers layout."""
     denoiser: LocalPath | None = None
     """A trained folder in place of the model's own, e.g. RUN/final/unet of an SFT run that DPO is to begin with."""
+    accept_index: bool = False
+    """Take a folder whose model_index.json names another pipeline: FLUX.1 Dev has Kontext's shapes, and some Kontext copies
+    have Dev's index."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What the networks compute in; trained weights stay fp32. float16 trains under a dynamic loss scale."""
     guidance_scale: float | None = None

@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from rlhf.errors import Refused
-from rlhf.rewards import python
+from rlhf.rewards import check_judge, python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
 from rlhf.rewards.protocols import fingerprint
 from rlhf.section import local_paths
@@ -181,13 +181,12 @@ def serve_token(section: ServeConfig) -> str | None:
 
 
 def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
-    """Raise Refused for a checkpoint that is not there, and for a function that cannot be imported."""
+    """Raise Refused for a checkpoint that is not there or not what it should be, and for a function that cannot be imported."""
     for name, judge in judges.to_deploy(names).items():
-        if isinstance(judge, PythonJudgeConfig):
-            python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))
         for key, path in local_paths(judge):
             if not Path(path).exists():
                 raise Refused(f"{judges.key(name)}.{key} = {path!r} does not exist")
+        check_judge(judges.key(name), name, judge)
 
 
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:

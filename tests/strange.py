@@ -10,7 +10,7 @@ L tokens read, D their width (12), N tokens of the network, E its width (32).
 
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import Kind, Rows, check_finite, stacked
-from rlhf.models.folder import LoadParts, Parts, check_trained, load_trained, read_json
+from rlhf.models.family import Kind, Need, Rows, check_finite, index, stacked
+from rlhf.models.folder import LoadParts, Parts, load_trained
+from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 CHANNELS, PIXELS, READ, WIDTH, HEADS = 4, 8, 12, 32, 2
@@ -169,9 +170,7 @@ class Strange:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        config = read_json(self.path, "Strange", f"{self.denoiser_folder}/config.json")
-        check_trained(self.denoiser, config)
-        return config
+        return read_json(self.path / self.denoiser_folder / "config.json")
 
     @property
     def process(self) -> RectifiedFlow:
@@ -184,8 +183,9 @@ class Strange:
             "picture": Kind(folders=("patches",), dtype=torch.float32),
         }
 
-    def check(self) -> None:
-        _ = self._config
+    def needs(self) -> Iterator[tuple[str, Need]]:
+        yield "", index("Strange")
+        yield self.denoiser_folder, Need(network=StrangeTransformer, values={"channels": (CHANNELS,)})
 
     def empty_denoiser(self, dtype: torch.dtype) -> StrangeTransformer:
         with torch.device("meta"):
@@ -198,7 +198,6 @@ class Strange:
                 module.frequencies, module.turns = frequencies(device), turns_of_frames(device)
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> StrangeTransformer:
-        self.check()
         found = load_trained(
             StrangeTransformer, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )

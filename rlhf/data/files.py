@@ -1,13 +1,17 @@
 """Which files of a data set are read: a file, or those of a folder as `datasets` or the hub lays it out, by split."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.records import BadInput, whole
 
 TABLES = (".parquet", ".arrow")
 """What is looked for in a folder."""
+STATE = "state.json"
+SAVE = "save the data set anew with save_to_disk"
 SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[-_.]?\d*")
 
 
@@ -26,8 +30,7 @@ def find_files(
         return [path]
     if not path.is_dir():
         raise BadInput([whole(path, "no such file or folder", remedy)])
-    files = sorted(file for suffix in TABLES for file in path.rglob(f"*{suffix}"))
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = _listed(path)
     if not files:
         raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file", remedy)])
     named = {file: _split_of(file.relative_to(path)) for file in files}
@@ -43,6 +46,52 @@ def find_files(
         what = f"lies beside files of the splits {', '.join(splits)}, but its name says none"
         raise BadInput([whole(file, what, f"move it away, or name it {split}-1.parquet") for file in unnamed])
     return chosen
+
+
+def _visible(path: Path, pattern: str) -> list[Path]:
+    """Files below a folder, sorted, without those of hidden folders."""
+    found = sorted(path.rglob(pattern))
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _listed(path: Path) -> list[Path]:
+    """The tables of a folder; where `datasets.save_to_disk` wrote one, those that it lists. Raises: BadInput.
+
+    `dataset_dict.json` names the folders of splits, `state.json` the files of one; old ones and caches may lie beside them.
+    """
+    tables = sorted(file for suffix in TABLES for file in _visible(path, f"*{suffix}"))
+    for file in _visible(path, "dataset_dict.json"):
+        splits = _names(file, lambda content: content["splits"])
+        if absent := [split for split in splits if not (file.parent / split / STATE).is_file()]:
+            what = f"names the split {absent[0]!r}, but {absent[0]}/{STATE} is missing"
+            raise BadInput([whole(file, what, f"copy it there, or {SAVE}")])
+        others = [table for table in tables if not table.is_relative_to(file.parent)]
+        tables = sorted(others + [table for split in splits for table in (file.parent / split).glob("*.arrow")])
+    for file in _visible(path, STATE):
+        names = _names(file, lambda content: [entry["filename"] for entry in content["_data_files"]])
+        if absent := [name for name in names if not (file.parent / name).is_file()]:
+            raise BadInput([whole(file, f"names {', '.join(absent)}, which is missing", f"copy it there, or {SAVE}")])
+        if _names(file, lambda content: content.get("_indices_data_files") or []):
+            what = "says that only some rows of its files, or in another order, are the data set"
+            raise BadInput([whole(file, what, f"call flatten_indices() and {SAVE}")])
+        listed = {file.parent / name for name in names}
+        tables = [table for table in tables if table.parent != file.parent or table in listed]
+    caches = [file for file in tables if file.name.startswith("cache-") and not (file.parent / STATE).is_file()]
+    if caches:
+        what = (
+            f"is what `datasets` keeps of a map or filter, and no {STATE} beside it says which files are the data set"
+        )
+        raise BadInput([whole(file, what, "move it away") for file in caches])
+    return tables
+
+
+def _names(file: Path, chosen: Callable[[Any], list[str]]) -> list[str]:
+    """The names in a JSON file of `datasets`. Raises: BadInput."""
+    try:
+        return [str(name) for name in chosen(json.loads(file.read_bytes()))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"is not what save_to_disk writes ({type(error).__name__}: {error})"
+        raise BadInput([whole(file, what, SAVE)]) from error
 
 
 def _split_of(file: Path) -> str | None:

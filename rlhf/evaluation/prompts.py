@@ -4,7 +4,6 @@ A family that sees a source takes the JSONL of a run (`rlhf.data.prompts`). One 
 pictures, or a .txt file with one prompt a line (blank lines are nothing). Everything that is wrong is said at once.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 from rlhf.data.checks import check_file, no_rows, refuse
 from rlhf.data.prompts import Prompts, read_items, read_prompts
 from rlhf.data.records import BadInput, Field, Problem, whole
-from rlhf.models import load_family
+from rlhf.errors import Refused
+from rlhf.models.checks import check_denoiser, check_model
 from rlhf.models.family import Family
-from rlhf.models.folder import trained_fault
 from rlhf.models.lora import Misfit, check_lora
 from rlhf.tables import EvaluatedModelTable, PromptDataTable, WeightsTable
 from rlhf.types import Geometry, Prompt
@@ -22,8 +21,7 @@ from rlhf.types import Geometry, Prompt
 
 def read_evaluation(model: EvaluatedModelTable, tuned: WeightsTable, data: PromptDataTable) -> Prompts:
     """The prompts of a recipe. Raises BadInput with every problem of prompts and weights, Refused for `model.path`."""
-    family = load_family(model)
-    family.check()
+    family = check_model(model)
     problems = weight_problems(tuned, family)
     try:
         found = _edits(model, data, family) if family.sees_source else _texts(data, _geometry(model, family, 1, 1))
@@ -37,11 +35,11 @@ def read_evaluation(model: EvaluatedModelTable, tuned: WeightsTable, data: Promp
 def weight_problems(tuned: WeightsTable, family: Family) -> list[Problem]:
     """What is wrong with `tuned`, as far as can be seen without loading it; nothing where it is not set."""
     if tuned.denoiser is not None:
-        folder = Path(tuned.denoiser)
-        remedy = f"give the folder of the trained weights, e.g. RUN/final/{family.denoiser_folder}"
-        base = json.loads((Path(family.path) / family.denoiser_folder / "config.json").read_text())
-        fault = trained_fault(folder, base)
-        return [replace(whole(folder, fault, remedy), field="tuned.denoiser")] if fault else []
+        try:
+            check_denoiser(family, Path(tuned.denoiser))
+        except Refused as error:
+            what, _, remedy = str(error).rpartition("; ")
+            return [replace(whole(tuned.denoiser, what, remedy), field="tuned.denoiser")]
     if tuned.lora is not None:
         try:
             check_lora(Path(tuned.lora), family.empty_denoiser(family.dtype), family.denoiser_folder)

@@ -6,8 +6,9 @@ become a condition. It is made from a folder in the diffusers layout and reads o
 Shapes: B batch, C latent channels, F frames (1 of a picture), H W pixels, h w latents.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -33,6 +34,37 @@ class Kind:
     dtype: torch.dtype
     settings: tuple[str, ...] = ()
     """Whatever else changes its rows."""
+
+
+NUMBER = Real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What must lie in one folder of a checkpoint: see `rlhf.models.checks`."""
+
+    file: str = "config.json"
+    """What says what the part is."""
+    values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys of `file` → the values that the family can use; None: the key may be absent, NUMBER: any number will do."""
+    network: type[nn.Module] | None = None
+    """The class of diffusers or transformers that reads the folder, always given for the denoiser's."""
+    files: tuple[tuple[str, ...], ...] = ()
+    """Sets of further files, of which one must be there."""
+
+
+INDEX_FILE = "model_index.json"
+
+
+def index(*pipelines: str) -> Need:
+    """The folder itself, whose model_index.json names one of these pipelines."""
+    return Need(file=INDEX_FILE, values={"_class_name": pipelines})
+
+
+TOKENIZER = Need(
+    file="tokenizer_config.json", files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+)
+"""The folder of a tokenizer: without these files transformers makes one of no words, and no error."""
 
 
 class Codec(Protocol):
@@ -69,8 +101,11 @@ class Family(Protocol):
     def denoiser_path(self) -> Path:
         """The folder of the denoiser to begin with: `path`/`denoiser_folder`, or another that was trained from it."""
 
-    def check(self) -> None:
-        """Raise Refused where `path`, or the denoiser to begin with, is no folder of this family. Reads JSON files only."""
+    def needs(self) -> Iterator[tuple[str, Need]]:
+        """What must lie in the folder "" (`path` itself) and in which subfolders of it, in the order in which it is checked.
+
+        Values that follow from an earlier part's files are read when their part is reached. Raises Refused.
+        """
 
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The trainable network on the meta device: shapes without memory."""

@@ -8,9 +8,9 @@ Text ids are zeros of a shape that the embeddings give, so they are made in `pre
 Shapes: B batch, C latent channels (16), h w latents (H/8, W/8), L text tokens (512), S image tokens (h·w/4).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,20 +23,35 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import Kind, Rows, stacked
+from rlhf.models.family import NUMBER, TOKENIZER, Kind, Need, Rows, index, stacked
 from rlhf.models.folder import (
     LoadParts,
     Parts,
-    check_trained,
     cut_share,
     latent_shape,
     load_trained,
-    read_json,
+    read_value,
     to_images,
     to_pixels,
     token_ids,
 )
+from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
+
+SCHEDULER = Need(
+    file="scheduler_config.json",
+    values={
+        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
+        "use_dynamic_shifting": (True,),
+        "num_train_timesteps": (None, 1000),
+        "time_shift_type": (None, "exponential"),
+        "shift_terminal": (None,),
+        **dict.fromkeys(("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), (NUMBER,)),
+        **dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (None, False)),
+        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (None, False)),
+    },
+)
+"""What `RectifiedFlow` computes."""
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -81,35 +96,42 @@ class FluxKontext:
     def denoiser_path(self) -> Path:
         return self.denoiser or Path(self.path) / self.denoiser_folder
 
-    def _json(self, folder: str, name: str) -> dict:
-        return read_json(self.path, "Flux Kontext", f"{folder}/{name}")
-
-    @cached_property
-    def _transformer(self) -> dict:
-        config = self._json(self.denoiser_folder, "config.json")
-        check_trained(self.denoiser, config)
-        return config
-
     @cached_property
     def process(self) -> RectifiedFlow:
-        config = self._json("scheduler", "scheduler_config.json")
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
         return RectifiedFlow(
-            base_shift=config.get("base_shift", 0.5),
-            max_shift=config.get("max_shift", 1.15),
-            base_tokens=config.get("base_image_seq_len", 256),
-            max_tokens=config.get("max_image_seq_len", 4096),
+            base_shift=config["base_shift"],
+            max_shift=config["max_shift"],
+            base_tokens=config["base_image_seq_len"],
+            max_tokens=config["max_image_seq_len"],
         )
 
     @cached_property
     def _vae(self) -> dict:
-        return self._json("vae", "config.json")
+        return read_json(self.path / "vae" / "config.json")
 
-    def check(self) -> None:
-        _ = self._transformer, self._vae, self.process
+    def needs(self) -> Iterator[tuple[str, Need]]:
+        yield "", index("FluxKontextPipeline")
+        yield "scheduler", SCHEDULER
+        scale = {"shift_factor": (NUMBER,), "scaling_factor": (NUMBER,)}
+        yield "vae", Need(network=AutoencoderKL, values=scale | {"latents_mean": (None,)})
+        for folder, network in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
+            yield folder, Need(network=network)
+        for folder in ("tokenizer", "tokenizer_2"):
+            yield folder, TOKENIZER
+        read = partial(read_value, self.path)
+        tokens = 4 * read("vae/config.json", "latent_channels")
+        values = {
+            "in_channels": (tokens,),  # FLUX.1 Fill has more
+            "out_channels": (None, tokens),
+            "joint_attention_dim": (read("text_encoder_2/config.json", "d_model"),),
+            "pooled_projection_dim": (read("text_encoder/config.json", "hidden_size"),),
+        }
+        yield self.denoiser_folder, Need(network=FluxTransformer2DModel, values=values)
 
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
-            denoiser = FluxTransformer2DModel.from_config(self._transformer)
+            denoiser = FluxTransformer2DModel.from_config(read_json(self.path / self.denoiser_folder / "config.json"))
         # diffusers' own `to` warns about parts to keep in fp32: Flux has none.
         return torch.nn.Module.to(denoiser, dtype)
 
@@ -119,13 +141,11 @@ class FluxKontext:
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> FluxTransformer2DModel:
-        self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
             FluxTransformer2DModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
 
     def load_codec(self, device: str, parts: LoadParts = Parts) -> "KontextCodec":
-        self.check()
         return KontextCodec(parts(self.path, device), self.dtype)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
@@ -158,10 +178,11 @@ class FluxKontext:
     def empty_row(self, encoding: Encoding) -> Condition:
         if encoding.kind == "picture":
             return {"latents": torch.empty(self.latent_shape(encoding.geometries[0]), dtype=self.dtype, device="meta")}
-        length = self._json("tokenizer_2", "tokenizer_config.json")["model_max_length"]
+        read, transformer = partial(read_value, self.path), f"{self.denoiser_folder}/config.json"
+        length = read("tokenizer_2/tokenizer_config.json", "model_max_length")
         shapes = {
-            "prompt_embeds": (length, self._transformer["joint_attention_dim"]),
-            "pooled_prompt_embeds": (self._transformer["pooled_projection_dim"],),
+            "prompt_embeds": (length, read(transformer, "joint_attention_dim")),
+            "pooled_prompt_embeds": (read(transformer, "pooled_projection_dim"),),
         }
         return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
 

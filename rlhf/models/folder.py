@@ -1,9 +1,8 @@
-"""What families share of a folder in the diffusers layout: its JSON files, its frozen parts, its VAE's geometry and pixels.
+"""What families share of a folder in the diffusers layout: its frozen parts, its VAE's geometry and pixels.
 
 Shapes: B batch, C latent channels, H W pixels, h w latents.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,32 +15,18 @@ from transformers import AutoTokenizer
 from rlhf.errors import Refused
 from rlhf.models.family import check_finite
 from rlhf.models.lora import load_lora
+from rlhf.shards.files import AGAIN, DIFFUSERS, read_json
 from rlhf.types import Geometry
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = f"{DIFFUSERS}.safetensors"
 
 
-def read_json(path: Path, what: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises Refused, naming the file, where `path` is no folder of `what`."""
-    file = Path(path) / name
-    if not file.is_file():
-        raise Refused(f"model.path = {str(path)!r} is no {what} folder in the diffusers layout: {file} is missing")
-    return json.loads(file.read_text())
-
-
-def trained_fault(folder: Path, config: Mapping[str, Any]) -> str:
-    """What is wrong with the folder of a trained denoiser, whose base has this config; empty: nothing."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        return "holds no config.json with *.safetensors"
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    return "" if name == config["_class_name"] else f"is a {name}, but the base model has a {config['_class_name']}"
-
-
-def check_trained(folder: Path | None, config: Mapping[str, Any]) -> None:
-    """Raise Refused where `model.denoiser`, if it is given, is none for a model with this config."""
-    if folder is not None and (fault := trained_fault(folder, config)):
-        remedy = "give a trained folder of this family, from a run's final/"
-        raise Refused(f"model.denoiser = {str(folder)!r} {fault}; {remedy}")
+def read_value(path: Path, file: str, key: str) -> Any:
+    """A value that a JSON file of a model folder must have. Raises Refused."""
+    found = read_json(path / file)
+    if key not in found:
+        raise Refused(f"{path / file} has no {key!r}; {AGAIN}")
+    return found[key]
 
 
 @dataclass(frozen=True)
@@ -52,9 +37,12 @@ class Parts:
     device: str
 
     def module(self, cls: Any, folder: str, dtype: torch.dtype) -> Any:
-        return (
-            cls.from_pretrained(self.path, subfolder=folder, dtype=dtype).to(self.device).eval().requires_grad_(False)
-        )
+        """Raises Refused where its weights are not all there."""
+        part, report = cls.from_pretrained(self.path, subfolder=folder, dtype=dtype, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):  # the libraries would leave them random, with a warning
+            lacking = f"the weights lack {len(missing)} tensors, the first is {missing[0]}"
+            raise Refused(f"{self.path / folder}: {lacking}; {AGAIN}")
+        return part.to(self.device).eval().requires_grad_(False)
 
     def tokenizer(self, folder: str) -> Any:
         return AutoTokenizer.from_pretrained(self.path, subfolder=folder)

@@ -21,7 +21,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from rlhf.models.family import Codec, Family
-from rlhf.models.folder import Parts, read_json
+from rlhf.models.folder import Parts, read_value
 from rlhf.models.trainable import Trainable
 from rlhf.tables import SamplingTable
 from rlhf.types import Condition, Prompt
@@ -107,7 +107,7 @@ class EmptyParts(Parts):
         return without_data(empty, self._fake)
 
     def tokenizer(self, folder: str) -> Any:
-        return _BlankTokenizer(read_json(self.path, "model", f"{folder}/tokenizer_config.json")["model_max_length"])
+        return _BlankTokenizer(read_value(self.path, f"{folder}/tokenizer_config.json", "model_max_length"))
 
 
 def empty_condition(family: Family, prompt: Prompt, size: int) -> Condition:

@@ -10,7 +10,7 @@ Left out: guidance_rescale, XL's refiner, inpainting and distilled UNets, VAEs w
 Shapes: B batch, C latent channels (4), h w latents (H/8, W/8), L text tokens (77), D text width (768; 2.x 1024; XL 768 + 1280).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,21 +24,20 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.diffusion.ddpm import DDPM
-from rlhf.errors import Refused
-from rlhf.models.family import Kind, Rows, stacked
+from rlhf.models.family import TOKENIZER, Kind, Need, Rows, index, stacked
 from rlhf.models.folder import (
     LoadParts,
     Parts,
-    check_trained,
     cut_share,
     latent_shape,
     load_trained,
-    read_json,
+    read_value,
     to_images,
     to_pixels,
     token_ids,
     vae_factor,
 )
+from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 UNET_LIMITS = {
@@ -76,27 +75,15 @@ class StableDiffusion:
         return self.denoiser or Path(self.path) / self.denoiser_folder
 
     def _json(self, name: str) -> dict[str, Any]:
-        return read_json(self.path, "Stable Diffusion", name)
+        return read_json(self.path / name)
 
     @cached_property
     def _unet(self) -> dict[str, Any]:
-        config = self._json("unet/config.json")
-        for key, known in UNET_LIMITS.items():
-            if config.get(key) not in known:
-                raise Refused(f"{self.path}/unet/config.json: {key} = {config[key]!r}, but this family knows {known}")
-        if not config["in_channels"] == config["out_channels"] == self._vae["latent_channels"]:
-            raise Refused(
-                f"{self.path}/unet/config.json: in_channels, out_channels and the VAE's latents must be equal"
-            )
-        check_trained(self.denoiser, config)
-        return config
+        return self._json("unet/config.json")
 
     @cached_property
     def _vae(self) -> dict[str, Any]:
-        config = self._json("vae/config.json")
-        if config.get("latents_mean") is not None or config.get("shift_factor"):
-            raise Refused(f"{self.path}/vae/config.json: latents_mean and shift_factor are not supported")
-        return config
+        return self._json("vae/config.json")
 
     @property
     def xl(self) -> bool:
@@ -125,8 +112,20 @@ class StableDiffusion:
         """Whether the unguided branch sees zeros in place of the encoded empty text."""
         return self.xl and self._json("model_index.json").get("force_zeros_for_empty_prompt", True)
 
-    def check(self) -> None:
-        _ = self._unet, self._vae, self.process
+    def needs(self) -> Iterator[tuple[str, Need]]:
+        yield "", index("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+        yield "scheduler", Need(file="scheduler_config.json")
+        yield "vae", Need(network=AutoencoderKL, values={"latents_mean": (None,), "shift_factor": (None, 0)})
+        encoders = {"text_encoder": CLIPTextModel} | (
+            {"text_encoder_2": CLIPTextModelWithProjection} if self.xl else {}
+        )
+        for folder, network in encoders.items():
+            yield folder, Need(network=network)
+            yield folder.replace("text_encoder", "tokenizer"), TOKENIZER
+        widths = [read_value(self.path, f"{folder}/config.json", "hidden_size") for folder in encoders]
+        latents = read_value(self.path, "vae/config.json", "latent_channels")
+        values = {"in_channels": (latents,), "out_channels": (latents,), "cross_attention_dim": (sum(widths),)}
+        yield self.denoiser_folder, Need(network=UNet2DConditionModel, values=UNET_LIMITS | values)
 
     def empty_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         with torch.device("meta"):
@@ -137,7 +136,6 @@ class StableDiffusion:
         """Nothing: the network has neither buffers nor tables."""
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
-        self.check()  # says what is wrong with the folder before diffusers does
         return load_trained(
             UNet2DConditionModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
         )
@@ -191,7 +189,7 @@ class StableDiffusion:
         if encoding.kind == "picture":
             shape = self.latent_shape(encoding.geometries[0])
             return {"latents": torch.empty(shape, dtype=self._vae_dtype, device="meta")}
-        unet, length = self._unet, self._json("tokenizer/tokenizer_config.json")["model_max_length"]
+        unet, length = self._unet, read_value(self.path, "tokenizer/tokenizer_config.json", "model_max_length")
         shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (length, unet["cross_attention_dim"])}
         if self.xl:  # beside six numbers about sizes, each embedded
             of_sizes = 6 * unet["addition_time_embed_dim"]

@@ -15,7 +15,6 @@ transformers 5; Pillow's resize differs from it by one step of 255 in a few pixe
 Left out: downloading. `judges.NAME.path` and `.processor` are folders on every node that runs a replica.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +29,11 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from rlhf.errors import Refused
+from rlhf.models.checks import check_weights, on_meta
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
-from rlhf.rewards.features import cached_texts, existing, forward_rows
+from rlhf.rewards.features import cached_texts, existing, forward_rows, read_torch
 from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
+from rlhf.shards.files import read_header, read_json, refuse_broken
 
 FOLDER = "a CLIPModel folder of transformers: config.json, model.safetensors and its processor's files"
 _MAX_ASPECT = 16
@@ -79,6 +80,19 @@ class CLIPFeatures:
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output
 
 
+def check_clip(key: str, judge: CLIPJudgeConfig | AestheticJudgeConfig) -> CLIPConfig:
+    """The config of a judge's CLIP, whose files are all there. Raises: Refused. Reads no weights."""
+    folder = existing(f"{key}.path", judge.path, FOLDER)
+    refuse_other_kinds(f"{key}.path", folder)
+    model = on_meta(CLIPModel, folder)
+    try:
+        check_weights(folder, model)
+    except Refused as error:
+        raise Refused(f"{key}.path = '{folder}': {error}") from error
+    load_processor(f"{key}.processor", judge.processor or folder, model.config)
+    return model.config
+
+
 class CLIPReward(Reward):
     """The `Reward` "clip": image feature · text feature, in [−1, 1], around 0.2–0.35 for real weights.
 
@@ -89,6 +103,10 @@ class CLIPReward(Reward):
         self.features = CLIPFeatures(name, judge, device)
         self.name, self.version, self.device = name, self.features.version, device
         self.scale = self.features.scale if name == "pickscore" else 1.0
+
+    @classmethod
+    def check(cls, key: str, judge: CLIPJudgeConfig) -> None:
+        check_clip(key, judge)
 
     @torch.inference_mode()
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
@@ -105,13 +123,18 @@ def _middle(image: np.ndarray) -> np.ndarray:
     return image[top : top + longest, left : left + longest]
 
 
-def load_model(key: str, folder: Path) -> CLIPModel:
-    """The CLIPModel at `folder`, fp32 on the CPU. Raises: Refused, naming `key`."""
+def refuse_other_kinds(key: str, folder: Path) -> None:
+    """Raise Refused, naming `key`, where a folder is none of a CLIPModel."""
     if not (folder / "config.json").is_file():
         raise Refused(f"{key} = '{folder}' has no config.json; give {FOLDER}")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise Refused(f"{key} = '{folder}' is a model of type {kind!r}, not 'clip'; give {FOLDER}")
+
+
+def load_model(key: str, folder: Path) -> CLIPModel:
+    """The CLIPModel at `folder`, fp32 on the CPU. Raises: Refused, naming `key`."""
+    refuse_other_kinds(key, folder)
     try:
         model, report = CLIPModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -133,6 +156,7 @@ def load_processor(key: str, path: Path | str, config: CLIPConfig) -> CLIPProces
             f"{key}: '{folder}' holds no {' and no '.join(absent)}; set {key} to the folder of the processor that the "
             "model was trained with (PickScore: that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
         )
+    refuse_broken(folder)
     processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     crop, size = processor.image_processor.crop_size["height"], config.vision_config.image_size
     if crop != size:
@@ -167,6 +191,10 @@ class AestheticReward(Reward):
         self.head = load_head(file, self.features.model.config.projection_dim).to(device)
         self.version = f"{file.stem}@{fingerprint(file)}+{self.features.version}"
 
+    @classmethod
+    def check(cls, key: str, judge: AestheticJudgeConfig) -> None:
+        load_head(existing("judges.aesthetic.head", judge.head, HEAD), check_clip(key, judge).projection_dim)
+
     @torch.inference_mode()
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """The predicted rating of each picture."""
@@ -179,7 +207,8 @@ def load_head(file: Path, width: int) -> nn.Sequential:
     Raises: Refused if the file is not in the published layout or reads features of another width.
     """
     key = f"judges.aesthetic.head = '{file}'"
-    state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    safe = file.suffix == ".safetensors" and read_header(file)
+    state: Any = load_file(file) if safe else read_torch(file)
     first = state.get("layers.0.weight") if isinstance(state, dict) else None
     if not isinstance(first, Tensor) or first.ndim != 2:
         raise Refused(f"{key} is no aesthetic predictor: it has no matrix `layers.0.weight`; give {HEAD}")

@@ -6,9 +6,12 @@ its last bits, by the order of sums; features come back to the CPU, where the la
 Left out: the models, which differ (`rlhf.rewards.hpsv2`, `rlhf.rewards.clip`, `rlhf.rewards.ctr.model`).
 """
 
+import pickle
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from rlhf.errors import Refused
+from rlhf.errors import Refused, last_line
+from rlhf.shards.files import AGAIN, refuse_pointer
 
 Channels = tuple[float, float, float]
 
@@ -65,6 +69,15 @@ def cached_texts(encode: Callable[[str], Tensor], limit: int = 4096) -> Callable
         return F.normalize(encode(prompt).float(), dim=-1)[0].cpu()
 
     return lambda prompts: torch.stack([unit(prompt) for prompt in prompts])
+
+
+def read_torch(file: Path, device: str = "cpu") -> Any:
+    """What a .pt or .pth file holds, without running code of its own; on "meta" no tensor is read. Raises: Refused."""
+    refuse_pointer(file)
+    try:
+        return torch.load(file, device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise Refused(f"{file} holds no weights of PyTorch: {last_line(error)}; {AGAIN}") from error
 
 
 def existing(key: str, path: Path | str | None, needed: str) -> Path:

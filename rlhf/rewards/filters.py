@@ -15,6 +15,7 @@ Left out: the built-in engine (`serve_apps.vllm_engine`), and retries, which bel
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,9 +23,11 @@ import numpy as np
 from PIL import Image
 
 from rlhf.data.media import encode_base64
+from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.protocols import JudgeError, Sources
 from rlhf.rewards.remote import connection
+from rlhf.shards.files import TRANSFORMERS, SafetensorsFolder, read_json, refuse_broken
 from rlhf.types import Verdict
 
 JSON = dict[str, Any]
@@ -131,6 +134,25 @@ def shrink(picture: np.ndarray) -> np.ndarray:
     scale = math.sqrt(MAX_PIXELS / (height * width))
     size = max(1, int(width * scale)), max(1, int(height * scale))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def check_filter(key: str, judge: FilterJudgeConfig) -> None:
+    """Raise Refused where the folder that the table at `key` names is none of a model that sees. Reads no weights."""
+    if judge.path is None or judge.api_base is not None:
+        return
+    folder, config = Path(judge.path), "config.json"
+    try:
+        if "vision_config" not in (found := read_json(folder / config)):
+            raise Refused(
+                f"{folder / config} is of a model of type {found.get('model_type')!r}, which sees no pictures"
+            )
+        for names in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")):
+            if not any((folder / name).is_file() for name in names):
+                raise Refused(f"{folder} lacks {' or '.join(names)}; download the whole folder")
+        refuse_broken(folder)
+        SafetensorsFolder(folder, TRANSFORMERS)
+    except Refused as error:
+        raise Refused(f"{key}.path = {judge.path!r}: {error}; or give the folder of another Qwen3-VL") from error
 
 
 _EXTRAS: JSON = {"logprobs": True, "top_logprobs": 20, "structured_outputs": {"choice": list(VERDICTS)}}

@@ -16,10 +16,8 @@ Left out: the logit scale (tables print the cosine ×100), and the `hpsv2` packa
 checkpoint on every call and lacks its vocabulary file.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -31,8 +29,9 @@ from torchvision.transforms import InterpolationMode
 
 from rlhf.errors import Refused
 from rlhf.rewards.config import HPSJudgeConfig
-from rlhf.rewards.features import cached_texts, existing, forward_rows, letterbox
+from rlhf.rewards.features import cached_texts, existing, forward_rows, letterbox, read_torch
 from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
+from rlhf.shards.files import read_header, read_json
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 _BUFFERS = ("attn_mask", "position_ids")
@@ -43,8 +42,7 @@ class HPSv2Reward(Reward):
 
     def __init__(self, name: str, judge: HPSJudgeConfig, device: str) -> None:
         self.name, self.device = name, device
-        needed = f"a checkpoint, or a folder that holds {FILES[judge.version]}"
-        file = find_checkpoint(existing("judges.hps.path", judge.path, needed), judge.version)
+        file = checkpoint_of(judge)
         self.version = f"{file.stem}@{fingerprint(file)}"
         self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
         self.model = load_model(file).to(device=device, dtype=self.dtype)
@@ -54,6 +52,10 @@ class HPSv2Reward(Reward):
         self.image_size = height
         tokenize = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         self.texts = cached_texts(lambda prompt: self.model.encode_text(tokenize([prompt]).to(device)))
+
+    @classmethod
+    def check(cls, key: str, judge: HPSJudgeConfig) -> None:
+        load_model(checkpoint_of(judge), "meta")
 
     @torch.inference_mode()
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
@@ -71,6 +73,12 @@ def transform(image: np.ndarray, size: int) -> Tensor:
     return letterbox(image, size, InterpolationMode.BICUBIC, fill=0.0, mean=mean, std=std)
 
 
+def checkpoint_of(judge: HPSJudgeConfig) -> Path:
+    """The file of a judge. Raises: Refused."""
+    needed = f"a checkpoint, or a folder that holds {FILES[judge.version]}"
+    return find_checkpoint(existing("judges.hps.path", judge.path, needed), judge.version)
+
+
 def find_checkpoint(path: Path, version: str) -> Path:
     """`path` itself, or the published file of `version` in the folder `path`. Raises: Refused."""
     file = path / FILES[version] if path.is_dir() else path
@@ -82,16 +90,17 @@ def find_checkpoint(path: Path, version: str) -> Path:
     return file
 
 
-def load_model(file: Path) -> torch.nn.Module:
-    """An open_clip CLIP in eval mode with the weights of `file`, fp32 on the CPU.
+def load_model(file: Path, device: str = "cpu") -> torch.nn.Module:
+    """An open_clip CLIP in eval mode with the weights of `file`, fp32 on the CPU; on "meta" without their values.
 
     Raises: Refused if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
     """
     sidecar = file.with_suffix(".json")
     source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
-    config = json.loads(sidecar.read_text()) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")
-    model = open_clip.CLIP(**config)
-    state = _read_state(file)
+    config = read_json(sidecar) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")
+    with torch.device(device):
+        model = open_clip.CLIP(**config)
+    state = _read_state(file, device)
     names = {name: name.removeprefix("module.") for name in state}
     try:
         model.load_state_dict({new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)})
@@ -100,10 +109,13 @@ def load_model(file: Path) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _read_state(file: Path) -> dict[str, Tensor]:
+def _read_state(file: Path, device: str) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
+        header = read_header(file)
+        if device == "meta":
+            return {name: torch.empty(stored.shape, device=device) for name, stored in header.items()}
         return load_file(file)
-    checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+    checkpoint = read_torch(file, device)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise Refused(f"{file} is no HPSv2 checkpoint: it has no `state_dict`")

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
@@ -46,6 +46,10 @@ class Reward(Protocol):
     version: str
     """Model name and a fingerprint of its weights, as /health reports them."""
     device: str
+
+    @classmethod
+    def check(cls, key: str, judge: Any) -> None:
+        """Raise Refused where a judge's table, the recipe's `key`, names what is not what it should be. Reads no weights."""
 
     def score(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """One finite scalar per medium, higher is better.

@@ -41,6 +41,10 @@ class PythonReward(Reward):
         self.reads_sources = takes_sources(self._function)
         self.version = version(self._function, judge.function)
 
+    @classmethod
+    def check(cls, key: str, judge: PythonJudgeConfig) -> None:
+        resolve(f"{key}.function = {judge.function!r}", str(judge.function))
+
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """The function's scores. Raises: JudgeError with what it raised, or with what is wrong with its answer."""
         images = [picture_of(medium) for medium in media]

@@ -23,6 +23,7 @@ from rlhf.data.cache import read_manifest
 from rlhf.data.media import decode_image
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
+from rlhf.models.folder import LORA_FILE
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
@@ -146,7 +147,7 @@ def test_xl_trains_a_lora_on_the_fly_with_random_crops_and_the_file_loads(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline.load_lora_weights(path / "final" / "lora")
-    saved = SafetensorsFolder(path / "final" / "lora").where
+    saved = SafetensorsFolder(path / "final" / "lora" / LORA_FILE).where
     loaded = {name for name in pipeline.unet.state_dict() if ".lora_" in name}
     assert len(saved) == len(loaded) > 0 and not loaded & before
     assert all(name.startswith("unet.") for name in saved)

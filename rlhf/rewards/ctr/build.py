@@ -12,15 +12,18 @@ click rate of a shop, not what its characters mean together. Left out: subwords.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from rlhf.errors import Refused
 from rlhf.rewards.ctr.clicks import Click
 from rlhf.rewards.ctr.config import LEARNING_RATE, SMALL_LEARNING_RATE, CTRModelSection, CTRTrainConfig
 from rlhf.rewards.ctr.model import CTRModel, CTRModelConfig, describe
+from rlhf.shards.files import TRANSFORMERS, SafetensorsFolder, read_json, refuse_broken, refuse_pointer, weight_files
 
 _SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
@@ -44,6 +47,21 @@ def create(clicks: Sequence[Click], section: CTRModelSection) -> tuple[CTRModel,
     mean = min(max(float(np.mean([click.rate for click in clicks])), 1e-4), 1 - 1e-4)
     torch.nn.init.constant_(model.head[-1].bias, math.log(mean / (1 - mean)))
     return model, tokenizer
+
+
+def check_backbones(section: CTRModelSection) -> None:
+    """Raise Refused where a folder that is named is none of a model that transformers reads. Reads no weights."""
+    for key in ("text", "image") if section.text is not None else ():
+        folder = Path(getattr(section, key))
+        try:
+            read_json(folder / "config.json")
+            refuse_broken(folder)
+            if (binary := folder / "pytorch_model.bin").is_file() and not weight_files(folder, TRANSFORMERS)[0]:
+                refuse_pointer(binary)
+            else:
+                SafetensorsFolder(folder, TRANSFORMERS)
+        except Refused as error:
+            raise Refused(f"model.{key} = {str(folder)!r}: {error}") from error
 
 
 def parameter_groups(model: CTRModel, section: CTRModelSection, config: CTRTrainConfig) -> list[dict]:

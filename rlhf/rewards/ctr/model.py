@@ -33,6 +33,7 @@ from rlhf.errors import Refused
 from rlhf.rewards.config import CTRJudgeConfig
 from rlhf.rewards.features import forward_rows, letterbox
 from rlhf.rewards.protocols import Items, Media, Reward, Sources, check_columns, fingerprint, picture_of
+from rlhf.shards.files import SafetensorsFolder, read_json, refuse_broken
 from rlhf.types import Item
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,6 +146,10 @@ class CTRReward(Reward):
         self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
         self.model = model.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
+    @classmethod
+    def check(cls, key: str, judge: CTRJudgeConfig) -> None:
+        check(Path(str(judge.path)))
+
     @torch.inference_mode()
     def _scores(self, media: Media, prompts: Sequence[str], sources: Sequence[Sources], items: Items) -> list[float]:
         """Predicted click rate per picture; Refused where a column of an item is missing."""
@@ -216,15 +221,33 @@ def save(folder: Path, model: CTRModel, tokenizer: PreTrainedTokenizerBase) -> P
 
 def load(folder: Path) -> tuple[CTRModel, PreTrainedTokenizerBase]:
     """A CTR model (fp32, CPU) and its tokenizer. Raises: Refused, naming what is wrong."""
+    config, tokenizer = check(folder)
+    model = CTRModel(config)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model, tokenizer
+
+
+def check(folder: Path) -> tuple[CTRModelConfig, PreTrainedTokenizerBase]:
+    """What a checkpoint says it is, and its tokenizer, after a look at its weights' header. Raises: Refused."""
     for name in ("config.json", "model.safetensors", "tokenizer"):
         if not (folder / name).exists():
             raise Refused(f"{folder} is no CTR checkpoint: {name} is missing; make one with jobs.train_ctr")
-    model = CTRModel(CTRModelConfig.model_validate_json((folder / "config.json").read_text()))
-    missing, unknown = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    missing = [name for name in missing if name in _floating(model)]
-    if missing or unknown:
-        raise Refused(f"{folder}/model.safetensors does not fit its config: missing {missing}, unknown {unknown}")
-    return model, AutoTokenizer.from_pretrained(folder / "tokenizer")
+    file, stored = folder / "model.safetensors", SafetensorsFolder(folder / "model.safetensors").where
+    refuse_broken(folder / "tokenizer")
+    try:
+        config = CTRModelConfig.model_validate(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = CTRModel(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise Refused(f"{folder} is no CTR checkpoint: {error}; make one with jobs.train_ctr") from error
+    state = model.state_dict()
+    missing, unknown = sorted(_floating(model).keys() - stored.keys()), sorted(stored.keys() - state.keys())
+    other = [name for name in state.keys() & stored.keys() if list(state[name].shape) != stored[name].shape]
+    if missing or unknown or other:
+        what = f"missing {missing}, unknown {unknown}, of another shape {sorted(other)}"
+        raise Refused(f"{file} does not fit its config: {what}; make one with jobs.train_ctr")
+    return config, tokenizer
 
 
 def _floating(model: CTRModel) -> dict[str, Tensor]:

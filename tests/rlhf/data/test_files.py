@@ -1,5 +1,7 @@
 """Files of pairs: their blocks, which files of a folder are read, and how what is no table of pairs is refused."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -65,6 +67,83 @@ def test_a_folders_files_are_those_of_the_split(tmp_path, names, split, chosen):
     for name in names:
         (write_arrow if name.endswith("arrow") else write_parquet)(tmp_path / name, ROWS[:1])
     assert find_files(tmp_path, split) == [tmp_path / names[i] for i in chosen]
+
+
+def save_to_disk(folder, rows, listed=1, **more):
+    """As `datasets` writes a split: its files of equal rows, and the list of them."""
+    names = [f"data-{i:05d}-of-{listed:05d}.arrow" for i in range(listed)]
+    for name in names:
+        write_arrow(folder / name, rows)
+    (folder / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "1", "_split": None}
+    (folder / "state.json").write_text(json.dumps(state | more))
+    return [folder / name for name in names]
+
+
+def test_of_a_saved_data_set_the_listed_files_are_read_and_no_cache_beside_them(tmp_path):
+    files = save_to_disk(tmp_path, ROWS[:4], listed=2)
+    for left_over in ("cache-0a1b2c3d.arrow", "data-00000-of-00001.arrow", "tmpabc.arrow", "old.parquet"):
+        (write_arrow if left_over.endswith("arrow") else write_parquet)(tmp_path / left_over, ROWS[:4])
+    assert find_files(tmp_path, "train") == files
+    assert sum(len(everything(file)) for file in files) == 8
+
+
+def test_of_a_saved_dict_the_splits_that_it_names_are_read(tmp_path):
+    files = {split: save_to_disk(tmp_path / split, ROWS[:1]) for split in ("train", "mine_unique", "older")}
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "mine_unique"]}')
+    write_arrow(tmp_path / "train" / "cache-0a1b.arrow", ROWS[:1])
+    write_arrow(tmp_path / "cache-0a1b.arrow", ROWS[:1])
+    write_parquet(tmp_path / "test.parquet", ROWS[:1])
+    for split in ("train", "mine_unique"):
+        assert find_files(tmp_path, split) == files[split]
+    with pytest.raises(BadInput, match=r"has the splits mine_unique, train, but data\.split = 'older'"):
+        find_files(tmp_path, "older")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda f: (f / "train/data-00001-of-00002.arrow").unlink(),
+            r"state.json: names data-00001-of-00002.arrow, which",
+        ),
+        (
+            lambda f: (f / "train/state.json").unlink(),
+            r"dataset_dict.json: names the split 'train', but train/state.json is",
+        ),
+        (
+            lambda f: (f / "train/state.json").write_text("{"),
+            r"state.json: is not what save_to_disk writes \(JSONDecode",
+        ),
+        (lambda f: (f / "train/state.json").write_text("[]"), r"state.json: is not what save_to_disk writes"),
+        (
+            lambda f: (f / "train/state.json").write_text("{}"),
+            r"state.json: is not what save_to_disk writes \(KeyError",
+        ),
+        (lambda f: (f / "dataset_dict.json").write_text("x"), r"dataset_dict.json: is not what save_to_disk writes"),
+        (
+            lambda f: (f / "dataset_dict.json").write_text('{"splits": ["train", "test"]}'),
+            r"names the split 'test', but",
+        ),
+        (
+            lambda f: save_to_disk(f / "train", ROWS[:1], _indices_data_files=[{"filename": "indices.arrow"}]),
+            r"state.json: says that only some rows .* call flatten_indices\(\)",
+        ),
+    ],
+)
+def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path, spoil, said):
+    save_to_disk(tmp_path / "train", ROWS[:1], listed=2)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match=said):
+        find_files(tmp_path, "train")
+
+
+def test_a_cache_that_no_list_leaves_out_is_refused(tmp_path):
+    write_arrow(tmp_path / "data-00000-of-00001.arrow", ROWS[:1])
+    write_arrow(tmp_path / "cache-0a1b.arrow", ROWS[:1])
+    with pytest.raises(BadInput, match=r"cache-0a1b.arrow: is what `datasets` keeps of a map .*; move it away"):
+        find_files(tmp_path, "train")
 
 
 def test_what_is_no_table_of_pairs_is_refused_with_the_remedy(tmp_path):

@@ -21,6 +21,7 @@ from rlhf.data.fingerprint import fingerprints
 from rlhf.diffusion.objectives import SFT
 from rlhf.errors import NotFinite, Refused
 from rlhf.models import FAMILIES, load_family
+from rlhf.models.checks import check_model
 from rlhf.models.family import sample_batch
 from rlhf.models.lora import LORA_FILE, load_modules
 from rlhf.models.trainable import ADAPTER, load_for_sampling, owner
@@ -120,7 +121,7 @@ def test_the_empty_denoiser_is_the_loaded_one_without_memory(folders, kind):
 @KINDS
 def test_folders_exist(folders, kind):
     family = worlds.family(folders[kind], kind=kind)
-    family.check()
+    check_model(ModelTable(family=kind.split()[0], path=str(folders[kind])))
     assert family.denoiser_path == folders[kind] / family.denoiser_folder
     for folder in (family.denoiser_folder, *(folder for what in family.kinds.values() for folder in what.folders)):
         assert any((folders[kind] / folder).iterdir())
@@ -587,7 +588,7 @@ def test_a_trained_folder_of_something_else_is_refused(folders, kind, tmp_path):
     for place in ("else", "nowhere"):
         model = ModelTable(family=kind.split()[0], path=str(folders[kind]), denoiser=str(tmp_path / place))
         with pytest.raises(Refused, match=rf"model.denoiser = .*{place}"):
-            load_family(model).check()
+            check_model(model)
 
 
 @pytest.mark.parametrize("how", ["lora", "lora_modules"])

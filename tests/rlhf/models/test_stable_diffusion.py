@@ -11,10 +11,11 @@ import torch
 
 from rlhf.diffusion.ddpm import row_generators
 from rlhf.errors import Refused
+from rlhf.models.checks import check_model
 from rlhf.models.family import sample_batch
 from rlhf.models.stable_diffusion import StableDiffusion
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.tables import SamplingTable
+from rlhf.tables import ModelTable, SamplingTable
 from rlhf.types import Geometry, noise_from
 from tests.encoded import condition_of, encode, latents_of, through_the_vae
 
@@ -211,17 +212,12 @@ def test_sizes(folders, tmp_path):
     [
         ("unet/config.json", {"class_embed_type": "timestep"}, r"unet/config.json: class_embed_type = 'timestep'"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, r"unet/config.json: time_cond_proj_dim = 256"),
-        ("unet/config.json", {"in_channels": 9}, r"unet/config.json: in_channels, out_channels"),
+        ("unet/config.json", {"in_channels": 9}, r"unet/config.json: in_channels = 9, but this family takes 4"),
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, r"vae/config.json: latents_mean"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, r"scheduler_config.json: prediction_type"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused_with_its_file_and_key(folders, tmp_path, file, changes, message):
-    family = StableDiffusion(path=copy(folders[False, "epsilon"], tmp_path / "model", file, **changes))
+    path = copy(folders[False, "epsilon"], tmp_path / "model", file, **changes)
     with pytest.raises(Refused, match=message):
-        family.empty_denoiser(torch.float32), family.process
-
-
-def test_a_folder_that_is_no_checkpoint_says_what_is_missing(tmp_path):
-    with pytest.raises(Refused, match=r"model.path = .*no Stable Diffusion folder.*unet/config.json is missing"):
-        StableDiffusion(path=tmp_path).load_denoiser("cpu")
+        check_model(ModelTable(family="stable_diffusion", path=str(path)))
