@@ -23,6 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from rlhf.errors import Refused
+from rlhf.names import plain
 from rlhf.rewards import python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
 from rlhf.rewards.protocols import fingerprint
@@ -171,8 +172,8 @@ def addresses(judges: JudgesConfig, names: Iterable[str], deployed: Deployed) ->
 
 
 def app_name(run_name: str, judge: str) -> str:
-    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …"""
-    return f"{run_name}-{route(judge).strip('/')}"
+    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …, in ASCII: Serve tags its metrics with it."""
+    return f"{plain(run_name)}-{route(judge).strip('/')}"
 
 
 def serve_token(section: ServeConfig) -> str | None:

@@ -20,6 +20,12 @@ def test_only_needed_judges_are_deployed_the_filter_first(models):
     assert deployed(hps={"url": "http://x"}) == ["ctr"]
 
 
+def test_applications_are_named_in_ascii_and_never_alike():
+    assert app_name("demo-v0-1a2b3c", "hps") == "demo-v0-1a2b3c-hpsv2"
+    names = {app_name(run, "hps") for run in ("产品", "产物", "a b", "a_b", "x" * 200, "x" * 201)}
+    assert len(names) == 6 and all(name.isascii() and len(name) < 100 and " " not in name for name in names)
+
+
 def test_a_missing_checkpoint_is_found_before_anything_starts(models):
     with pytest.raises(Refused, match=r"judges\.hps\.path"):
         up(config(models, hps={"path": "/no/such/file.pt"}), "missing")
