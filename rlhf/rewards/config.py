@@ -19,7 +19,8 @@ def _judge_name(name: str) -> str:
     return name
 
 
-def _address(url: str) -> str:
+def check_address(url: str) -> str:
+    """`url`. Raises: ValueError where it is no address of an HTTP service."""
     try:
         found = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -29,7 +30,7 @@ def _address(url: str) -> str:
     return url
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(check_address)]
 """Of an HTTP service."""
 JudgeName = Annotated[str, AfterValidator(_judge_name)]
 """It becomes part of a URL, of names of metrics and of Serve's tags."""
@@ -157,7 +158,7 @@ class ModelJudgeConfig(JudgeConfig):
     source: ClassVar[str] = "path"
 
     path: LocalPath | None = None
-    url: Address | None = None
+    url: str | None = None
     """Address of a service elsewhere that speaks this judge's HTTP contract, without the last path segment."""
     token: str | None = Field(None, exclude=True)
     """Bearer token that the service at `url` asks for. Never written to a file."""

@@ -301,7 +301,7 @@ WRONG_JUDGES = {
     "a_path": (["--judges.http.a/x.url", "http://x"], "a/x = 'a/x': a judge's name is 1 to 40"),
     "capitals": (["--judges.python.Warm.function", "a:b"], "Warm = 'Warm': a judge's name is 1 to 40"),
     "too_long": ([f"--judges.python.{'x' * 41}.function", "a:b"], "a judge's name is 1 to 40"),
-    "no_address": (["--judges.hps.url", "judges:8000/hpsv2"], "is no address: write http://host:port/path"),
+    "no_address": (["--judges.http.x.url", "judges:8000/score"], "is no address: write http://host:port/path"),
     "no_host": (["--judges.http.x.url", "http://"], "is no address: write http://host:port/path"),
     "no_port": (["--judges.filter.api_base", "http://x:port/v1"], "is no address: Invalid port: 'port'"),
     "a_route_in_another_script": (["--serve.route_prefix", "/产品"], "route_prefix = '/产品'"),
