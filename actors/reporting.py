@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import ray
@@ -53,7 +54,7 @@ class Reporter:
         for name, value in scalars.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
-            self._gauges[name].set(value, tags={"run": str(self._folder)})
+            self._gauges[name].set(value, tags={"run": quote(str(self._folder))})  # a tag takes ASCII only
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -107,7 +108,7 @@ def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
 
     cells = []
     for prompt, entries in rows:
-        caption = f"source {prompt.key}\n{prompt.instruction}"
+        caption = f"source {_line(prompt.key)}\n{_line(prompt.instruction)}"
         row = [(seen_source(source, prompt.geometry)[0], caption) for source in prompt.sources]
         for label, media, answer in entries:
             row.append((np.asarray(ray.get(media, timeout=FETCH_TIMEOUT_S))[0], f"{label}\n{describe(answer)}"))
@@ -120,10 +121,14 @@ def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
         writer.add_image(f"samples/{shows}", np.asarray(sheet), step, dataformats="HWC")
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def describe(answer: Any) -> str:
     if not isinstance(answer, Score):
         return f"not judged: {answer.reason}"
     verdict = "PASS" if answer.verdict.valid else "FAIL"
     chance = answer.verdict.pass_probability
     rewards = "  ".join(f"{name} {value:.4f}" for name, value in answer.rewards.items())
-    return f"{verdict}{'' if chance is None else f' p={chance:.2f}'}\n{rewards or answer.verdict.reason}"
+    return f"{verdict}{'' if chance is None else f' p={chance:.2f}'}\n{rewards or _line(answer.verdict.reason)}"

@@ -236,7 +236,7 @@ def _validation_problems(
     error: ValidationError, keys: dict[str, FieldInfo], source: str, overridden: Collection[str]
 ) -> Iterator[str]:
     for detail in error.errors(include_url=False):
-        location = ".".join(str(part) for part in detail["loc"])
+        location = ".".join(str(part) for part in detail["loc"] if part != "[key]")
         if detail["type"] == "missing":
             inside = [name for name in schema_keys.leaves(keys) if name.startswith(f"{location}.")]
             for name in [name for name in inside if keys[name].is_required()] or [location]:

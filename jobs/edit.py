@@ -3,7 +3,8 @@
     python -m jobs.edit --model.path data/flux-kontext --model.size auto --edit.image dish.jpg --edit.prompt "Warm light" \\
         --tuned.denoiser runs/NAME/v0/final/transformer --edit.out edits
 
-Runs in one process, without Ray, on the GPU if there is one. Each PNG is named after its image and variant.
+Runs in one process, without Ray, on the GPU if there is one. Each PNG is named after its image_id and variant; an id that cannot
+name a file is made safe (`rlhf.names`).
 """
 
 from pathlib import Path
@@ -20,6 +21,8 @@ from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.evaluation.prompts import weight_problems
 from rlhf.models.checks import check_model
+from rlhf.names import file_names
+from rlhf.runs.folder import made
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
 
@@ -55,13 +58,12 @@ def main() -> None:
         say(f"{len(todo)} pictures × {edit.variants} variants → {edit.out}")
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if edit.device == "auto" else edit.device
+    out = made(Path(edit.out), "edit.out")
     sampler = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device)
-    out = Path(edit.out)
-    out.mkdir(parents=True, exist_ok=True)
-    not_read = Unread()
+    names, not_read = file_names(prompt.key for prompt in todo), Unread()
     for prompt in todo:
         for variant in range(edit.variants):
-            file = out / f"{prompt.key}_{variant}.png"
+            file = out / f"{names[prompt.key]}_{variant}.png"
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)
             not_read |= sampler.paint(recipe.tuned, [(request, file, None)])
             say(str(file))

@@ -20,14 +20,12 @@ from actors.pictures import judge_pictures, paint_all
 from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.launch import cluster, free_resources
 from jobs.recipes import EvaluateRecipe
-from rlhf.data.records import BadInput, Problem
-from rlhf.errors import Refused
 from rlhf.evaluation.duels import Duel, Evaluation, FailedScore, judge_result, source_result
 from rlhf.evaluation.folder import check_out, claim, painting
 from rlhf.evaluation.page import page
 from rlhf.evaluation.prompts import Prompts, read_evaluation
 from rlhf.models import load_family
-from rlhf.rewards.questions import check_prompt
+from rlhf.rewards.questions import check_prompts
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.runs.durable import write_durably
 from serve_apps import deploy
@@ -50,15 +48,7 @@ def checked(recipe: EvaluateRecipe) -> Prompts:
     found = read_evaluation(recipe.model, recipe.tuned, recipe.data)
     for problem in found.left_out:
         say(f"left out: {problem}")
-    mute, remedy = [], "write a prompt, or give what is missing"
-    for prompt in found.prompts:
-        try:
-            check_prompt(recipe.judges, recipe.reward.names, recipe.reward.empty_prompt, prompt)
-        except Refused as error:
-            what = f"{prompt.key!r} leaves the judges nothing to read: {error}"
-            mute.append(Problem(file=recipe.data.path, line=None, field="prompt", what=what, remedy=remedy))
-    if mute:
-        raise BadInput(mute)
+    check_prompts(recipe.judges, recipe.reward, recipe.data, found.prompts)
     deploy.check_sources(recipe.judges, recipe.reward.names)
     return found
 

@@ -36,7 +36,7 @@ from rlhf.diffusion.objectives import DPO
 from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
 from rlhf.models.trainable import load_trainable
-from rlhf.rewards.questions import check_prompt
+from rlhf.rewards.questions import check_prompts
 from rlhf.types import REFERENCE, Prompt
 from serve_apps import deploy
 
@@ -59,8 +59,7 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
     family = load_family(recipe.model)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)
-    for prompt in data.all:
-        check_prompt(recipe.judges, recipe.reward.names, recipe.reward.empty_prompt, prompt)
+    check_prompts(recipe.judges, recipe.reward, recipe.data, data.all)
     deploy.check_sources(recipe.judges, recipe.judge_names)
 
 

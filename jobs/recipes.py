@@ -42,6 +42,7 @@ class OnlineDPORecipe(Section):
 
     def conflicts(self) -> Iterator[str]:
         yield from _without_items("the reward", self.reward.names, self.judges, self.data.item_metadata)
+        yield from self.reward.unfilled(self.data.item_metadata)
         if self.model.size == "auto" and self.trainer.train_batch_size != 1:
             yield (
                 f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
@@ -105,6 +106,7 @@ class EvaluateRecipe(Section):
         no_filter = self.judges.filter.model_copy(update={"enabled": False})
         yield from self.judges.model_copy(update={"filter": no_filter}).problems(self.reward)
         yield from _without_items("the judge", self.reward.names, self.judges, self.data.item_metadata)
+        yield from self.reward.unfilled(self.data.item_metadata)
 
 
 class EditRequestConfig(Section):

@@ -24,6 +24,7 @@ from rlhf.rewards.ctr.build import check_backbones
 from rlhf.rewards.ctr.clicks import Click, Rows, read_clicks, split
 from rlhf.rewards.ctr.config import CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.ctr.training import fit, uses_binomial
+from rlhf.runs.folder import made
 from rlhf.types import seed_from
 
 
@@ -35,7 +36,7 @@ def train_ctr(config: TrainCTRConfig) -> Path:
     """
     rows = load_rows(config)
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made(output.parent, "output")
     with cluster(config.cluster, "train_ctr"), ExitStack() as stack:
         train = config.train
         check_room(train, ray.cluster_resources())
@@ -50,7 +51,7 @@ def train_ctr(config: TrainCTRConfig) -> Path:
         metrics = group.finish(folder) | figures
         metrics |= {"train_rows": float(len(rows.train)), "validation_rows": float(len(rows.validation))}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / "train_ctr.toml").write_text(resolved_toml(config))
+        (folder / "train_ctr.toml").write_text(resolved_toml(config), encoding="utf-8")
         folder.rename(output)
     say(f"ctr {output} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return output

@@ -4,10 +4,18 @@ import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 LOCAL_PATH = "local path"
-LocalPath = Annotated[str, LOCAL_PATH]
+
+
+def _possible(path: str) -> str:
+    if "\0" in path or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError("no path can be this: it holds a NUL character, or a name of over 255 bytes")
+    return path
+
+
+LocalPath = Annotated[str, LOCAL_PATH, AfterValidator(_possible)]
 """A file or folder of this machine: `jobs.cli` makes it absolute, and refuses a relative one in a submitted job."""
 
 

@@ -6,10 +6,11 @@ A recipe (`jobs.recipes`) puts tables together; a constructor takes the tables t
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from rlhf.names import name_fault
 from rlhf.section import LocalPath, Section
 from rlhf.types import Fit
 
@@ -28,6 +29,10 @@ class RunConfig(Section):
     """Steps between exports of loadable weights into exports/; 0: only at the end, into final/."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of exported weights: float32 loses nothing that was learnt, the others load at half the size."""
+
+    def conflicts(self) -> Iterator[str]:
+        if fault := name_fault(self.name):
+            yield f"name = {self.name!r} {fault}"
 
 
 class ModelTable(Section):
@@ -101,13 +106,22 @@ class WeightsTable(Section):
             yield f"denoiser = {self.denoiser!r} and lora = {self.lora!r}: give one of them"
 
 
+def _prompt_column(name: str) -> str:
+    if name in ("", "image", "image_id"):
+        raise ValueError('holds no instruction: name the field of data.path that does, such as "prompt"')
+    return name
+
+
+PromptColumn = Annotated[str, AfterValidator(_prompt_column)]
+
+
 class DataConfig(Section):
     path: LocalPath
     """JSONL: image_id, prompt, image (a path relative to the file, or a list of them)."""
     item_metadata: LocalPath | None = None
     """CSV: image_id, food_name, food_type, city_name, shop_name. Required where a CTR reward is used."""
     fit: Fit = "crop"
-    prompt_column: str = "prompt"
+    prompt_column: PromptColumn = "prompt"
     on_bad_row: Literal["stop", "skip"] = "stop"
     cache: LocalPath = "cache"
     """Folder of the content-addressed cache of encodings."""
@@ -377,7 +391,7 @@ class PromptDataTable(Section):
     file with one prompt a line."""
     item_metadata: LocalPath | None = None
     """CSV: image_id, food_name, food_type, city_name, shop_name. Required where a CTR judge is asked."""
-    prompt_column: str = "prompt"
+    prompt_column: PromptColumn = "prompt"
     fit: Fit = "crop"
     max_prompts: int | None = Field(None, ge=1)
     """Only the first so many."""

@@ -23,8 +23,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from rlhf.errors import Refused
+from rlhf.names import plain
 from rlhf.rewards import check_judge, python
-from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
+from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig, check_address
 from rlhf.rewards.protocols import fingerprint
 from rlhf.section import local_paths
 from serve_apps.batcher import options
@@ -139,7 +140,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     for key, path in local_paths(judge):
         if not os.path.isabs(path):
             raise Refused(f"{name}.{key} = {path!r} is relative; give an absolute path that every node sees")
-    check_sources(judges, ours)
+    check_sources(judges, [*ours])
     secrets = Secrets(token=serve_token(ServeConfig()), api_key=os.environ.get("QWEN_API_KEY"))
     return build(name, judge, secrets=secrets)
 
@@ -171,8 +172,8 @@ def addresses(judges: JudgesConfig, names: Iterable[str], deployed: Deployed) ->
 
 
 def app_name(run_name: str, judge: str) -> str:
-    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …"""
-    return f"{run_name}-{route(judge).strip('/')}"
+    """`<run>-hpsv2`, `<run>-ctr`, `<run>-filter`, …, in ASCII: Serve tags its metrics with it."""
+    return f"{plain(run_name)}-{route(judge).strip('/')}"
 
 
 def serve_token(section: ServeConfig) -> str | None:
@@ -180,8 +181,15 @@ def serve_token(section: ServeConfig) -> str | None:
     return section.token or os.environ.get("RLHF_SERVE_TOKEN") or None
 
 
-def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
-    """Raise Refused for a checkpoint that is not there or not what it should be, and for a function that cannot be imported."""
+def check_sources(judges: JudgesConfig, names: Sequence[str]) -> None:
+    """Raise Refused for a checkpoint that is not there or not what it should be, a function that cannot be imported, and a url
+    that is none.
+    """
+    for name in names:
+        try:
+            check_address(judges[name].external or "http://here")
+        except ValueError as error:
+            raise Refused(f"{judges.key(name)}.url = {judges[name].external!r} {error}") from error
     for name, judge in judges.to_deploy(names).items():
         for key, path in local_paths(judge):
             if not Path(path).exists():

@@ -50,9 +50,14 @@ def read_items(path: str | Path | None) -> tuple[dict[str, Item] | None, list[Pr
         return None, []
     rows, problems = check_file(Path(path), ITEM_FIELDS, key="data.item_metadata", otherwise=".csv", others=True)
     return {
-        row.fields["image_id"]: {name: str(value) for name, value in row.fields.items() if name != "image_id"}
+        row.fields["image_id"]: {name: _text(value) for name, value in row.fields.items() if name != "image_id"}
         for row in rows
     }, problems
+
+
+def _text(value: object) -> str:
+    """A value of a column that is no text; one that is absent (null, or pandas' NaN) is blank."""
+    return "" if value is None or value != value else str(value)
 
 
 def read_prompts(

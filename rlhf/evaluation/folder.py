@@ -20,6 +20,7 @@ import xxhash
 from rlhf.errors import Refused
 from rlhf.rewards.protocols import fingerprint
 from rlhf.runs.durable import write_durably
+from rlhf.runs.folder import made
 from rlhf.tables import EvaluatedModelTable, SamplingTable, WeightsTable
 from rlhf.types import Prompt
 
@@ -60,8 +61,7 @@ def claim(out: Path, ours: Mapping[str, Any], recipe: str) -> Iterator[Path]:
 
     Raises Refused where it is finished, in use, or begun with something else (naming what).
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as lock:
+    with (made(out, "out") / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -69,7 +69,7 @@ def claim(out: Path, ours: Mapping[str, Any], recipe: str) -> Iterator[Path]:
         check_out(out)
         begun = out / "painting.json"
         if begun.exists():
-            theirs = json.loads(begun.read_text())
+            theirs = json.loads(begun.read_text(encoding="utf-8"))
             if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
                 begun_with = f"out = {str(out)!r} was begun with other values of {', '.join(other)}"
                 raise Refused(f"{begun_with}; choose another folder, or remove that one")

@@ -2,15 +2,40 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from string import Formatter
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+import httpx
+from pydantic import AfterValidator, Field
 
 from rlhf.section import LocalPath, Section
 
-JudgeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+def _judge_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+        raise ValueError("a judge's name is 1 to 40 of the letters a-z, digits and '_', and begins with a letter")
+    return name
+
+
+def check_address(url: str) -> str:
+    """`url`. Raises: ValueError where it is no address of an HTTP service."""
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"is no address: {error}; write http://host:port/path") from error
+    if found.scheme not in ("http", "https") or not found.host:
+        raise ValueError("is no address: write http://host:port/path")
+    return url
+
+
+Address = Annotated[str, AfterValidator(check_address)]
+"""Of an HTTP service."""
+JudgeName = Annotated[str, AfterValidator(_judge_name)]
+"""It becomes part of a URL, of names of metrics and of Serve's tags."""
+SCALARS = ("mean", "judged", "pass_rate")
+"""What a run logs beside its judges' scores: reward/mean, eval/policy_judged, …"""
 
 SHORTHANDS = {"hps": ("hps",), "hpsv2": ("hps",), "ctr": ("ctr",), "hps_ctr": ("hps", "ctr")}
 """`--reward_type` of FEAST's train_dpo_flux_kontext.py as judges of weight 1."""
@@ -47,19 +72,38 @@ class RewardConfig(Section):
             yield f'scaling = "fixed" is {formula}, but weights = {self.mix}; use "running"'
         template_parts(self.empty_prompt)
 
+    def unfilled(self, items: str | None) -> Iterator[str]:
+        """A line where empty_prompt names columns, and there are no `items` (data.item_metadata) that have any."""
+        columns = [column for _, column in template_parts(self.empty_prompt) if column]
+        if items is None and columns and self.empty_prompt != type(self).model_fields["empty_prompt"].default:
+            names = f"reward.empty_prompt = {self.empty_prompt!r} names {', '.join(columns)}"
+            yield f"{names}, but no data.item_metadata is given that has such a column: give one, or a fixed text"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: it is empty, or all blanks and characters without a width."""
+    return not any(one.isprintable() and not one.isspace() for one in text)
+
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
     """(text, the item column after it or None) of a reward.empty_prompt, in order; `{{` and `}}` are braces.
 
-    Raises: ValueError where a brace is not closed, or holds anything but the name of a column.
+    Raises: ValueError where it is blank, or a brace is not closed, or holds anything but the name of a column.
     """
+    if is_blank(template):
+        raise ValueError(f"empty_prompt = {template!r} is blank: give a text, or the name of a column in braces")
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"empty_prompt = {template!r}: {error}; write {{{{ and }}}} for braces") from error
     for _, column, spec, conversion in parts:
-        if column == "" or spec or conversion:
-            raise ValueError(f"empty_prompt = {template!r}: write the name of a column in braces, like {{food_name}}")
+        if column is not None and (
+            is_blank(column) or column.isdigit() or set(column) & set(".[]") or spec or conversion
+        ):
+            raise ValueError(
+                f"empty_prompt = {template!r}: write the name of a column in braces, like {{food_name}}, and nothing else; "
+                "{{ and }} are braces"
+            )
     return [(text, column) for text, column, _, _ in parts]
 
 
@@ -178,7 +222,7 @@ class HTTPJudgeConfig(JudgeConfig):
     """
 
     source: ClassVar[str] = "url"
-    url: str | None = Field(None, pattern=r"^https?://")
+    url: Address | None = None
     """The full address that batches are posted to."""
     token: str | None = Field(None, exclude=True)
     """Bearer token that the service asks for. Never written to a file."""
@@ -190,7 +234,7 @@ class HTTPJudgeConfig(JudgeConfig):
 
 class FilterJudgeConfig(ModelJudgeConfig):
     enabled: bool = True
-    api_base: str | None = None
+    api_base: Address | None = None
     """An OpenAI-compatible server instead of the built-in engine (also QWEN_API_BASE, QWEN_API_KEY, QWEN_MODEL_NAME)."""
     api_timeout_s: float = Field(120.0, gt=0)
     """One request to the server at `api_base`."""
@@ -226,6 +270,9 @@ class FilterJudgeConfig(ModelJudgeConfig):
         if self.tensor_parallel_size > 1 and self.num_gpus not in (0, self.tensor_parallel_size):
             sizes = f"tensor_parallel_size = {self.tensor_parallel_size}, but num_gpus = {self.num_gpus:g}"
             yield f"{sizes}: a replica needs one whole GPU for each part"
+        for key in ("system_prompt", "reason_prompt"):
+            if (text := getattr(self, key)) is not None and is_blank(text):
+                yield f"{key} = {text!r} is blank: write it, or leave the key out for the built-in one"
 
 
 class JudgesConfig(Section):
@@ -279,11 +326,11 @@ class JudgesConfig(Section):
                 yield f"the reward {name!r} needs {key}.{self[name].source} (what to deploy) or {key}.url"
 
     def conflicts(self) -> Iterator[str]:
-        taken = {*self._built_in, "filter", "hpsv2"}
+        taken = {*self._built_in, "filter", "hpsv2", *SCALARS}
         for table in ("python", "http"):
             for name, judge in getattr(self, table).items():
                 if name in taken:
-                    yield f"{table}.{name}: the name {name!r} belongs to another judge; choose another"
+                    yield f"{table}.{name}: the name {name!r} belongs to another judge or metric; choose another"
                 taken.add(name)
                 if getattr(judge, judge.source) is None:
                     yield f"{table}.{name} has no {judge.source}"
@@ -299,7 +346,7 @@ class JudgesConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    route_prefix: str = Field("", pattern=r"^(/[\w-]+)*$")
+    route_prefix: str = Field("", pattern=r"^(/[A-Za-z0-9_-]+)*$")
     """Put before /hpsv2, /ctr, /filter, …: a second run on the same cluster needs its own, like /second."""
     token: str | None = Field(None, exclude=True)
     """Bearer token asked of every HTTP request; also RLHF_SERVE_TOKEN. Never written to a file."""

@@ -26,7 +26,7 @@ from rlhf.data.media import encode_base64
 from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
 from rlhf.rewards.protocols import JudgeError, Sources
-from rlhf.rewards.remote import connection
+from rlhf.rewards.remote import answer_of, connection, number
 from rlhf.shards.files import TRANSFORMERS, SafetensorsFolder, read_json, refuse_broken
 from rlhf.types import Verdict
 
@@ -55,6 +55,9 @@ MAX_PIXELS = 1_048_576
 
 MAX_SOURCES = 4
 """Sources that the filter is shown at most. Each picture is about a thousand tokens of `judges.filter.max_model_len`."""
+
+HIGHEST = 1e-3
+"""Of a log-probability: 0, and what rounding may add."""
 
 REASON_REQUEST = "Name the defect in one short sentence, without quoting text from the picture."
 
@@ -92,8 +95,8 @@ def pass_probability(first_token: Iterable[tuple[str, float]]) -> float:
     """
     mass = dict.fromkeys(VERDICTS, 0.0)
     for token, log_probability in first_token:
-        if math.isnan(log_probability):
-            raise JudgeError(f"the filter gave a NaN log-probability for token {token!r}")
+        if not log_probability <= HIGHEST:
+            raise JudgeError(f"the filter gave {log_probability} for {token!r}: a NaN or positive log-probability")
         for word in VERDICTS:
             if token.lstrip() and word.startswith(token.lstrip()):
                 mass[word] += math.exp(log_probability)
@@ -195,10 +198,13 @@ class APIFilter:
                 choice = await self._ask(messages, pictures, max_tokens, {})
                 self._extras = {}  # only once the plain request was taken: the fault may have been another
                 return choice
-            response.raise_for_status()
-            return response.json()["choices"][0]
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except httpx.HTTPError as error:
             raise JudgeError(f"the filter's server {self.config.api_base}: {type(error).__name__}: {error}") from error
+        answer = answer_of(f"the filter's server {self.config.api_base}", response)
+        match answer.get("choices"):
+            case [dict() as first, *_]:
+                return first
+        raise JudgeError(f"the filter's server answered without a choice: {str(answer)[:200]}")
 
 
 def _with_pictures(messages: Messages, pictures: list[str]) -> Messages:
@@ -216,12 +222,24 @@ def _with_pictures(messages: Messages, pictures: list[str]) -> Messages:
 
 
 def _text(choice: JSON) -> str:
-    text = (choice.get("message") or {}).get("content")
-    if not isinstance(text, str):
-        raise JudgeError(f"the filter's server answered without text: {str(choice)[:200]}")
-    return text
+    match choice:
+        case {"message": {"content": str(text)}}:
+            return text
+    raise JudgeError(f"the filter's server answered without text: {str(choice)[:200]}")
 
 
 def _first_token(choice: JSON) -> list[tuple[str, float]]:
-    content = (choice.get("logprobs") or {}).get("content") or []
-    return [(entry["token"], float(entry["logprob"])) for entry in content[0]["top_logprobs"]] if content else []
+    """See `pass_probability`; empty where the server gives no log-probabilities at all. Raises: JudgeError for half of them."""
+    match choice.get("logprobs"):
+        case None | {"content": None | []}:
+            return []
+        case {"content": [{"top_logprobs": [_, *_] as entries}, *_]}:
+            return [_entry(entry) for entry in entries]
+    raise JudgeError(f"the filter's server gave `logprobs` without `top_logprobs`: {str(choice)[:200]}")
+
+
+def _entry(entry: Any) -> tuple[str, float]:
+    match entry:
+        case {"token": str(token), "logprob": log_probability}:
+            return token, number("the filter's server", "logprob", log_probability, -math.inf, HIGHEST)
+    raise JudgeError(f"the filter's server gave no token and `logprob`: {str(entry)[:200]}")

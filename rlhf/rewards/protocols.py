@@ -7,7 +7,7 @@ Shapes: F frames (a picture has one), H W pixels.
 """
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -63,7 +63,7 @@ class Reward(Protocol):
         if len(scores) != len(media):
             raise JudgeError(f"reward {self.name!r} gave {len(scores)} scores for {len(media)} media")
         for index, score in enumerate(scores):
-            if not math.isfinite(score):
+            if not abs(score) <= sys.float_info.max:  # NaN neither
                 raise JudgeError(f"reward {self.name!r} gave {score} for medium {index} of {len(media)}")
         return [float(score) for score in scores]
 

@@ -13,7 +13,7 @@ whoever calls, and media of more than one frame.
 
 import asyncio
 import ipaddress
-import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -43,23 +43,27 @@ def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
     return {"headers": headers, "timeout": timeout_s, "trust_env": not here}
 
 
-def read_json(url: str, response: httpx.Response) -> dict[str, Any]:
+def answer_of(url: str, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a 200 answer. Raises: JudgeError for anything else, with the status and what was said."""
+    said = response.text[:200]
     if response.status_code != 200:
-        raise JudgeError(f"{url}: status {response.status_code}: {response.text[:200]}")
+        raise JudgeError(f"{url}: status {response.status_code}: {said}")
     try:
         answer = response.json()
-    except ValueError as error:
-        raise JudgeError(f"{url}: not JSON: {response.text[:200]!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise JudgeError(f"{url}: not JSON: {said!r}") from error
     if not isinstance(answer, dict):
-        raise JudgeError(f"{url}: not a JSON object: {response.text[:200]!r}")
+        raise JudgeError(f"{url}: not a JSON object: {said!r}")
     return answer
 
 
-def number(url: str, key: str, value: Any) -> float:
-    """`value` as a float. Raises: JudgeError where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise JudgeError(f"{url}: `{key}` is {value!r}, not a finite number")
+def number(
+    url: str, key: str, value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max
+) -> float:
+    """`value`, from `least` to `most`, as a float. Raises: JudgeError where it is no such number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        asked = "a finite number" if most == sys.float_info.max else f"a number from {least:g} to {most:g}"
+        raise JudgeError(f"{url}: `{key}` is {str(value)[:200]!r}, not {asked}")
     return float(value)
 
 
@@ -95,7 +99,7 @@ class RemoteJudge:
             answer = await self._post("predict", data=form, files={"image": ("image.png", file, "image/png")})
             if answer.get("success") is not True or not isinstance(answer.get("data"), dict):
                 raise JudgeError(f"{self.url}: no success: {str(answer)[:200]}")
-            return number(self.url, "ctr", answer["data"].get("ctr"))
+            return number(self.url, "ctr", answer["data"].get("ctr"), 0, 1)
         body = await asyncio.to_thread(question, image, prompt, befores, item)
         return number(self.url, "score", (await self._post("score", json=body)).get("score"))
 
@@ -110,7 +114,7 @@ class RemoteJudge:
             valid=answer["valid"],
             reason=str(answer.get("reason") or ""),
             raw_response=str(answer.get("raw_response") or ""),
-            pass_probability=None if probability is None else number(self.url, "pass_probability", probability),
+            pass_probability=None if probability is None else number(self.url, "pass_probability", probability, 0, 1),
         )
 
     async def close(self) -> None:
@@ -126,7 +130,7 @@ class RemoteJudge:
             response = await self._client.post(url, **request)
         except httpx.HTTPError as error:
             raise JudgeError(f"{url}: {type(error).__name__}: {error}") from error
-        return read_json(url, response)
+        return answer_of(url, response)
 
 
 class HTTPReward(Reward):
@@ -150,7 +154,8 @@ class HTTPReward(Reward):
             response = self._client.post(self.url, json={"items": rows})
         except httpx.HTTPError as error:
             raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
-        answer = read_json(self.url, response)
-        if not isinstance(answer.get("scores"), list):
-            raise JudgeError(f"{self.url}: `scores` is no list: {str(answer)[:200]}")
-        return [number(self.url, "scores", score) for score in answer["scores"]]
+        answer = answer_of(self.url, response)
+        scores = answer.get("scores")
+        if not isinstance(scores, list) or len(scores) != len(rows):
+            raise JudgeError(f"{self.url}: `scores` is no list of {len(rows)}: {str(answer)[:200]}")
+        return [number(self.url, f"scores[{place}]", score) for place, score in enumerate(scores)]

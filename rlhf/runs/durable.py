@@ -25,9 +25,9 @@ def durable(path: Path) -> Iterator[Path]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+    """Replace a small file, in UTF-8, in one step."""
     with durable(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

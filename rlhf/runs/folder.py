@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.errors import Refused
+from rlhf.names import name_fault
 from rlhf.runs.durable import sync, write_durably
 
 MAY_DIFFER, MUST_AGREE = (
@@ -44,6 +45,15 @@ class RunInUse(Refused):
 
 class Fenced(Refused):
     """Another driver has taken the folder over since this one claimed it: nothing more may be written."""
+
+
+def made(folder: Path, key: str) -> Path:
+    """`folder`, which the recipe's `key` asks for. Raises: Refused where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{key}: the folder {folder} cannot be made: {error.strerror}; choose another") from error
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +94,9 @@ class RunFolder:
         The newest vN is resumed if it is unfinished; else, and with resume = "never", it is vN+1. Raises RunInUse, and Refused
         naming every key by which `config_toml`, the resolved configuration, may not differ from a resumed run's.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise Refused(f"run.name = {name!r}: use letters, digits, '.', '_', '-'; start with a letter or digit")
-        parent = Path(root) / name
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"{parent} cannot be made: {error.strerror}; choose another"
-            raise Refused(f"run.dir = {str(root)!r}: {problem}") from error
+        if fault := name_fault(name):
+            raise Refused(f"run.name = {name!r} {fault}")
+        parent = made(Path(root) / name, "run.dir")
         with (parent / "claim.lock").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
             newest = max((int(p.name[1:]) for p in parent.iterdir() if re.fullmatch(r"v\d+", p.name)), default=0)
@@ -113,7 +118,7 @@ class RunFolder:
         if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
-            differ = _differences(tomllib.loads(config.read_text()), tomllib.loads(config_toml))
+            differ = _differences(tomllib.loads(config.read_text(encoding="utf-8")), tomllib.loads(config_toml))
             if differ:
                 raise Refused(
                     "\n  ".join([f"{path} was started with another configuration:", *differ]) + "\n"
@@ -124,7 +129,7 @@ class RunFolder:
         number = path / "epoch"
         resumed = number.exists()
         epoch = int(number.read_text()) + 1 if resumed else 1
-        if resumed and config.read_text() != config_toml:
+        if resumed and config.read_text(encoding="utf-8") != config_toml:
             write_durably(path / f"config.epoch_{epoch}.toml", config_toml)
         write_durably(number, f"{epoch}\n")
         return cls(path=path, epoch=epoch, resumed=resumed, started=started, lock=lock)

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from jobs import schema_keys
 from jobs.cli import OLD_FLAGS, RENAMED, SUBMITTED_JOB, ConfigError, parse, resolved_toml
@@ -275,6 +276,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(recipe):
     assert "--trainable.targets  list of str | none  (none)" in text
 
 
+HPS = ["--reward.type", "hps", "--judges.hps.path", "/h"]
 BASE = ["--model.path", "/m", "--data.path", "/d", "--judges.filter.enabled", "false"]
 
 
@@ -294,6 +296,15 @@ WRONG_JUDGES = {
     "no_function": (["--judges.python.warm.num_cpus", "1"], "python.warm has no function"),
     "no_import_path": (["--judges.python.warm.function", "warm"], "[judges.python.warm] function = 'warm'"),
     "taken_name": (["--judges.http.hps.url", "http://x"], "the name 'hps' belongs to another judge"),
+    "a_metrics_name": (["--judges.http.mean.url", "http://x"], "the name 'mean' belongs to another judge or metric"),
+    "another_script": (["--judges.python.清晰 度.function", "a:b"], "清晰 度 = '清晰 度': a judge's name is 1 to 40"),
+    "a_path": (["--judges.http.a/x.url", "http://x"], "a/x = 'a/x': a judge's name is 1 to 40"),
+    "capitals": (["--judges.python.Warm.function", "a:b"], "Warm = 'Warm': a judge's name is 1 to 40"),
+    "too_long": ([f"--judges.python.{'x' * 41}.function", "a:b"], "a judge's name is 1 to 40"),
+    "no_address": (["--judges.http.x.url", "judges:8000/score"], "is no address: write http://host:port/path"),
+    "no_host": (["--judges.http.x.url", "http://"], "is no address: write http://host:port/path"),
+    "no_port": (["--judges.filter.api_base", "http://x:port/v1"], "is no address: Invalid port: 'port'"),
+    "a_route_in_another_script": (["--serve.route_prefix", "/产品"], "route_prefix = '/产品'"),
     "unknown_reward": (["--reward.weights", "{pikscore = 1}"], "did you mean 'pickscore'?"),
     "no_source": (["--reward.weights", "{pickscore = 1}"], "judges.pickscore.path"),
     "half_a_judge": (["--judges.aesthetic.path", "/x"], "the aesthetic score needs both"),
@@ -313,6 +324,59 @@ WRONG_JUDGES = {
         "tensor_parallel_size = 2, but num_gpus = 1",
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a\\b", "x" * 200, " x", "a\nb"])
+def test_a_run_is_named_like_a_folder(name):
+    with pytest.raises(ConfigError, match=r"\[run\]:? ?name = .* cannot name a folder"):
+        parse(OnlineDPORecipe, [*BASE, "--run.name", name])
+    assert parse(OnlineDPORecipe, [*BASE, "--run.name", "春 卷 🥟", *HPS]).config.run.name == "春 卷 🥟"
+
+
+@pytest.mark.parametrize("path", ['"a\\u0000b"', "x" * 256, f"fine/{'汉' * 86}/x"])
+@pytest.mark.parametrize("key", ["run.dir", "data.path", "judges.hps.path"])
+def test_what_can_be_no_path_is_told(key, path):
+    with pytest.raises(ConfigError, match="no path can be this"):
+        parse(OnlineDPORecipe, [*BASE, *HPS, f"--{key}", path])
+
+
+def test_a_picture_is_no_instruction():
+    for name in ("image", "image_id"):
+        with pytest.raises(ConfigError, match=f"prompt_column = '{name}': holds no instruction"):
+            parse(OnlineDPORecipe, [*BASE, *HPS, "--data.prompt_column", name])
+
+
+TEMPLATES = {
+    "a photo of {dish": "braces",
+    "} {": "braces",
+    "{}": "name of a column",
+    "{ }": "name of a column",
+    "{0}": "name of a column",
+    "{food_name.__class__}": "name of a column",
+    "{food_name[0]}": "name of a column",
+    "{food_name!r}": "name of a column",
+    "{food_name:>10}": "name of a column",
+    "{food_name:{width}}": "name of a column",
+    "{food_name!z}": "empty_prompt",
+    "": "is blank",
+    " \u200b": "is blank",
+    "a photo of {dish}": "names dish, but no data.item_metadata is given",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_checked_with_the_recipe(template, tmp_path):
+    more = tmp_path / "more.toml"
+    more.write_text(tomli_w.dumps({"reward": {"empty_prompt": template, "type": "hps"}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="empty_prompt") as caught:
+        parse(OnlineDPORecipe, [*BASE, "--judges.hps.path", "/h", "--config", str(more)])
+    assert TEMPLATES[template] in str(caught.value)
+
+
+def test_a_blank_prompt_of_the_filter_is_no_prompt():
+    for key in ("system_prompt", "reason_prompt"):
+        with pytest.raises(ConfigError, match=f"{key} = ' ' is blank"):
+            parse(OnlineDPORecipe, [*BASE, *HPS, f"--judges.filter.{key}", " "])
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_JUDGES.values(), ids=WRONG_JUDGES)

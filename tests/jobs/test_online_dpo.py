@@ -264,3 +264,29 @@ def test_a_second_driver_on_the_same_folder_is_refused(cluster, judge_server, ko
     with pytest.raises(RunInUse, match="in use by a live driver"):
         run_online(config)
     held.release()
+
+
+def test_run_and_folder_have_names_in_any_letters(cluster, kontext, tmp_path):
+    """With a judge on Serve: neither its application nor Ray's metrics take other letters than ASCII."""
+    folder = tmp_path / "产品 🍎"
+    write_photos(folder, train=4)
+    base = light_config(folder, kontext, "")
+    config = light_config(
+        folder,
+        kontext,
+        "",
+        run={"name": "春 卷 🥟", "dir": str(folder / "运行"), "save_every": 1, "sample_every": 1},
+        trainer=base.trainer.model_dump() | {"max_train_steps": 2, "ranks": 1},
+        samplers=base.samplers.model_dump() | {"count": 1},
+        reward={"weights": {"green": 1.0}},
+        judges={
+            "python": {"green": {"function": "tests.jobs.light:greenness", "num_cpus": 0.1}},
+            "filter": {"enabled": False},
+        },
+        serve={"port": SERVE_PORT},
+    )
+    path = run_online(config)
+    assert path == folder / "运行" / "春 卷 🥟" / "v0"
+    assert [row["step"] for row in metric_rows(path) if "train/loss" in row] == [1, 2]
+    assert len([*(path / "samples").glob("*.png")]) == 2 and (path / "final" / "transformer").is_dir()
+    assert (path / "config.toml").read_text(encoding="utf-8").splitlines()[1] == 'name = "春 卷 🥟"'

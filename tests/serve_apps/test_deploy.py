@@ -6,7 +6,8 @@ import pytest
 from ray import serve
 
 from rlhf.errors import Refused
-from serve_apps.deploy import DeployError, app_name
+from rlhf.rewards.config import JudgesConfig
+from serve_apps.deploy import DeployError, app_name, check_sources
 from tests.serve_apps.conftest import PORT, config, down, up
 
 
@@ -20,9 +21,22 @@ def test_only_needed_judges_are_deployed_the_filter_first(models):
     assert deployed(hps={"url": "http://x"}) == ["ctr"]
 
 
+def test_applications_are_named_in_ascii_and_never_alike():
+    assert app_name("demo-v0-1a2b3c", "hps") == "demo-v0-1a2b3c-hpsv2"
+    names = {app_name(run, "hps") for run in ("产品", "产物", "a b", "a_b", "x" * 200, "x" * 201)}
+    assert len(names) == 6 and all(name.isascii() and len(name) < 100 and " " not in name for name in names)
+
+
 def test_a_missing_checkpoint_is_found_before_anything_starts(models):
     with pytest.raises(Refused, match=r"judges\.hps\.path"):
         up(config(models, hps={"path": "/no/such/file.pt"}), "missing")
+
+
+@pytest.mark.parametrize("url", ["judges:8000/hpsv2", "http://", "http://host:port/hpsv2", "/hpsv2"])
+def test_a_url_that_is_none_is_found_before_anything_starts(url):
+    with pytest.raises(Refused, match=r"judges\.hps\.url = .* is no address"):
+        check_sources(JudgesConfig(hps={"url": url}), ["hps"])
+    check_sources(JudgesConfig(hps={"url": "https://host:8000/hpsv2"}), ["hps"])
 
 
 def test_a_taken_route_and_another_port_are_refused(judges, models):

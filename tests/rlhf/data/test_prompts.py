@@ -1,6 +1,7 @@
 """Bad input: one test per way to be wrong, all problems in one message; and the prompt stream."""
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlhf.data.prompts import PromptStream, read_prompts
+from rlhf.data.prompts import PromptStream, read_items, read_prompts
 from rlhf.data.records import BadInput
 from rlhf.types import Geometry, Prompt
 from tests.rlhf.data import photos
@@ -257,6 +258,14 @@ def test_metadata_that_is_not_utf8_or_has_open_quotes(folder):
     assert only(folder).startswith("ctr_metadata.csv: line 2 is not UTF-8")
     (folder / "ctr_metadata.csv").write_text(",".join(photos.COLUMNS) + '\n0,"a,b,c,d\n')
     assert any(re.match(r"ctr_metadata.csv: line \d is no CSV: ", line) for line in found(folder))
+
+
+def test_a_column_without_a_value_is_blank_and_no_word(tmp_path):
+    common = {"food_name": "a", "food_type": "b", "city_name": "c", "shop_name": "d"}
+    rows = [{"image_id": str(i), **common, "colour": value} for i, value in enumerate([None, math.nan, 3, "x"])]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    items, problems = read_items(tmp_path / "items.jsonl")
+    assert [item["colour"] for item in items.values()] == ["", "", "3", "x"] and not problems
 
 
 def test_all_problems_come_in_one_message_in_the_order_of_the_files(folder):

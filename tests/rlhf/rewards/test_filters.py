@@ -187,6 +187,55 @@ def test_no_failure_becomes_a_verdict(reply):
         ask(base)
 
 
+TOP = {"token": "PASS", "logprob": -0.1}
+
+
+def one(**choice):
+    return {"choices": [{"message": {"content": "PASS"}} | choice]}
+
+
+ODD = {
+    "no top_logprobs": one(logprobs={"content": [TOP]}),
+    "empty top_logprobs": one(logprobs={"content": [TOP | {"top_logprobs": []}]}),
+    "logprobs of another shape": one(logprobs={"tokens": ["PASS"], "token_logprobs": [-0.1]}),
+    "logprobs as a list": one(logprobs=[-0.1]),
+    "content as a text": one(logprobs={"content": "PASS"}),
+    "top_logprobs as an object": one(logprobs={"content": [{"top_logprobs": {"PASS": -0.1}}]}),
+    "entries without a token": one(logprobs={"content": [{"top_logprobs": [{"logprob": -0.1}]}]}),
+    "a token that is no text": one(logprobs={"content": [{"top_logprobs": [TOP | {"token": 5}]}]}),
+    "no logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": None}]}]}),
+    "a text as logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": "-0.1"}]}]}),
+    "true as logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": False}]}]}),
+    "NaN as logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": math.nan}]}]}),
+    "Infinity as logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": math.inf}]}]}),
+    "a probability as logprob": one(logprobs={"content": [{"top_logprobs": [TOP | {"logprob": 800.0}]}]}),
+    "choices of texts": {"choices": ["PASS"]},
+    "choices as an object": {"choices": {"0": one()["choices"][0]}},
+    "no choices": {"error": "busy"},
+    "a message of text": one(message="PASS"),
+    "content of parts": one(message={"content": [{"type": "text", "text": "PASS"}]}),
+    "a page": b"<html><body>gateway</body></html>",
+    "deep": b"[" * 100_000,
+    "not UTF-8": b'{"choices": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("reply", ODD.values(), ids=ODD)
+def test_an_odd_answer_is_a_judge_that_failed_and_is_quoted(reply):
+    with openai_server(lambda body, headers: (200, reply)) as (base, _), pytest.raises(JudgeError) as caught:
+        ask(base)
+    assert "the filter" in str(caught.value)
+    quoted = ("PASS", "choices", "busy", "gateway", "[[[", "logprob", "-0.1")
+    assert any(part in str(caught.value) for part in quoted)
+
+
+@pytest.mark.parametrize("logprobs", [None, {"content": None}, {"content": []}])
+def test_a_server_that_gives_no_log_probabilities_decides_by_its_word(logprobs):
+    with openai_server(lambda body, headers: (200, one(logprobs=logprobs))) as (base, _):
+        verdict = ask(base)
+    assert verdict.valid and verdict.pass_probability is None
+
+
 def test_an_unreachable_server_is_an_error():
     with pytest.raises(JudgeError, match="ConnectError"):
         ask("http://127.0.0.1:9/v1")

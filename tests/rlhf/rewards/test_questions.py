@@ -8,9 +8,11 @@ import xxhash
 from PIL import Image
 from pydantic import ValidationError
 
+from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig, RewardConfig
-from rlhf.rewards.questions import check_prompt, reward_text, sources_of
+from rlhf.rewards.questions import check_prompt, check_prompts, reward_text, sources_of
+from rlhf.tables import PromptDataTable
 from rlhf.types import Geometry, Prompt, Source
 from tests.rlhf.data import photos
 
@@ -60,6 +62,33 @@ def test_a_prompt_is_checked_for_all_that_its_judges_read():
         check_prompt(judges, ["hps"], "{food_name}", prompt(""))
     with pytest.raises(Refused, match=r"prompt '0': the judge 'ctr' reads .*; missing: shop_name"):
         check_prompt(judges, ["ctr"], "x", prompt(item={k: v for k, v in ITEM.items() if k != "shop_name"}))
+
+
+def test_a_blank_column_gives_no_text():
+    for blank in ("", " \t", "\u200b", "\u3000"):
+        with pytest.raises(
+            Refused, match=r"'0' has an empty instruction.* gives no text for it: food_name of its item is"
+        ):
+            reward_text(prompt(blank, ITEM | {"food_name": blank}), "{food_name}")
+    assert reward_text(prompt("", ITEM | {"food_name": ""}), "a photo of {food_name}") == "a photo of "
+
+
+def test_all_prompts_without_a_text_are_told_with_their_rows(tmp_path):
+    items, data = tmp_path / "items.csv", tmp_path / "rows.jsonl"
+    items.write_text("image_id,food_name\n1,apple\n\n2,\n3, \n", encoding="utf-8")
+    table = PromptDataTable(path=str(data), item_metadata=str(items))
+    prompts = [replace(prompt("", {"food_name": name}), key=key) for key, name in (("1", "a"), ("2", ""), ("3", " "))]
+    check_prompts(JudgesConfig(), RewardConfig(type="hps"), table, prompts[:1])
+    check_prompts(JudgesConfig(), RewardConfig(weights={"aesthetic": 1}), table, prompts)
+    with pytest.raises(BadInput) as caught:
+        check_prompts(JudgesConfig(), RewardConfig(type="hps"), table, prompts)
+    found = [str(problem) for problem in caught.value.problems]
+    for one, line, key in zip(found, (4, 5), "23", strict=True):
+        assert one.startswith(f"{items}: line {line}: '{key}' leaves the judges nothing to read; ")
+    with pytest.raises(
+        BadInput, match=r"items\.csv: has no column dish, which reward\.empty_prompt = .* there are food_name"
+    ):
+        check_prompts(JudgesConfig(), RewardConfig(type="hps", empty_prompt="{dish}"), table, prompts[:1])
 
 
 def test_sources_come_at_the_prompts_size_as_media(tmp_path):
