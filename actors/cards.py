@@ -135,12 +135,15 @@ def _lower(remedies: Sequence[tuple[str, Peak]]) -> str:
     return f": set {told}" if told else ""
 
 
-def hours(steps: int, flops_of_a_step: Mapping[str, float], processes: Mapping[str, int]) -> str:
-    """How long a run takes if every role computes at a stated share of an H100's speed, and roles wait for each other."""
-    seconds = {name: flops / (TFLOPS * UTILISATION * processes[name]) for name, flops in flops_of_a_step.items()}
+def seconds(flops: float, processes: int) -> float:
+    """That many processes take for it, each at the stated share of an H100's speed."""
+    return flops / (TFLOPS * UTILISATION * processes)
+
+
+def hours(steps: int, seconds: Mapping[str, float]) -> str:
+    """How long a run takes whose parts wait for each other."""
     each = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    total = sum(seconds.values()) * steps / 3600
     return (
-        f"about {total:.0f} hours for {steps} steps on cards like an H100 at {UTILISATION:.0%} of {TFLOPS / 1e12:.0f} "
-        f"TFLOP/s (a step: {each}); judges, filter and transfers are not counted"
+        f"about {sum(seconds.values()) * steps / 3600:.0f} hours for {steps} steps on cards like an H100 at "
+        f"{UTILISATION:.0%} of {TFLOPS / 1e12:.0f} TFLOP/s (a step: {each}); judges and transfers are not counted"
     )

@@ -9,32 +9,36 @@ from jobs.cli import say
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.diffusion.objectives import Objective
 from rlhf.models import load_family
-from rlhf.models.memory import Peak, encoder_peak, sampler_peak
+from rlhf.models.checks import check_model
+from rlhf.models.memory import Peak, encoder_peak, forward_flops, sampler_peak
 from rlhf.models.trainable import load_trainable
 from rlhf.training.memory import trainer_peak
-from rlhf.types import Prompt
+from rlhf.types import Geometry, Prompt, Source
 
 
-def check_cards(
-    recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], objective: Objective, prompts: Sequence[Prompt]
-) -> None:
+def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], objective: Objective) -> None:
     """Tell what every role with a GPU takes at its peak, and how long the run will take. Raises NotEnoughResources.
 
-    prompts: some of the run's; the largest is traced.
+    Of the model's folder only JSON files are read.
     """
     if not any(role.num_gpus for role in roles):
         return
-    say("working out the peak memory of each role")
-    largest = max(prompts, key=lambda prompt: (prompt.geometry.height * prompt.geometry.width, len(prompt.sources)))
-    shares = [share for role in roles if role.num_gpus and (share := _share(recipe, role, objective, largest))]
+    family, model = check_model(recipe.model, weights=False), recipe.model
+    say("working out the peak memory of each role: a minute or two for a model of 12 billion weights")
+    prompt = Prompt(
+        key="",
+        instruction="",
+        sources=(Source(path="", content=""),) if family.sees_source else (),
+        geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
+    )
+    shares = [_share(recipe, role, objective, prompt) for role in roles if role.num_gpus]
     card = cards.card_bytes(recipe.cluster)
     say(cards.table(shares, card))
-    if told := _hours(recipe, shares):
-        say(told)
+    say(_hours(recipe, objective, prompt))
     cards.check(shares, card)
 
 
-def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt) -> Share | None:
+def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt) -> Share:
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
     if role.name == "trainer rank":
@@ -51,16 +55,15 @@ def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objecti
     return Share(role=role, peak=Peak(kinds={"parameters": round(role.nbytes)}))  # a judge
 
 
-def _hours(recipe: OnlineDPORecipe | TrainRecipe, shares: Sequence[Share]) -> str:
-    """Of the steps that a run of this recipe has."""
-    flops = {share.role.name: share.peak.flops for share in shares}
-    trainer, steps = recipe.trainer, recipe.trainer.max_train_steps
-    if "trainer rank" not in flops:
-        return ""
-    of_a_step = {"trainer rank": float(flops["trainer rank"] * trainer.gradient_accumulation_steps * trainer.ranks)}
-    processes = {"trainer rank": trainer.ranks}
-    if isinstance(recipe, OnlineDPORecipe) and "sampler" in flops:
-        media = trainer.pairs_per_step * recipe.rollout.num_valid_samples
-        of_a_step["sampler"] = flops["sampler"] / recipe.sampling.batch_size * recipe.sampling.steps * media
-        processes["sampler"] = recipe.samplers.count
-    return cards.hours(steps, of_a_step, processes)
+def _hours(recipe: OnlineDPORecipe | TrainRecipe, objective: Objective, prompt: Prompt) -> str:
+    family, trainer = load_family(recipe.model), recipe.trainer
+    forward = forward_flops(family, prompt)
+    # A backward pass is two forward passes; what it recomputes and every frozen side is one more.
+    passes = 3 + (trainer.gradient_checkpointing != "none") + len(objective.sides)
+    examples = trainer.pairs_per_step * len(objective.roles)
+    seconds = {"training": cards.seconds(forward * passes * examples, trainer.ranks)}
+    if isinstance(recipe, OnlineDPORecipe):
+        sampling, media = recipe.sampling, trainer.pairs_per_step * recipe.rollout.num_valid_samples
+        branches = 2 if family.needs_unguided(sampling.guidance_scale) else 1
+        seconds["sampling"] = cards.seconds(forward * branches * sampling.steps * media, recipe.samplers.count)
+    return cards.hours(trainer.max_train_steps, seconds)

@@ -25,6 +25,7 @@ from actors.sampler import Sampler
 from actors.sources import OnlineSource
 from actors.trainer import RankSetup, TrainerGroup
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
+from jobs.fit import check_cards
 from jobs.launch import Plan, Started, dry_run, launch, train_until_done
 from jobs.preprocess import Data, preprocess, read_data
 from jobs.recipes import OnlineDPORecipe
@@ -43,11 +44,13 @@ from serve_apps import deploy
 
 def main() -> None:
     recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
+    if is_dry:
+        say(resolved_toml(recipe))
+        check_cards(recipe, plan(recipe).roles, DPO(beta=recipe.dpo.beta))
     data = read_data(recipe.data, recipe.eval, recipe.model)
     if data.left_out:
         say(data.left_out)
     if is_dry:
-        say(resolved_toml(recipe))
         check(recipe, data)
         dry_run(recipe.run, plan(recipe), recipe.cluster)
     else:
@@ -81,6 +84,7 @@ def run(recipe: OnlineDPORecipe, data: Data) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
     check(recipe, data)
     needed = plan(recipe)
+    check_cards(recipe, needed.roles, DPO(beta=recipe.dpo.beta))
     with launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe)) as started:
         if data.left_out:
             (started.folder.path / "left_out.txt").write_text(data.left_out + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from actors.trainer import RankSetup, TrainerGroup
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
 from jobs.example_sets import ExampleSets, prompts_of, read_example_sets, refuse_other_examples, refuse_too_few, wanted
 from jobs.feedback import Labelled, relabel_by_judge
+from jobs.fit import check_cards
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
 from jobs.preprocess import encode_missing, warn_of_unread
 from jobs.recipes import TrainRecipe
@@ -43,6 +44,7 @@ def main() -> None:
     if is_dry:
         say(resolved_toml(recipe))
         say(batch_in_words(recipe.trainer))
+        check_cards(recipe, plan(recipe).roles, objective(recipe))
         check(recipe)
         say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())
         dry_run(recipe.run, plan(recipe), recipe.cluster)
@@ -77,6 +79,7 @@ def run(recipe: TrainRecipe) -> Path:
     """Run (or resume) to the end; returns the run's folder."""
     check(recipe)
     needed, roles = plan(recipe), objective(recipe).roles
+    check_cards(recipe, needed.roles, objective(recipe))
     with ExitStack() as stack:
         stack.enter_context(cluster(recipe.cluster, namespace=recipe.run.name))  # the check needs it, and no folder yet
         examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))

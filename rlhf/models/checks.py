@@ -32,8 +32,11 @@ from rlhf.tables import ModelTable
 QUANTISED = "quantised models are not read: give the model in bfloat16, float16 or float32"
 
 
-def check_model(model: ModelTable) -> Family:
-    """The family of a recipe's [model], whose folder and denoiser hold all that it needs. Raises Refused."""
+def check_model(model: ModelTable, *, weights: bool = True) -> Family:
+    """The family of a recipe's [model], whose folder and denoiser hold all that it needs. Raises Refused.
+
+    weights: False asks for the JSON files of the folder alone, from which its memory can be told.
+    """
     family, root = load_family(model), Path(model.path)
     try:
         if not root.is_dir():
@@ -43,15 +46,16 @@ def check_model(model: ModelTable) -> Family:
             )
         for name, need in family.needs():
             accepted = not name and model.accept_index
-            _check_config(root / name, replace(need, values={}) if accepted else need)
+            need = replace(need, values={} if accepted else need.values, files=need.files if weights else ())
+            _check_config(root / name, need)
             is_denoiser = name == family.denoiser_folder
-            if need.network is not None and not (is_denoiser and model.denoiser):
+            if weights and need.network is not None and not (is_denoiser and model.denoiser):
                 check_weights(root / name, on_meta(need.network, root / name), exact=is_denoiser)
         _ = family.process  # which refuses a scheduler that it does not know
     except Refused as error:
         raise Refused(f"model.path = {model.path!r}: {error}") from error
     try:
-        if model.denoiser is not None:
+        if weights and model.denoiser is not None:
             check_denoiser(family, Path(model.denoiser))
     except Refused as error:
         raise Refused(f"model.denoiser = {model.denoiser!r}: {error}") from error

@@ -8,7 +8,7 @@ Shapes: B batch, C latent channels, H W pixels.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rlhf.models.family import Codec, Family
 from rlhf.models.folder import Parts, read_value
@@ -30,24 +30,12 @@ DEVICE = "cpu"
 """Of the tensors without data: their sizes are those of any device."""
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's, which does not know what attention is called on a CPU."""
-    aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-    }
-    return FlopCounterMode(display=False, custom_mapping=attention)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Peak:
     """Of a process at its peak."""
 
     kinds: Mapping[str, int]
     """Bytes by what they hold."""
-    flops: int = 0
-    """Of what was traced: a micro-batch of training, a step of sampling a batch."""
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +121,21 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
         condition = empty_condition(family, prompt, size)
         unguided = empty_condition(family, other, size) if other else None
         family.guided(denoiser, x, t, condition, unguided, guidance_scale=scale, step=0, state={})
-        flops = tracing.counter.get_total_flops()
         codec.decode(x)
-    return replace(tracing.peak(denoiser, *modules_of(codec)), flops=flops)
+    return tracing.peak(denoiser, *modules_of(codec))
+
+
+def forward_flops(family: Family, prompt: Prompt) -> int:
+    """Floating-point operations of one prediction for one prompt."""
+    fake, aten = FakeTensorMode(allow_non_fake_inputs=True), torch.ops.aten
+    denoiser = without_data(family.empty_denoiser(family.dtype).eval(), fake)
+    family.finish(denoiser, DEVICE)
+    # torch's counter does not know what attention is called on a CPU.
+    of_attention = {aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
+    with fake, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=of_attention) as counter:
+        x, t = torch.zeros(1, *family.latent_shape(prompt.geometry)), torch.ones(1)
+        family.predict(denoiser, x, t, empty_condition(family, prompt, 1))
+    return counter.get_total_flops()
 
 
 def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
@@ -172,13 +172,13 @@ def modules_of(holder: object) -> list[nn.Module]:
 
 
 class _Tracing(ExitStack):
-    """Counts bytes and operations inside the block, without gradients."""
+    """Counts bytes inside the block, without gradients."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
-        self.tracker, self.counter = MemTracker(), flop_counter()
+        self.tracker = MemTracker()
         self.tracker.track_external(*modules)
-        for context in (torch.no_grad(), self.tracker, self.counter):
+        for context in (torch.no_grad(), self.tracker):
             self.enter_context(context)
 
     def peak(self, *modules: nn.Module) -> Peak:
@@ -186,4 +186,4 @@ class _Tracing(ExitStack):
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         weights = sum(tensor.nbytes for tensor in tensors)
         whole = self.tracker.get_tracker_snapshot("peak")[torch.device(DEVICE)]["Total"]
-        return Peak(kinds={"parameters": weights, "activations": whole - weights}, flops=self.counter.get_total_flops())
+        return Peak(kinds={"parameters": weights, "activations": whole - weights})

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rlhf.diffusion.objectives import Objective
 from rlhf.models.family import Family
-from rlhf.models.memory import DEVICE, Peak, empty_condition, flop_counter, without_data
+from rlhf.models.memory import DEVICE, Peak, empty_condition, without_data
 from rlhf.models.trainable import Trainable
 from rlhf.shards import distributed
 from rlhf.tables import TrainerConfig
@@ -78,7 +78,6 @@ def trainer_peak(
     Rehearsal.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
     traced = config.model_copy(update={"ema_decay": None, "optimizer": _traced(config.optimizer)})
     trainer = Rehearsal(family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0)
-    counter = flop_counter()
     with fake:
         optimizers.make_state(trainer.optimizer, trainer.trained.values(), updates=1)
         for parameter in trainer.trained.values():
@@ -89,10 +88,10 @@ def trainer_peak(
             trainer.optimizer.zero_grad(set_to_none=True)
         batch = _batch(family, objective.roles, prompt, config.train_batch_size)
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
-        with trainer.tracker, counter:
+        with trainer.tracker:
             trainer.step([batch])
     dist.destroy_process_group()
-    return Peak(kinds=_kinds(trainer, config), flops=counter.get_total_flops())
+    return Peak(kinds=_kinds(trainer, config))
 
 
 def _kinds(trainer: Rehearsal, config: TrainerConfig) -> dict[str, int]:
