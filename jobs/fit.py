@@ -10,8 +10,9 @@ from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.diffusion.objectives import Objective
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
-from rlhf.models.memory import Peak, encoder_peak, forward_flops, sampler_peak
+from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
 from rlhf.models.trainable import load_trainable
+from rlhf.rewards.memory import judge_peak
 from rlhf.training.memory import trainer_peak
 from rlhf.types import Geometry, Prompt, Source
 
@@ -31,14 +32,17 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
         sources=(Source(path="", content=""),) if family.sees_source else (),
         geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
     )
-    shares = [_share(recipe, role, objective, prompt) for role in roles if role.num_gpus]
     card = cards.card_bytes(recipe.cluster)
+    found = [_share(recipe, role, objective, prompt, card) for role in roles if role.num_gpus]
+    shares = [share for share in found if share]
     say(cards.table(shares, card))
     say(_hours(recipe, objective, prompt))
     cards.check(shares, card)
 
 
-def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt) -> Share:
+def _share(
+    recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt, card: float | None
+) -> Share | None:
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
     if role.name == "trainer rank":
@@ -52,7 +56,9 @@ def _share(recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objecti
         size = recipe.preprocess.batch_size
         peak = encoder_peak(family, size, prompt)
         return Share(role=role, peak=peak, remedies=[*cards.batch_remedies("preprocess.batch_size", size, peak)])
-    return Share(role=role, peak=Peak(kinds={"parameters": round(role.nbytes)}))  # a judge
+    assert role.judge, role.name
+    judged = judge_peak(role.judge, recipe.judges[role.judge], card)
+    return Share(role=role, peak=judged) if judged else None
 
 
 def _hours(recipe: OnlineDPORecipe | TrainRecipe, objective: Objective, prompt: Prompt) -> str:

@@ -115,7 +115,7 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
     without_data(denoiser.eval().requires_grad_(True), fake)  # the tracker puts hooks on parameters
     family.finish(denoiser, DEVICE)
     codec, size, scale = _codec(family, fake), sampling.batch_size, sampling.guidance_scale
-    with fake, _Tracing(denoiser, *modules_of(codec)) as tracing:
+    with fake, Tracing(denoiser, *modules_of(codec)) as tracing:
         x, t = torch.zeros(size, *family.latent_shape(prompt.geometry)), torch.ones(size)
         other = family.unguided(prompt) if family.needs_unguided(scale) else None
         condition = empty_condition(family, prompt, size)
@@ -150,7 +150,7 @@ def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
 
     with fake:
         encode(1)  # opens the parts
-        with _Tracing(*modules_of(codec)) as tracing:
+        with Tracing(*modules_of(codec)) as tracing:
             encode(batch_size)
     return tracing.peak(*modules_of(codec))
 
@@ -171,7 +171,7 @@ def modules_of(holder: object) -> list[nn.Module]:
     return found
 
 
-class _Tracing(ExitStack):
+class Tracing(ExitStack):
     """Counts bytes inside the block, without gradients."""
 
     def __init__(self, *modules: nn.Module):

@@ -95,18 +95,23 @@ def load_model(file: Path, device: str = "cpu") -> torch.nn.Module:
 
     Raises: Refused if the file is no HPSv2-format checkpoint or a tensor is missing, unknown or of another shape.
     """
-    sidecar = file.with_suffix(".json")
-    source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
-    config = read_json(sidecar) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")
     with torch.device(device):
-        model = open_clip.CLIP(**config)
+        model = empty_model(file)
     state = _read_state(file, device)
     names = {name: name.removeprefix("module.") for name in state}
     try:
         model.load_state_dict({new: state[old] for old, new in names.items() if not new.endswith(_BUFFERS)})
     except RuntimeError as error:
+        sidecar = file.with_suffix(".json")
+        source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
         raise Refused(f"{file} does not fit {source}: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def empty_model(file: Path) -> torch.nn.Module:
+    """The network of a checkpoint before its weights are read."""
+    sidecar = file.with_suffix(".json")
+    return open_clip.CLIP(**(read_json(sidecar) if sidecar.is_file() else open_clip.get_model_config("ViT-H-14")))
 
 
 def _read_state(file: Path, device: str) -> dict[str, Tensor]:
