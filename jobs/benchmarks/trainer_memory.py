@@ -7,6 +7,7 @@ rank must hold is its shard: 1/ranks of the model in fp32 after a load, and half
 """
 
 import argparse
+import json
 import multiprocessing
 import tempfile
 import threading
@@ -32,6 +33,17 @@ from rlhf.training.trainer import Trainer
 from rlhf.types import REFERENCE
 
 GIB = 2**30
+_OTHERS = {
+    "scheduler/scheduler_config.json": {
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]},
+    "tokenizer_2/tokenizer_config.json": {"model_max_length": 64},
+}
+"""What the family asks beside the transformer."""
 
 
 def measured(operation: Callable[[], object]) -> tuple[int, int]:
@@ -65,8 +77,9 @@ def write_model(folder: Path, gib: float) -> int:
     torch.set_default_dtype(torch.bfloat16)
     FluxTransformer2DModel(**config).save_pretrained(folder / "transformer")
     torch.set_default_dtype(torch.float32)
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    for name, values in _OTHERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(values))
     return count
 
 

@@ -99,7 +99,7 @@ class EmptyParts(Parts):
 
 
 def empty_condition(family: Family, prompt: Prompt, size: int) -> Condition:
-    """The condition of a prompt `size` times; call it where tensors have no data."""
+    """The condition of a prompt `size` times, all zeros."""
     rows = [
         {name: torch.zeros_like(tensor, device=DEVICE) for name, tensor in family.empty_row(encoding).items()}
         for encoding in family.encodings(prompt)

@@ -86,7 +86,7 @@ def trainer_peak(
         torch.nn.utils.clip_grad_norm_(trainer.trained.values(), config.max_grad_norm)
         if config.gradient_accumulation_steps == 1:  # otherwise there are those of earlier micro-batches
             trainer.optimizer.zero_grad(set_to_none=True)
-        batch = _batch(family, objective.roles, prompt, config.train_batch_size)
+        batch = micro_batch(family, objective.roles, prompt, config.train_batch_size)
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
         with trainer.tracker:
             trainer.step([batch])
@@ -119,8 +119,8 @@ def _traced(optimizer: str) -> str:
     return "adafactor" if optimizer == "adamw_8bit" else optimizer
 
 
-def _batch(family: Family, roles: Sequence[str], prompt: Prompt, size: int) -> Batch:
-    """A micro-batch of one prompt again and again; call it where tensors have no data."""
+def micro_batch(family: Family, roles: Sequence[str], prompt: Prompt, size: int) -> Batch:
+    """A micro-batch of one prompt again and again, all zeros."""
     shape = (size, *family.latent_shape(prompt.geometry))
     return Batch(
         x0={role: torch.zeros(shape) for role in roles},
