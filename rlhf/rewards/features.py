@@ -76,7 +76,7 @@ def read_torch(file: Path, device: str = "cpu") -> Any:
     refuse_pointer(file)
     try:
         return torch.load(file, device, weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
         raise Refused(f"{file} holds no weights of PyTorch: {last_line(error)}; {AGAIN}") from error
 
 

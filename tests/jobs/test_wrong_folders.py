@@ -114,7 +114,7 @@ def world(tmp_path_factory, kontext):
     shutil.copytree(kontext, folder / "model")
     write_photos(folder, train=4, held_out=1)
     pair = {"prompt": "x", "winner": "images/0.png", "loser": "images/1.png", "source": "images/2.png"}
-    (folder / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 4))
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair | {"image_id": str(i)}) for i in range(4)))
     (folder / "items.csv").write_text(
         "image_id,food_name,food_type,city_name,shop_name\n" + "".join(f"{i},a,b,c,d\n" for i in (*range(4), 100))
     )
