@@ -116,7 +116,7 @@ def test_a_lora_in_another_layout_is_refused_before_anything_loads(world, tmp_pa
 
 def test_a_denoiser_of_another_model_is_refused_before_anything_loads(world, kontext, tmp_path):
     status, _, error = world("--tuned.denoiser", str(kontext / "vae"), "--dry-run")
-    assert status == 2 and "tuned.denoiser: is a AutoencoderKL" in error
+    assert status == 2 and "tuned.denoiser: " in error and "AutoencoderKL" in error
 
 
 def test_weights_that_give_nan_paint_nothing(world, kontext, tmp_path):
