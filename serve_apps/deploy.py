@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 from rlhf.errors import Refused
 from rlhf.rewards import python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig
+from rlhf.rewards.connections import proxy_of
 from rlhf.rewards.protocols import fingerprint
 from rlhf.section import local_paths
 from serve_apps.batcher import options
@@ -34,6 +35,8 @@ from serve_apps.rewards import RewardApp
 from serve_apps.vlm_filter import FilterApp
 
 _log = logging.getLogger(__name__)
+# Serve's own lines on starts and deletions: jobs say it, and "New http_options … will not be applied" is said of equal ones.
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
 _POLL_S = 0.5
 _DELETE_S = 60.0
 
@@ -181,7 +184,12 @@ def serve_token(section: ServeConfig) -> str | None:
 
 
 def check_sources(judges: JudgesConfig, names: Iterable[str]) -> None:
-    """Raise Refused for a checkpoint that is not there, and for a function that cannot be imported."""
+    """Raise Refused for a checkpoint that is not there, for a function that cannot be imported, and where a service would be
+    asked through a proxy that cannot be used."""
+    names = list(names)
+    for url in filter(None, (judges[name].address for name in names)):
+        if proxy := proxy_of(url):
+            proxy.check(url)
     for name, judge in judges.to_deploy(names).items():
         if isinstance(judge, PythonJudgeConfig):
             python.resolve(f"{judges.key(name)}.function = {judge.function!r}", str(judge.function))

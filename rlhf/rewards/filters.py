@@ -23,8 +23,8 @@ from PIL import Image
 
 from rlhf.data.media import encode_base64
 from rlhf.rewards.config import FilterJudgeConfig
+from rlhf.rewards.connections import asked, connection
 from rlhf.rewards.protocols import JudgeError, Sources
-from rlhf.rewards.remote import connection
 from rlhf.types import Verdict
 
 JSON = dict[str, Any]
@@ -176,7 +176,8 @@ class APIFilter:
             response.raise_for_status()
             return response.json()["choices"][0]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise JudgeError(f"the filter's server {self.config.api_base}: {type(error).__name__}: {error}") from error
+            server = asked(str(self.config.api_base))
+            raise JudgeError(f"the filter's server {server}: {type(error).__name__}: {error}") from error
 
 
 def _with_pictures(messages: Messages, pictures: list[str]) -> Messages:

@@ -12,7 +12,6 @@ whoever calls, and media of more than one frame.
 """
 
 import asyncio
-import ipaddress
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,28 +24,15 @@ import xxhash
 from rlhf.data.media import encode_base64, encode_png
 from rlhf.rewards import protocols
 from rlhf.rewards.config import CTRJudgeConfig, HTTPJudgeConfig, ModelJudgeConfig
+from rlhf.rewards.connections import asked, connection
 from rlhf.rewards.protocols import Items, JudgeError, JudgeUnreachable, Media, Reward, Sources, picture_of
 from rlhf.types import Item, Verdict
-
-
-def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
-    """Keyword arguments of every httpx client that asks the service at `url`: bearer token, timeout, proxies.
-
-    A client obeys the proxies of the environment (HTTP_PROXY, …) unless the service is on this machine.
-    """
-    host = httpx.URL(url).host
-    try:
-        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        here = False
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return {"headers": headers, "timeout": timeout_s, "trust_env": not here}
 
 
 def read_json(url: str, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a 200 answer. Raises: JudgeError for anything else, with the status and what was said."""
     if response.status_code != 200:
-        raise JudgeError(f"{url}: status {response.status_code}: {response.text[:200]}")
+        raise JudgeError(f"{asked(url)}: status {response.status_code}: {response.text[:200]}")
     try:
         answer = response.json()
     except ValueError as error:
@@ -125,7 +111,7 @@ class RemoteJudge:
         try:
             response = await self._client.post(url, **request)
         except httpx.HTTPError as error:
-            raise JudgeError(f"{url}: {type(error).__name__}: {error}") from error
+            raise JudgeError(f"{asked(url)}: {type(error).__name__}: {error}") from error
         return read_json(url, response)
 
 
@@ -149,7 +135,7 @@ class HTTPReward(Reward):
         try:
             response = self._client.post(self.url, json={"items": rows})
         except httpx.HTTPError as error:
-            raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+            raise JudgeUnreachable(f"{asked(self.url)}: {type(error).__name__}: {error}") from error
         answer = read_json(self.url, response)
         if not isinstance(answer.get("scores"), list):
             raise JudgeError(f"{self.url}: `scores` is no list: {str(answer)[:200]}")
