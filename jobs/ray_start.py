@@ -15,9 +15,9 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, worker
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
@@ -36,7 +36,7 @@ MANY_WORKERS = "worker processes have been started on node"
 
 def check(target: str) -> None:
     """Raise Refused where Ray could not start ("local"), or where no cluster answers at the address `target` in time."""
-    if target == LOCAL and get_authentication_mode() != AuthenticationMode.TOKEN:
+    if target == LOCAL and not is_token_auth_enabled():
         mode = os.environ.get("RAY_AUTH_MODE")
         raise Refused(
             f"RAY_AUTH_MODE = {mode!r}: a Ray of the job's own asks for its token; unset it, or set it to token"
