@@ -24,7 +24,7 @@ from actors import streaming
 from rlhf.data.cache import Manifest, commit, read_manifest, write_part
 from rlhf.data.encoding import encode_all, encode_group, grouped
 from rlhf.data.sources import media_of, read_column
-from rlhf.errors import Refused
+from rlhf.errors import Refused, last_line
 from rlhf.models import load_family
 from rlhf.tables import ModelTable, PreprocessConfig
 from rlhf.types import Encoding
@@ -34,6 +34,8 @@ LOADERS_PER_ENCODER = 2
 BATCHES_PER_FILE = 4
 PROGRESS_EVERY_S = 2.0
 COMMIT_EVERY_S = 20.0
+RESTARTS = 3
+"""Times that encoding goes on after it lost an encoder."""
 Piece = dict[Encoding, str]
 """Encodings of one kind and size, and their cache keys."""
 
@@ -54,6 +56,32 @@ def encode(
     Raises: StreamBroken; PreprocessFailed, also where files that were written are not seen here.
     """
     streaming.prepare()
+    texts = sum(not encoding.sources for encoding in wanted.values())
+    log(f"preprocess: encoding {texts} texts and {len(wanted) - texts} pictures")
+    left = wanted
+    for lost in range(1, 2 + RESTARTS):
+        try:
+            _encode(model, preprocess, cache, left, log)
+            break
+        except streaming.StreamBroken as error:
+            if lost > RESTARTS or not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                raise
+            log(f"preprocess: an encoder was lost ({last_line(error)}); going on with what is missing")
+            left = {key: wanted[key] for key in wanted.keys() - read_manifest(cache).places.keys()}
+    if unseen := len(wanted.keys() - read_manifest(cache).places.keys()):
+        raise streaming.PreprocessFailed(
+            f"{unseen} encoded rows are not in data.cache = {cache}; on several nodes it must be a shared folder"
+        )
+
+
+def _encode(
+    model: ModelTable,
+    preprocess: PreprocessConfig,
+    cache: str,
+    wanted: Mapping[str, Encoding],
+    log: Callable[[str], None],
+) -> None:
+    """Once through Ray Data. What came before a failure is committed."""
     work = [{"work": pickle.dumps(part)} for part in plan(wanted, preprocess.batch_size, preprocess.encoders)]
     dataset: ray.data.Dataset = ray.data.from_items(work, override_num_blocks=len(work))
     loaders = ray.data.TaskPoolStrategy(size=min(LOADERS_PER_ENCODER * preprocess.encoders, len(work)))
@@ -63,9 +91,8 @@ def encode(
         compute=ray.data.ActorPoolStrategy(size=min(preprocess.encoders, len(work))),
         num_cpus=preprocess.num_cpus,
         num_gpus=preprocess.num_gpus,
+        max_restarts=0,  # Ray logs an error where an actor that it may restart was made from an object, as Ray Data does
     )
-    texts = sum(not encoding.sources for encoding in wanted.values())
-    log(f"preprocess: encoding {texts} texts and {len(wanted) - texts} pictures")
     parts, committed = list[Manifest](), monotonic()
     try:
         for part in _told(log, len(wanted), streaming.stream(dataset, "preprocess", preprocess.timeout_s)):
@@ -76,10 +103,6 @@ def encode(
     finally:
         if parts:
             commit(cache, parts)
-    if lost := len(wanted.keys() - read_manifest(cache).places.keys()):
-        raise streaming.PreprocessFailed(
-            f"{lost} encoded rows are not in data.cache = {cache}; on several nodes it must be a shared folder"
-        )
 
 
 def _told(log: Callable[[str], None], total: int, rows: Iterable[dict[str, Any]]) -> Iterator[Manifest]:

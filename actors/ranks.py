@@ -4,6 +4,9 @@ When one fails or is late, all are killed: the others would wait in a collective
 nothing for a process that is stopped. Left out: starting one rank anew (the caller builds a new group) and what the ranks do.
 """
 
+import ipaddress
+import os
+import socket
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -40,10 +43,17 @@ class Rank:
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open a store on a free port of this node and return where it is."""
         host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        fd = None
+        if ipaddress.ip_address(host).is_loopback:  # where torch's own socket would listen on every address
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            fd = socket.create_server((host, 0), family=family).detach()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, master_listen_fd=fd)
         return host, self._store.port
 
     def rendezvous(self, host: str, port: int) -> dist.Store:
+        if ipaddress.ip_address(host).is_loopback:  # then all ranks are on this machine, and keep to it
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         return self._store if self.rank == 0 else dist.TCPStore(host, port, is_master=False)
 
 

@@ -8,6 +8,7 @@ executions at once in one driver; the request is one flag for the process.
 import logging
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from time import monotonic
 from typing import Any
@@ -86,5 +87,7 @@ def prepare() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []  # advises memory reservations for loaders that live for seconds
+    # `max_restarts` of a stage's actors has no other place than these arguments in Ray 2.60.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

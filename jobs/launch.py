@@ -22,8 +22,8 @@ from ray import serve
 from actors import placement
 from actors.placement import Role
 from actors.trainer import TrainerLost
+from jobs import ray_start
 from jobs.cli import say
-from rlhf.errors import Refused
 from rlhf.models.trainable import Counts
 from rlhf.runs.folder import RunFolder
 from rlhf.section import ClusterConfig
@@ -36,7 +36,7 @@ TRAINER_REBUILDS = 3
 
 def address(config: ClusterConfig) -> str:
     """`cluster.address`, else RAY_ADDRESS, else "local": a cluster of the job's own."""
-    return config.address or os.environ.get("RAY_ADDRESS") or "local"
+    return config.address or os.environ.get("RAY_ADDRESS") or ray_start.LOCAL
 
 
 @contextmanager
@@ -55,18 +55,9 @@ def cluster(config: ClusterConfig, namespace: str) -> Iterator[None]:
     places = [str(Path(__file__).resolve().parents[1]), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(":")]
     environment = {"env_vars": {"PYTHONPATH": ":".join(filter(None, places)), "HF_HUB_OFFLINE": "1"}}
     sizes = {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_memory}
-    loopback = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
-    own = sizes | loopback if target == "local" else {}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        # Workers' own output stays in their log files, which the dashboard shows; a failure comes as an exception.
-        try:
-            ray.init(address=target, namespace=namespace, runtime_env=environment, log_to_driver=False, **own)
-        except (ConnectionError, ray.exceptions.RaySystemError) as error:
-            raise Refused(
-                f"no Ray cluster at {target!r} (cluster.address, RAY_ADDRESS): {error}; start one with `ray start`, or unset "
-                "both for a cluster of the job's own"
-            ) from error
+        ray_start.start(target, sizes, namespace=namespace, runtime_env=environment)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # after init, whose handler ends the process at once
         yield
     finally:
@@ -84,9 +75,10 @@ def free_resources(config: ClusterConfig) -> dict[str, float]:
     """What a job could reserve now: of the connected cluster, or of this machine where the job would start its own."""
     if ray.is_initialized():
         return ray.available_resources()
-    if address(config) != "local":
+    if address(config) != ray_start.LOCAL:
         with cluster(config, "dry-run"):
             return ray.available_resources()
+    ray_start.check(ray_start.LOCAL)
     return {
         "CPU": float(config.num_cpus or os.cpu_count() or 1),
         "GPU": float(torch.cuda.device_count()),

@@ -26,6 +26,7 @@ from rlhf.errors import Refused
 from rlhf.names import plain
 from rlhf.rewards import check_judge, python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig, check_address
+from rlhf.rewards.connections import proxy_of
 from rlhf.rewards.protocols import fingerprint
 from rlhf.section import local_paths
 from serve_apps.batcher import options
@@ -35,6 +36,8 @@ from serve_apps.rewards import RewardApp
 from serve_apps.vlm_filter import FilterApp
 
 _log = logging.getLogger(__name__)
+# Serve's own lines on starts and deletions: jobs say it, and "New http_options … will not be applied" is said of equal ones.
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
 _POLL_S = 0.5
 _DELETE_S = 60.0
 
@@ -182,14 +185,17 @@ def serve_token(section: ServeConfig) -> str | None:
 
 
 def check_sources(judges: JudgesConfig, names: Sequence[str]) -> None:
-    """Raise Refused for a checkpoint that is not there or not what it should be, a function that cannot be imported, and a url
-    that is none.
+    """Raise Refused for a checkpoint that is not there or not what it should be, a function that cannot be imported, a url
+    that is none, and where a service would be asked through a proxy that cannot be used.
     """
     for name in names:
         try:
             check_address(judges[name].external or "http://here")
         except ValueError as error:
             raise Refused(f"{judges.key(name)}.url = {judges[name].external!r} {error}") from error
+    for url in filter(None, (judges[name].address for name in names)):
+        if proxy := proxy_of(url):
+            proxy.check(url)
     for name, judge in judges.to_deploy(names).items():
         for key, path in local_paths(judge):
             if not Path(path).exists():

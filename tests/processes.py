@@ -1,5 +1,7 @@
 """Processes of this test session; any of them may end between two looks at it."""
 
+import contextlib
+import ipaddress
 import time
 from collections.abc import Iterable
 
@@ -32,3 +34,16 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def listening(root: psutil.Process) -> set[tuple[str, str]]:
+    """(process, address) of every TCP socket that `root` and what it started listen on beyond loopback."""
+    found = set()
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("tcp"):
+                address = ipaddress.ip_address(connection.laddr.ip if connection.laddr else "127.0.0.1")
+                address = getattr(address, "ipv4_mapped", None) or address
+                if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
+                    found.add((process.name(), connection.laddr.ip))
+    return found

@@ -39,6 +39,7 @@ from jobs.launch import cluster
 from rlhf.data.media import encode_base64
 from rlhf.rewards import load_reward
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, ServeConfig
+from rlhf.rewards.connections import connection
 from rlhf.section import ClusterConfig
 from serve_apps import deploy
 
@@ -154,7 +155,6 @@ async def _turns(
     app = _get_global_client().get_serve_details()["applications"][deployed.apps["hps"]]
     (deployment,) = app["deployments"].values()
     (replica,) = deployment["replicas"]
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     limits = httpx.Limits(max_connections=max(callers), max_keepalive_connections=max(callers))
     url = f"{deployed.url}{deploy.route('hps')}/score"
     direct_pid, threads = await direct.about.remote()
@@ -164,7 +164,9 @@ async def _turns(
         clock = Clock(direct_pid)
         return await direct.batches.remote(references, prompts, seconds) / np.array(clock.read())
 
-    async with httpx.AsyncClient(headers=headers, limits=limits, timeout=300) as client:
+    keys = connection(url, token, 300)
+    keys["headers"] |= {"Content-Type": "application/json"}
+    async with httpx.AsyncClient(limits=limits, **keys) as client:
 
         async def by_handle(number: int) -> None:
             await handle.score.remote(references[number % PICTURES], prompts[number % PROMPTS])

@@ -138,6 +138,11 @@ class JudgeConfig(Section):
         return None if self.source == "url" else getattr(self, "url", None)
 
     @property
+    def address(self) -> str | None:
+        """Of the service elsewhere that is asked, directly or by a deployment of ours."""
+        return getattr(self, "url", None)
+
+    @property
     def deployable(self) -> bool:
         """Whether there is something to deploy."""
         return self.external is None and getattr(self, self.source) is not None
@@ -252,6 +257,10 @@ class FilterJudgeConfig(ModelJudgeConfig):
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     max_model_len: int = Field(4096, ge=256)
     max_reason_tokens: int = Field(64, ge=0)
+
+    @property
+    def address(self) -> str | None:
+        return self.url or self.api_base
 
     @property
     def deployable(self) -> bool:

@@ -25,8 +25,9 @@ from PIL import Image
 from rlhf.data.media import encode_base64
 from rlhf.errors import Refused
 from rlhf.rewards.config import FilterJudgeConfig
+from rlhf.rewards.connections import asked, connection
 from rlhf.rewards.protocols import JudgeError, Sources
-from rlhf.rewards.remote import answer_of, connection, number
+from rlhf.rewards.remote import answer_of, number
 from rlhf.shards.files import TRANSFORMERS, SafetensorsFolder, read_json, refuse_broken
 from rlhf.types import Verdict
 
@@ -199,8 +200,9 @@ class APIFilter:
                 self._extras = {}  # only once the plain request was taken: the fault may have been another
                 return choice
         except httpx.HTTPError as error:
-            raise JudgeError(f"the filter's server {self.config.api_base}: {type(error).__name__}: {error}") from error
-        answer = answer_of(f"the filter's server {self.config.api_base}", response)
+            server = asked(str(self.config.api_base))
+            raise JudgeError(f"the filter's server {server}: {type(error).__name__}: {error}") from error
+        answer = answer_of(str(self.config.api_base), response)
         match answer.get("choices"):
             case [dict() as first, *_]:
                 return first

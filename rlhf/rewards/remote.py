@@ -12,7 +12,6 @@ whoever calls, and media of more than one frame.
 """
 
 import asyncio
-import ipaddress
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,29 +24,16 @@ import xxhash
 from rlhf.data.media import encode_base64, encode_png
 from rlhf.rewards import protocols
 from rlhf.rewards.config import CTRJudgeConfig, HTTPJudgeConfig, ModelJudgeConfig
+from rlhf.rewards.connections import asked, connection
 from rlhf.rewards.protocols import Items, JudgeError, JudgeUnreachable, Media, Reward, Sources, picture_of
 from rlhf.types import Item, Verdict
-
-
-def connection(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
-    """Keyword arguments of every httpx client that asks the service at `url`: bearer token, timeout, proxies.
-
-    A client obeys the proxies of the environment (HTTP_PROXY, …) unless the service is on this machine.
-    """
-    host = httpx.URL(url).host
-    try:
-        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        here = False
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return {"headers": headers, "timeout": timeout_s, "trust_env": not here}
 
 
 def answer_of(url: str, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a 200 answer. Raises: JudgeError for anything else, with the status and what was said."""
     said = response.text[:200]
     if response.status_code != 200:
-        raise JudgeError(f"{url}: status {response.status_code}: {said}")
+        raise JudgeError(f"{asked(url)}: status {response.status_code}: {said}")
     try:
         answer = response.json()
     except (ValueError, RecursionError) as error:
@@ -62,8 +48,8 @@ def number(
 ) -> float:
     """`value`, from `least` to `most`, as a float. Raises: JudgeError where it is no such number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        asked = "a finite number" if most == sys.float_info.max else f"a number from {least:g} to {most:g}"
-        raise JudgeError(f"{url}: `{key}` is {str(value)[:200]!r}, not {asked}")
+        wanted = "a finite number" if most == sys.float_info.max else f"a number from {least:g} to {most:g}"
+        raise JudgeError(f"{url}: `{key}` is {str(value)[:200]!r}, not {wanted}")
     return float(value)
 
 
@@ -129,7 +115,7 @@ class RemoteJudge:
         try:
             response = await self._client.post(url, **request)
         except httpx.HTTPError as error:
-            raise JudgeError(f"{url}: {type(error).__name__}: {error}") from error
+            raise JudgeError(f"{asked(url)}: {type(error).__name__}: {error}") from error
         return answer_of(url, response)
 
 
@@ -153,7 +139,7 @@ class HTTPReward(Reward):
         try:
             response = self._client.post(self.url, json={"items": rows})
         except httpx.HTTPError as error:
-            raise JudgeUnreachable(f"{self.url}: {type(error).__name__}: {error}") from error
+            raise JudgeUnreachable(f"{asked(self.url)}: {type(error).__name__}: {error}") from error
         answer = answer_of(self.url, response)
         scores = answer.get("scores")
         if not isinstance(scores, list) or len(scores) != len(rows):

@@ -4,6 +4,7 @@ import io
 import logging
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import jobs  # isort: skip  (first: it makes settings that Ray reads when it is imported)  # noqa: F401
@@ -21,9 +22,11 @@ from rlhf.data.sources import media_of
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.types import Encoding, Geometry, Source
+from tests.processes import ray_processes
 from tests.rlhf.data import photos
 
 slow = pytest.mark.slow
+ENCODER = "MapWorker(Map(Encoder"
 
 
 @pytest.fixture
@@ -139,6 +142,24 @@ def test_a_picture_that_changes_under_way_stops_it_with_its_name(cluster, config
     kept = read_manifest(config.data.cache).places
     cache = cache_place(config.model, config.data.cache)
     assert cache.key(load_family(config.model).encodings(prompts[4])[1]) not in kept
+
+
+@slow
+def test_an_encoder_that_dies_is_replaced(cluster, config):
+    said, earlier = [], {process.pid for process in ray_processes(ENCODER)}
+
+    def kill():
+        while not (encoders := [process for process in ray_processes(ENCODER) if process.pid not in earlier]):
+            time.sleep(0.05)
+        encoders[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    todo = todo_of(config)
+    encode(config.model, config.preprocess, config.data.cache, todo, said.append)
+    thread.join()
+    assert todo.keys() <= read_manifest(config.data.cache).places.keys()
+    assert any(line.startswith("preprocess: an encoder was lost (ActorDiedError: ") for line in said), said
 
 
 @slow

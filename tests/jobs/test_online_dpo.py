@@ -29,6 +29,7 @@ from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.rollouts.rollout import NothingPasses
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
+from tests.console import foreign_lines
 from tests.jobs.light import light_config, metric_rows, run_online, write_photos
 from tests.judge_server import warmth
 from tests.processes import ray_processes
@@ -200,6 +201,7 @@ def test_kill_9_and_the_same_command_give_the_run_that_nothing_happened_to(judge
         drivers[name].write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     log = folder / "log.txt"
     assert start(drivers["straight"], log).wait(400) == 0, log.read_text()[-3000:]
+    assert not foreign_lines(log.read_text())
 
     killed = folder / "runs" / "killed" / "v0"
     victim_step = random.Random(os.getpid()).choice(range(6, 32, 5))  # four steps before the next commit

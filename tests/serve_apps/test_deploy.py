@@ -39,6 +39,23 @@ def test_a_url_that_is_none_is_found_before_anything_starts(url):
     check_sources(JudgesConfig(hps={"url": "https://host:8000/hpsv2"}), ["hps"])
 
 
+def test_a_proxy_that_cannot_be_used_is_found_before_anything_starts(monkeypatch):
+    """For every judge that is asked elsewhere, by whomever; a service on this machine needs no proxy."""
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    def check(name, table, url):
+        key = "api_base" if name == "filter" else "url"
+        judges = JudgesConfig.model_validate({table: {name: {key: url}}} if table else {name: {key: url}})
+        check_sources(judges, [name])
+
+    for name, table in (("hps", None), ("filter", None), ("freshness", "http")):
+        with pytest.raises(Refused, match=r"http://judge\.invalid/v1 cannot be asked through the proxy ALL_PROXY = "):
+            check(name, table, "http://judge.invalid/v1")
+        check(name, table, "http://127.0.0.1:8000/v1")
+
+
 def test_a_taken_route_and_another_port_are_refused(judges, models):
     with pytest.raises(DeployError, match="contract-hpsv2 of another run holds the route /hpsv2"):
         up(config(models, reward="hps"), "second")
