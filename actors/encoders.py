@@ -24,7 +24,7 @@ from actors import streaming
 from rlhf.data.cache import Manifest, commit, read_manifest, write_part
 from rlhf.data.encoding import encode_all, encode_group, grouped
 from rlhf.data.sources import media_of, read_column
-from rlhf.errors import Refused, last_line
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.tables import ModelTable, PreprocessConfig
 from rlhf.types import Encoding
@@ -66,7 +66,7 @@ def encode(
         except streaming.StreamBroken as error:
             if lost > RESTARTS or not isinstance(error.__cause__, ray.exceptions.RayActorError):
                 raise
-            log(f"preprocess: an encoder was lost ({last_line(error)}); going on with what is missing")
+            log(f"preprocess: an encoder was lost ({type(error.__cause__).__name__}); going on with what is missing")
             left = {key: wanted[key] for key in wanted.keys() - read_manifest(cache).places.keys()}
     if unseen := len(wanted.keys() - read_manifest(cache).places.keys()):
         raise streaming.PreprocessFailed(
