@@ -44,14 +44,21 @@ class Peak:
 
 def without_data(network: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """Turn what lies on the meta device in a network into tensors of `fake`; returns the network."""
-    for owner in network.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                tensor = FakeTensor(fake, parameter.data, torch.device(DEVICE))
-                owner._parameters[name] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                owner._buffers[name] = FakeTensor(fake, buffer, torch.device(DEVICE))
+    made: dict[int, Any] = {}  # what is tied stays so
+
+    def turned(tensor: Any) -> Any:
+        if tensor is None or not tensor.is_meta:
+            return tensor
+        if id(tensor) not in made:
+            faked = FakeTensor(fake, tensor.data, torch.device(DEVICE))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(faked, requires_grad=tensor.requires_grad) if is_parameter else faked
+        return made[id(tensor)]
+
+    for owner in [*network.modules()]:
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in [*tensors.items()]:
+                tensors[name] = turned(tensor)
     return network
 
 

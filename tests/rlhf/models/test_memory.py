@@ -1,0 +1,70 @@
+"""Peaks of samplers and encoders: known weights, and activations that grow with the batch."""
+
+import pytest
+import torch
+
+from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
+from rlhf.tables import SamplingTable
+from rlhf.types import Geometry, Prompt, Source
+from tests import worlds
+
+
+def prompt_of(family, side=64):
+    sources = (Source(path="", content=""),) if family.sees_source else ()
+    return Prompt(key="", instruction="", sources=sources, geometry=Geometry(height=side, width=side))
+
+
+@pytest.fixture(scope="module", params=["flux_kontext", "stable_diffusion", "stable_diffusion xl"])
+def family(request, tmp_path_factory):
+    kind = request.param
+    folder = worlds.WRITERS[kind](tmp_path_factory.mktemp("models") / "model")
+    return worlds.family(folder, torch.float32, kind)
+
+
+def nbytes(network):
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+def test_a_sampler_holds_the_denoiser_and_the_vae_and_what_a_batch_needs(family):
+    codec, denoiser = family.load_codec("cpu"), family.load_denoiser("cpu")
+    kind = "flux_kontext" if family.sees_source else "stable_diffusion"
+    full = worlds.trainable("full", family, kind)
+    peaks = [sampler_peak(family, full, SamplingTable(batch_size=size), prompt_of(family)) for size in (2, 4)]
+    for peak in peaks:
+        assert peak.kinds["parameters"] == nbytes(denoiser) + nbytes(codec.vae)
+    small, large = (peak.kinds["activations"] for peak in peaks)
+    pixels = 2 * 3 * 64 * 64 * 4
+    assert small > 2 * pixels, "two pictures and what they were decoded from"
+    assert large == pytest.approx(2 * small, rel=0.1), "all but sizes that belong to no picture"
+
+
+def test_an_encoder_holds_what_it_was_asked_for_and_a_batch(family):
+    peaks = [encoder_peak(family, size, prompt_of(family)) for size in (2, 4)]
+    codec = family.load_codec("cpu")
+    texts = [module for pair in codec._text for module in (pair if isinstance(pair, tuple) else (pair,))]
+    held = nbytes(codec.vae) + sum(nbytes(module) for module in texts if isinstance(module, torch.nn.Module))
+    assert [peak.kinds["parameters"] for peak in peaks] == [held, held]
+    assert peaks[1].kinds["activations"] > 1.5 * peaks[0].kinds["activations"]
+
+
+def test_operations_grow_with_the_picture(family):
+    """Every weight of a linear layer works on every token, and attention on every two."""
+    small, large = (forward_flops(family, prompt_of(family, side)) for side in (64, 128))
+    assert 3 * small < large < 16 * small
+
+
+def test_only_json_files_are_read(family, tmp_path):
+    for file in family.path.rglob("*.json"):
+        if "safetensors" not in file.name:
+            copy = tmp_path / file.relative_to(family.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    bare = type(family)(path=tmp_path, dtype=family.dtype)
+    full = worlds.trainable("full", family, "flux_kontext" if family.sees_source else "stable_diffusion")
+    for peak in (
+        lambda found: sampler_peak(found, full, SamplingTable(batch_size=2), prompt_of(found)),
+        lambda found: encoder_peak(found, 2, prompt_of(found)),
+    ):
+        found, whole = peak(bare).kinds, peak(family).kinds
+        assert found["parameters"] == whole["parameters"]
+        assert found["activations"] == pytest.approx(whole["activations"], rel=0.02)  # the first trace has a few kB more
