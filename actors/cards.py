@@ -92,12 +92,17 @@ def table(shares: Sequence[Share], card: float | None) -> str:
     head = f"{'peak, GiB':<24}" + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in names)
     lines = [head, *(line(kind, [share.peak.kinds.get(kind) for share in shares]) for kind in kinds)]
     lines.append(line("one process", [share.peak.nbytes for share in shares]))
+    parts, cards, need = _sharing(shares)
+    if parts:
+        lines.append(
+            f"{len(parts)} roles share {cards} card{'s' if cards > 1 else ''}: {need / GIB:.1f} GiB with reserves"
+        )
     if card is None:
         lines.append('the card is not known: give its memory, e.g. cluster.card = "80GB", to see whether this fits')
     else:
-        parts = [min(share.role.num_gpus, 1.0) * card - RESERVE for share in shares]
-        lines.append(line("its part of a card", parts))
-        lines.append(line("to spare", [part - share.peak.nbytes for part, share in zip(parts, shares, strict=True)]))
+        room = [min(share.role.num_gpus, 1.0) * card - RESERVE for share in shares]
+        lines.append(line("its part of a card", room))
+        lines.append(line("to spare", [part - share.peak.nbytes for part, share in zip(room, shares, strict=True)]))
     return "\n".join(lines)
 
 
@@ -106,9 +111,7 @@ def check(shares: Sequence[Share], card: float | None) -> None:
     if card is None:
         return
     faults = [_fault(share, card) for share in shares if share.role.num_gpus >= 1]
-    parts = [share for share in shares if 0 < share.role.num_gpus < 1 and not share.role.before]
-    cards = math.ceil(sum(share.role.count * share.role.num_gpus for share in parts) - 1e-6)
-    need = sum(share.role.count * (share.peak.nbytes + RESERVE) for share in parts)
+    parts, cards, need = _sharing(shares)
     if need > cards * card:
         each = ", ".join(f"{share.role.name} {share.peak.nbytes / GIB:.1f}" for share in parts)
         faults.append(
@@ -117,6 +120,13 @@ def check(shares: Sequence[Share], card: float | None) -> None:
         )
     if found := [fault for fault in faults if fault]:
         raise NotEnoughResources("\n".join(found))
+
+
+def _sharing(shares: Sequence[Share]) -> tuple[list[Share], int, float]:
+    """The roles with a part of a card that run together, the cards that hold their parts, and the bytes that they need."""
+    parts = [share for share in shares if 0 < share.role.num_gpus < 1 and not share.role.before]
+    cards = math.ceil(sum(share.role.count * share.role.num_gpus for share in parts) - 1e-6)
+    return parts, cards, sum(share.role.count * (share.peak.nbytes + RESERVE) for share in parts)
 
 
 def _fault(share: Share, card: float) -> str:

@@ -24,7 +24,7 @@ from rlhf.models.family import Codec, Family
 from rlhf.models.folder import Parts, read_value
 from rlhf.models.trainable import Trainable
 from rlhf.tables import SamplingTable
-from rlhf.types import Condition, Prompt
+from rlhf.types import Condition, Prompt, Source
 
 DEVICE = "cpu"
 """Of the tensors without data: their sizes are those of any device."""
@@ -146,12 +146,14 @@ def forward_flops(family: Family, prompt: Prompt) -> int:
 
 
 def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
-    """Of a batch of each kind of encoding that `prompt` has."""
+    """Of a batch of each kind of encoding that `prompt` and what is made of it have."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     codec = _codec(family, fake)
+    target = family.target(Source(path="", content=""), prompt.geometry)
+    groups = {(e.kind, e.geometries): e for e in (*family.encodings(prompt), target)}  # what may share a batch
 
     def encode(count: int) -> None:
-        for encoding in family.encodings(prompt):
+        for encoding in groups.values():
             media = [torch.zeros(g.frames, g.height, g.width, 3, dtype=torch.uint8) for g in encoding.geometries]
             codec.encode([encoding] * count, [media] * count)
 
