@@ -26,7 +26,6 @@ from rlhf.errors import Refused
 from rlhf.models.family import Kind, Rows, stacked
 from rlhf.models.folder import (
     check_trained,
-    cut_share,
     latent_shape,
     load_frozen,
     load_trained,
@@ -34,6 +33,7 @@ from rlhf.models.folder import (
     to_images,
     to_pixels,
     token_ids,
+    token_shares,
 )
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -224,13 +224,9 @@ class KontextCodec:
         return (
             AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer"),
             load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype),
-            self._t5_tokenizer,
+            AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"),
             load_frozen(T5EncoderModel, self.path, "text_encoder_2", self.device, self.dtype),
         )
-
-    @cached_property
-    def _t5_tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2")
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
@@ -246,8 +242,8 @@ class KontextCodec:
         return [
             Encoded(
                 tensors={"prompt_embeds": embeds[i], "pooled_prompt_embeds": pooled[i]},
-                unknown=self._unknown(text),
-                cut=cut_share(t5_tokenizer, text),
+                # T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it.
+                **token_shares(t5_tokenizer, text, ignored="▁"),
             )
             for i, text in enumerate(texts)
         ]
@@ -263,10 +259,3 @@ class KontextCodec:
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
-
-    def _unknown(self, text: str) -> float:
-        """T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it."""
-        unknown, space = self._t5_tokenizer.unk_token_id, self._t5_tokenizer.convert_tokens_to_ids("▁")
-        found = self._t5_tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = [i for i in found if i != space]
-        return sum(i == unknown for i in ids) / max(len(ids), 1)

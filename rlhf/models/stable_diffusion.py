@@ -28,7 +28,6 @@ from rlhf.errors import Refused
 from rlhf.models.family import Kind, Rows, stacked
 from rlhf.models.folder import (
     check_trained,
-    cut_share,
     latent_shape,
     load_frozen,
     load_trained,
@@ -36,6 +35,7 @@ from rlhf.models.folder import (
     to_images,
     to_pixels,
     token_ids,
+    token_shares,
     vae_factor,
 )
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
@@ -234,17 +234,16 @@ class StableDiffusionCodec:
         self.path, self.device, self.dtype, self.vae, self.xl = path, device, dtype, vae, xl
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer")
-
-    @cached_property
     def _text(self) -> list[tuple[Any, Any]]:
         """Tokenizers with their encoders, loaded at first use: a sampler with cached conditions only decodes."""
-        first = load_frozen(CLIPTextModel, self.path, "text_encoder", self.device, self.dtype)
-        if not self.xl:
-            return [(self._tokenizer, first)]
-        second = load_frozen(CLIPTextModelWithProjection, self.path, "text_encoder_2", self.device, self.dtype)
-        return [(self._tokenizer, first), (AutoTokenizer.from_pretrained(self.path, subfolder="tokenizer_2"), second)]
+        classes = [CLIPTextModel, CLIPTextModelWithProjection][: 2 if self.xl else 1]
+        return [
+            (
+                AutoTokenizer.from_pretrained(self.path, subfolder=f"tokenizer{ending}"),
+                load_frozen(cls, self.path, f"text_encoder{ending}", self.device, self.dtype),
+            )
+            for cls, ending in zip(classes, ("", "_2"), strict=False)
+        ]
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
@@ -268,8 +267,8 @@ class StableDiffusionCodec:
         return [
             Encoded(
                 tensors={name: tensor[i] for name, tensor in tensors.items()},
-                unknown=self._unknown(text),
-                cut=cut_share(self._tokenizer, text),
+                # None is unknown to real checkpoints: CLIP's vocabulary has every byte, which is not to understand Chinese.
+                **token_shares(self._text[0][0], text),
             )
             for i, text in enumerate(texts)
         ]
@@ -284,8 +283,3 @@ class StableDiffusionCodec:
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
-
-    def _unknown(self, text: str) -> float:
-        """0 for real checkpoints: CLIP's vocabulary has every byte. That does not mean that it understands Chinese."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return sum(i == self._tokenizer.unk_token_id for i in ids) / max(len(ids), 1)
