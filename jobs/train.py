@@ -147,7 +147,7 @@ def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, st
     training = examples.training
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
-    indexed = IndexedExamples(load_family(recipe.model), training.index, training.place.geometry, learns.roles)
+    indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.geometry, learns.roles)
     stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)
