@@ -10,7 +10,7 @@ CPUs are taken. Left out: retrying a row that cannot be encoded.
 
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from time import monotonic
 from typing import Any, cast
@@ -22,8 +22,8 @@ import torch
 
 from actors import streaming
 from rlhf.data.cache import Manifest, commit, read_manifest, write_part
-from rlhf.data.encoding import encode_all, encode_group, grouped
-from rlhf.data.sources import media_of, read_column
+from rlhf.data.encoding import encode_all, encode_media
+from rlhf.data.sources import open_source, read_column
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.tables import ModelTable, PreprocessConfig
@@ -121,20 +121,21 @@ def _told(log: Callable[[str], None], total: int, rows: Iterable[dict[str, Any]]
 
 def plan(wanted: Mapping[str, Encoding], batch_size: int, encoders: int) -> list[Piece]:
     """Pieces of work, each of one kind and size; enough of them to keep every encoder busy."""
-    keys = {encoding: key for key, encoding in wanted.items()}
+    groups: dict[Hashable, list[tuple[Encoding, str]]] = {}
+    for key, encoding in wanted.items():
+        groups.setdefault((encoding.kind, encoding.geometries), []).append((encoding, key))
     batches = math.ceil(len(wanted) / batch_size)
     count = batch_size * min(BATCHES_PER_FILE, max(1, batches // (2 * encoders)))
-    return [
-        {encoding: keys[encoding] for encoding in group[start : start + count]}
-        for group in grouped(wanted.values())
-        for start in range(0, len(group), count)
-    ]
+    return [dict(group[i : i + count]) for group in groups.values() for i in range(0, len(group), count)]
 
 
 def load(row: dict[str, Any]) -> dict[str, Any]:
     """Add `media` to a piece of work: of every encoding its sources, uint8 (F, H, W, 3) each, pickled."""
     try:
-        media = [[medium.numpy() for medium in media_of(encoding)] for encoding in pickle.loads(row["work"])]
+        media = [
+            [open_source(source, geometry) for source, geometry in zip(e.sources, e.geometries, strict=True)]
+            for e in pickle.loads(row["work"])
+        ]
     except (OSError, Refused) as error:
         return row | {"media": b"", "error": str(error)}
     return row | {"media": pickle.dumps(media), "error": ""}
@@ -152,8 +153,8 @@ class Encoder:
             return {"part": b"", "error": row["error"]}
         work: Piece = pickle.loads(row["work"])
         opened = [[torch.from_numpy(medium) for medium in media] for media in pickle.loads(row["media"])]
-        encoded = encode_group(self.codec, list(work), dict(zip(work, opened, strict=True)), self._batch_size)
-        rows = {work[encoding]: found for encoding, found in encoded}
+        encoded = encode_media(self.codec, dict(zip(work, opened, strict=True)), self._batch_size)
+        rows = {work[encoding]: found for encoding, found in encoded.items()}
         return {"part": pickle.dumps(write_part(self._cache, rows)), "error": ""}
 
 

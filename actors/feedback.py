@@ -7,7 +7,7 @@ so that an interrupted relabelling goes on. Left out: scores from more than one 
 import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from actors import reading
 from actors.judging import Judging, Read, judge_all
-from rlhf.data.examples import PairIndex, Preference
+from rlhf.data.examples import PairIndex
 from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
 from rlhf.runs.durable import durable
-from rlhf.types import Geometry, Item, Prompt
+from rlhf.types import Example, Geometry, Item, Prompt
 
 PAIRS_PER_READ = 16
 KEEP_EVERY_S = 30.0
@@ -44,7 +44,7 @@ class Scores:
 def read_scores(kept: Path, index: PairIndex) -> Scores:
     """What the file `kept` holds; nothing yet where there is none."""
     if not kept.exists():
-        return Scores(values=np.full((len(index), 2), np.nan), failed=np.zeros(len(index), bool))
+        return Scores(values=np.full((len(index.table), 2), np.nan), failed=np.zeros(len(index.table), bool))
     with np.load(kept) as arrays:
         return Scores(values=arrays["values"], failed=arrays["failed"])
 
@@ -74,6 +74,7 @@ def relabel(index: PairIndex, scores: Scores) -> Feedback:
 
 def score_pairs(
     index: PairIndex,
+    geometry: Geometry,
     judge: str,
     judging: Judging,
     items: Mapping[str, Item],
@@ -83,19 +84,21 @@ def score_pairs(
 ) -> Scores:
     """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is logged and marked.
 
-    judging: asks `judge` alone, and no filter. Raises: JudgeUnreliable above `max_failure_rate`, and then all marks are taken
-    back, to be asked again of a judge that was mended; what `judge_all` does.
+    geometry: of training; a judge sees every picture at its own size. judging: asks `judge` alone, and no filter. Raises:
+    JudgeUnreliable above `max_failure_rate`, and then all marks are taken back, to be asked again of a judge that was mended;
+    what `judge_all` does.
     """
     scores, rates = read_scores(kept, index), FailureRates(max_failure_rate)
     todo = scores.unasked()
-    log(f"feedback: {judge} scores {len(todo)} of {len(index)} pairs")
+    log(f"feedback: {judge} scores {len(todo)} of {len(index.table)} pairs")
     saved = monotonic()
     try:
-        for done, (row, answer) in enumerate(_answers(index, todo, judge, judging, items), start=1):
+        for done, (row, answer) in enumerate(_answers(index, geometry, todo, judge, judging, items), start=1):
             reason = None
             if isinstance(answer, str):
-                pair, scores.failed[row] = index[row], True
-                reason = f"{index.blocks[pair.block].file} row {pair.number}: {answer}"
+                scores.failed[row] = True
+                block, number = (index.table[name][row].as_py() for name in ("block", "number"))
+                reason = f"{index.blocks[block].file} row {number}: {answer}"
                 log(f"feedback: left out: {reason}")
             else:
                 scores.values[row] = answer
@@ -114,42 +117,38 @@ def score_pairs(
 
 
 def _answers(
-    index: PairIndex, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
+    index: PairIndex, geometry: Geometry, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
 ) -> Iterator[tuple[int, tuple[float, ...] | str]]:
     """(row of the index, its two scores or why it has none), as they come. Raises: what `judge_all` does."""
-    with closing(judge_all(judging, _reads(index, rows, items))) as judged:
+    with closing(judge_all(judging, _reads(index, geometry, rows, items))) as judged:
         for some in judged:
             for row, *both in zip(some.key, some.answers[::2], some.answers[1::2], strict=True):
                 reasons = [failure.reason for answer in both for failure in answer.failures]
                 yield row, reasons[0] if reasons else tuple(answer.rewards[judge] for answer in both)
 
 
-def _reads(index: PairIndex, rows: np.ndarray, items: Mapping[str, Item]) -> Iterator[Read[list[int]]]:
+def _reads(
+    index: PairIndex, geometry: Geometry, rows: np.ndarray, items: Mapping[str, Item]
+) -> Iterator[Read[list[int]]]:
     """Some pairs of one block at a time: both pictures of each, a lone one twice, so that nothing is swapped."""
     blocks = index.table["block"].to_numpy()
     for block in np.unique(blocks[rows]):
         inside = rows[blocks[rows] == block].tolist()
         for start in range(0, len(inside), PAIRS_PER_READ):
             part = inside[start : start + PAIRS_PER_READ]
-            pairs = [index[row] for row in part]
-            given = [list(pair.pictures(index.blocks[block]).values()) for pair in pairs]
+            pairs = [pair for row in part for pair in index.examples(range(row, row + 1), geometry)]
+            given = [list(pair.targets.values()) for pair in pairs]
             pictures = [picture for some in given for picture in (some[0], some[-1])]
             read = partial(reading.start, reading.of_data_set, pictures)
             yield Read(key=part, start=read, prompts=partial(_prompts, pairs, items))
 
 
-def _prompts(pairs: Sequence[Preference], items: Mapping[str, Item], sizes: Sequence[tuple[int, int]]) -> list[Prompt]:
+def _prompts(pairs: Sequence[Example], items: Mapping[str, Item], sizes: Sequence[tuple[int, int]]) -> list[Prompt]:
     """What the two pictures of every pair are judged for. A source is brought to the size of the picture beside it."""
-    twice = [pair for pair in pairs for _ in range(2)]
+    twice = [pair.prompt for pair in pairs for _ in range(2)]
     return [
-        Prompt(
-            key=pair.key,
-            instruction=pair.caption,
-            sources=pair.sources(),
-            item=items.get(pair.image_id, {}) if pair.image_id else {},
-            geometry=Geometry(height=height, width=width),
-        )
-        for pair, (height, width) in zip(twice, sizes, strict=True)
+        replace(prompt, item=items.get(prompt.key, {}), geometry=Geometry(height=height, width=width))
+        for prompt, (height, width) in zip(twice, sizes, strict=True)
     ]
 
 

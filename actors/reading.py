@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from rlhf.data.media import decode_image
-from rlhf.data.sources import file_bytes
+from rlhf.data.sources import open_source
 from rlhf.evaluation.duels import source_distance
 from rlhf.types import Source
 
@@ -39,5 +39,5 @@ def painted(place: tuple[Path, Path | None]) -> tuple[float | None, np.ndarray]:
 
 def of_data_set(source: Source) -> tuple[tuple[int, int], np.ndarray]:
     """A picture at its own size, and its (H, W)."""
-    picture = decode_image(file_bytes(source))
+    (picture,) = open_source(source)
     return picture.shape[:2], picture

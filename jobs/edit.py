@@ -7,6 +7,7 @@ Runs in one process, without Ray, on the GPU if there is one. Each PNG is named 
 name a file is made safe (`rlhf.names`).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,11 +44,11 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     path = Path(str(edit.image))
     if not path.is_file():
         raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
-    found = picture_file(path.read_bytes(), str(path))
+    found = picture_file(path.read_bytes())
     if isinstance(found, tuple):
         what, remedy = found
         raise Refused(f"edit.image = {str(path)!r} {what}; {remedy}")
-    return [prompt_of(path.stem, edit.prompt, [found], {}, edit.fit, geometry)]
+    return [prompt_of(path.stem, edit.prompt, [replace(found, path=str(path))], {}, edit.fit, geometry)]
 
 
 def main() -> None:

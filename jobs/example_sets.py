@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from actors.checks import CheckAll, CheckedPairs, check_pairs
+from actors.checks import CheckAll, check_pairs
 from jobs.recipes import TrainRecipe
 from rlhf.data.batches import check_buckets
 from rlhf.data.cache import EncodingCache
-from rlhf.data.examples import PairIndex
+from rlhf.data.examples import PairIndex, read_index
 from rlhf.data.fingerprint import fingerprint, fingerprints
 from rlhf.data.prompts import read_items
 from rlhf.data.records import BadInput
@@ -28,13 +28,16 @@ class ExampleSet:
     """One data set of a recipe."""
 
     place: ExamplesPlace
-    checked: CheckedPairs | None = None
-    """None: the record of an online run."""
+    index: PairIndex | None = None
+    """What lies there; None: the record of an online run."""
     items: Mapping[str, Item] = field(default_factory=dict)
 
-    @property
-    def index(self) -> PairIndex | None:
-        return self.checked.index if self.checked else None
+    def prompts(self) -> Iterator[Prompt]:
+        """Every prompt, in order."""
+        if self.index is None:
+            return recorded_prompts(self.place.path)
+        examples = self.index.examples(range(len(self.index.table)), self.place.geometry)
+        return (example.prompt for example in examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,13 @@ class ExampleSets:
     def report(self) -> str:
         """What there is, and what was left out."""
         other = "the record of an online run"
-        reports = {key: found.checked.report() if found.checked else other for key, found in self.named().items()}
+        reports = {key: found.index.report() if found.index else other for key, found in self.named().items()}
         return "\n".join(f"{key}: {report}" for key, report in reports.items())
 
     def left_out(self) -> str:
         """The bad rows that `data.on_bad_row = "skip"` went on without; empty if there are none."""
-        checked = [found.checked for found in self.named().values() if found.checked]
-        return "\n".join(found.report() for found in checked if found.problems)
+        indexes = [found.index for found in self.named().values() if found.index]
+        return "\n".join(index.report() for index in indexes if index.problems)
 
 
 def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: CheckAll) -> ExampleSets:
@@ -75,7 +78,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
             if is_record(path):
                 found.append(_record(recipe, key, path, family, cache, geometry))
                 continue
-            checked = check_pairs(
+            file = check_pairs(
                 path,
                 split,
                 key=key,
@@ -86,16 +89,16 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
                 items=items,
                 check_all=check_all,
             )
-            place = ExamplesPlace(path=checked.file, geometry=geometry)
-            found.append(ExampleSet(place=place, checked=checked, items=items or {}))
+            place = ExamplesPlace(path=file, geometry=geometry)
+            found.append(ExampleSet(place=place, index=read_index(file), items=items or {}))
         except BadInput as error:
             problems += error.problems
     if problems:
         raise BadInput(problems)
     sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
-    for one in sets.named().values():
-        check_buckets(family, prompts_of(family, one), recipe.trainer.train_batch_size)
-    if recipe.data.caption_dropout and family.unguided(next(prompts_of(family, sets.training))) is None:
+    for one in found:
+        check_buckets(family, one.prompts(), recipe.trainer.train_batch_size)
+    if recipe.data.caption_dropout and family.unguided(next(sets.training.prompts())) is None:
         raise Refused(
             f"data.caption_dropout = {recipe.data.caption_dropout:g}, but {recipe.model.family} knows no prompt without a "
             "caption: set it to 0"
@@ -106,18 +109,9 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     return sets
 
 
-def prompts_of(family: Family, found: ExampleSet) -> Iterator[Prompt]:
-    """Every prompt of a data set, in order."""
-    index, place = found.index, found.place
-    if index is None:
-        return recorded_prompts(place.path)
-    examples = IndexedExamples(family, index, place.geometry, ())
-    return (examples.example(Visit(row=0), pair).prompt for pair in index.preferences(len(index)))
-
-
 def refuse_too_few(recipe: TrainRecipe, held_out: ExampleSet) -> None:
     """Raise Refused where what is held out does not fill one batch of every rank."""
-    count = len(held_out.index) if held_out.index is not None else record_size(held_out.place.path)
+    count = len(held_out.index.table) if held_out.index is not None else record_size(held_out.place.path)
     if not held_out_visits(recipe.eval, recipe.trainer, count):
         need = recipe.trainer.ranks * recipe.trainer.train_batch_size
         raise Refused(
@@ -170,7 +164,7 @@ def refuse_other_examples(examples: ExampleSets, folder: RunFolder) -> None:
     What an update trains on follows from its number and the index: one row more would be another run.
     """
     index, path, file = examples.training.index, examples.training.place.path, folder.path / "pairs.digest"
-    mine = fingerprint(path.parent, [path.name]) if index is None else f"{index.digest()} {len(index)}"
+    mine = fingerprint(path.parent, [path.name]) if index is None else f"{index.digest()} {len(index.table)}"
     if not folder.started:
         write_durably(file, mine)
     elif (began := file.read_text()) != mine:
@@ -186,13 +180,14 @@ def wanted(recipe: TrainRecipe, roles: Sequence[str], examples: ExampleSets) -> 
     for found, training in ((examples.training, True), (examples.evaluation, False)):
         if found is None or found.index is None:
             continue
-        indexed = IndexedExamples(family, found.index, found.place.geometry, roles)
+        indexed = IndexedExamples(family, found.place.path, found.place.geometry, roles)
         on_the_fly = training and recipe.data.latents == "on_the_fly"
         ways = [False, True] if training and recipe.data.hflip and not on_the_fly else [False]
         blanks = [False, True] if training and recipe.data.caption_dropout else [False]
-        rows = len(found.index) if training else len(held_out_visits(recipe.eval, recipe.trainer, len(found.index)))
-        for row, pair in enumerate(found.index.preferences(rows)):
+        count = len(found.index.table)
+        rows = range(count if training else len(held_out_visits(recipe.eval, recipe.trainer, count)))
+        for row, example in enumerate(found.index.examples(rows, found.place.geometry)):
             for mirrored, blank in product(ways, blanks):
                 visit = Visit(row=row, mirrored=mirrored, blank=blank)
-                encodings = indexed.encodings(visit, pair)
+                encodings = indexed.encodings(visit, example)
                 yield from (e for e in encodings if not (on_the_fly and e.sources))

@@ -51,18 +51,21 @@ def relabel_by_judge(
                 ask = partial(
                     score_pairs, judge=judge, judging=judging, max_failure_rate=judges.max_failure_rate, log=say
                 )
-                scores = [ask(_index(s), items=s.items, kept=file) for s, file in zip(sets, files, strict=True)]
+                scores = [
+                    ask(_index(s), s.place.geometry, items=s.items, kept=file)
+                    for s, file in zip(sets, files, strict=True)
+                ]
         finally:
             deploy.undeploy(name, [judge])
     labelled, swapped, records = list[ExampleSet](), dict[str, float](), dict[str, tuple[PairIndex, Feedback]]()
     for found, file, given, ending in zip(sets, files, scores, ("", "_eval"), strict=False):
         index, record = _index(found), f"feedback{ending}.parquet"
         if given.failed.all():
-            raise Refused(f"data.choice_model = {judge!r} scored none of {len(index)} pairs")
+            raise Refused(f"data.choice_model = {judge!r} scored none of {len(index.table)} pairs")
         answer = relabel(index, given)
         left_out = int((~answer.scored).sum())
         say(
-            f"feedback: {judge} swaps {answer.swapped:.1%} of {len(index)} pairs"
+            f"feedback: {judge} swaps {answer.swapped:.1%} of {len(index.table)} pairs"
             f"{f', {left_out} left out, as it failed on them' if left_out else ''}; all scores: {record} of the run"
         )
         labelled.append(_relabelled(found, file, answer))
@@ -80,10 +83,8 @@ def _relabelled(pairs: ExampleSet, scores: Path, answer: Feedback) -> ExampleSet
     """The pairs with the winners of `answer`, in an index of their own beside the scores."""
     file = scores.with_name(scores.name.replace("scores-", "index-")).with_suffix(".arrow")
     index = _index(pairs).relabelled(answer.winners, answer.scored)
-    write_index(file, index)
-    assert pairs.checked is not None
-    checked, place = replace(pairs.checked, file=file, index=index), replace(pairs.place, path=file)
-    return replace(pairs, place=place, checked=checked)
+    write_index(file, [index])
+    return replace(pairs, place=replace(pairs.place, path=file), index=index)
 
 
 def scores_file(judges: JudgesConfig, judge: str, pairs: ExampleSet) -> Path:

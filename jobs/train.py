@@ -21,7 +21,7 @@ from actors.reporting import Reporter
 from actors.sources import Feed, OfflineSource
 from actors.trainer import RankSetup, TrainerGroup
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
-from jobs.example_sets import ExampleSets, prompts_of, read_example_sets, refuse_other_examples, refuse_too_few, wanted
+from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
 from jobs.feedback import Labelled, relabel_by_judge
 from jobs.fit import check_cards
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
@@ -100,7 +100,7 @@ def run(recipe: TrainRecipe) -> Path:
         encodings = wanted(recipe, roles, examples)
         what, family = "captions and pictures", load_family(recipe.model)
         manifest = encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, what, say)
-        prompts = [prompts_of(family, found) for found in examples.named().values()]
+        prompts = [found.prompts() for found in examples.named().values()]
         warn_of_unread(family, examples.cache, manifest, chain(*prompts), say)
         group = placement.reserve(needed.roles[:1])
         started.stack.callback(ray.util.remove_placement_group, group)
@@ -161,7 +161,7 @@ def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, st
     training = examples.training
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
-    indexed = IndexedExamples(load_family(recipe.model), training.index, training.place.geometry, learns.roles)
+    indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.geometry, learns.roles)
     stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rlhf.data.batches import ReadRow
 from rlhf.data.batches import condition_of as condition_of_prompts
-from rlhf.data.encoding import encode_group, grouped
+from rlhf.data.encoding import encode_media
 from rlhf.data.media import fit_image
+from rlhf.data.sources import open_source
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
 
@@ -30,17 +31,19 @@ def encode_all(
     codec, encodings: Iterable[Encoding], pictures: Mapping[str, Tensor], batch: int = 4
 ) -> dict[Encoding, Encoded]:
     """Rows of encodings whose media are `pictures`, uint8 (F, H, W, 3) by the content of their source, stretched to size."""
-    rows: dict[Encoding, Encoded] = {}
-    for group in grouped(encodings):
-        media = {
-            encoding: [
-                at(geometry, pictures[s.content])
-                for s, geometry in zip(encoding.sources, encoding.geometries, strict=True)
-            ]
-            for encoding in group
-        }
-        rows |= encode_group(codec, group, media, batch)
-    return rows
+    media = {
+        encoding: [
+            at(geometry, pictures[s.content]) for s, geometry in zip(encoding.sources, encoding.geometries, strict=True)
+        ]
+        for encoding in encodings
+    }
+    return encode_media(codec, media, batch)
+
+
+def media_of(encoding: Encoding) -> list[Tensor]:
+    """An encoding's sources, opened."""
+    places = zip(encoding.sources, encoding.geometries, strict=True)
+    return [torch.from_numpy(open_source(source, geometry)) for source, geometry in places]
 
 
 def at(geometry: Geometry, medium: Tensor) -> Tensor:

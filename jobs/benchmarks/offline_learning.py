@@ -31,9 +31,9 @@ from jobs.benchmarks.one_process import Curve, OneRank, one_rank, plot, train_in
 from jobs.cli import resolved_toml
 from jobs.demo.photos import SCENES, photo, relight
 from jobs.recipes import EvaluateRecipe
-from rlhf.data.batches import EncodedExample, batch_of
+from rlhf.data.batches import EncodedExample, batches_of
 from rlhf.data.encoding import encode_all
-from rlhf.data.examples import PairIndex
+from rlhf.data.examples import read_index
 from rlhf.data.media import encode_png
 from rlhf.data.sources import open_source
 from rlhf.data.stream import Visit
@@ -63,8 +63,8 @@ COLOURS = {
 }
 
 
-def generated_pairs(folder: Path, count: int, seed: int = 0) -> PairIndex:
-    """Photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
+def generated_pairs(folder: Path, count: int, seed: int = 0) -> Path:
+    """The index of photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
     random = np.random.default_rng(seed)
     kinds, rows = list(product(SCENES, COLOURS)), []
     for index in range(count):
@@ -81,8 +81,8 @@ def generated_pairs(folder: Path, count: int, seed: int = 0) -> PairIndex:
     return read_pairs(folder / "pairs.parquet", folder)
 
 
-def read_pairs(path: Path, folder: Path, split: str = "train") -> PairIndex:
-    """The checked pairs of a file or folder in Pick-a-Pic's columns; `folder` keeps their index. Raises: BadInput."""
+def read_pairs(path: Path, folder: Path, split: str = "train") -> Path:
+    """The index, in `folder`, of the checked pairs of a file or folder in Pick-a-Pic's columns. Raises: BadInput."""
     return check_pairs(
         path,
         split,
@@ -93,13 +93,13 @@ def read_pairs(path: Path, folder: Path, split: str = "train") -> PairIndex:
         needs_loser=True,
         items=None,
         check_all=partial(in_threads, print),
-    ).index
+    )
 
 
-def encode(family: Family, pairs: PairIndex) -> list[EncodedExample]:
+def encode(family: Family, pairs: Path) -> list[EncodedExample]:
     """Every pair with its winner and loser."""
     indexed = IndexedExamples(family, pairs, GEOMETRY, ("winner", "loser"))
-    visits = [Visit(row=row) for row in range(len(pairs))]
+    visits = [Visit(row=row) for row in range(len(indexed.index.table))]
     wanted = [encoding for visit in visits for encoding in indexed.encodings(visit)]
     rows = encode_all(family.load_codec("cpu"), wanted, BATCH)
     return [indexed.encoded(visit, rows.__getitem__) for visit in visits]
@@ -118,7 +118,7 @@ def model_of(folder: Path) -> SizedModelTable:
     return SizedModelTable(family="stable_diffusion", path=str(folder), height=SIDE, width=SIDE)
 
 
-def make_base(keep: Path, pairs: PairIndex, mesh: DeviceMesh, steps: int) -> Path:
+def make_base(keep: Path, pairs: Path, mesh: DeviceMesh, steps: int) -> Path:
     """`keep`/base: a Stable Diffusion whose VAE reconstructs the pictures and whose UNet has learnt to draw them."""
     folder = write_stable_diffusion(keep / "base")
     fit_vae(folder / "vae", pairs, 3 * steps)  # fitted for `steps` alone it decodes both lights alike
@@ -133,7 +133,7 @@ def make_base(keep: Path, pairs: PairIndex, mesh: DeviceMesh, steps: int) -> Pat
     return folder
 
 
-def fit_vae(folder: Path, pairs: PairIndex, steps: int) -> None:
+def fit_vae(folder: Path, pairs: Path, steps: int) -> None:
     """Fit the VAE in `folder` to the pictures: a random decoder does not undo a random encoder.
 
     Its scaling_factor becomes 1 / the latents' deviation, as in real checkpoints (Rombach et al., arXiv 2112.10752, G.1).
@@ -148,7 +148,8 @@ def fit_vae(folder: Path, pairs: PairIndex, steps: int) -> None:
         norm_num_groups=4,
         sample_size=SIDE,
     )
-    shown = [pair.pictures(pairs.blocks[pair.block]) for pair in pairs.preferences(len(pairs))]
+    index = read_index(pairs)
+    shown = [example.targets for example in index.examples(range(len(index.table)), GEOMETRY)]
     pictures = np.concatenate([open_source(of[role], GEOMETRY) for role in ("winner", "loser") for of in shown])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
@@ -181,15 +182,16 @@ class InMemory:
 
     def batches(self, step: int, rank: int, handed: None, values: Sequence[Any]) -> list[Batch]:
         examples = [self._training[row] for row in self._rows[step - 1]]
-        return [batch_of(self._family, examples, seed=self._seed, step=step, first_index=0)]
+        return batches_of(self._family, examples, BATCH, seed=self._seed, step=step, first_index=0)
 
     def held_out(self, rank: int) -> list[Batch]:
-        draws = range(1, DRAWS + 1)
-        return [batch_of(self._family, self._held_out, seed=0, step=-draw, first_index=0) for draw in draws]
+        encoded, size = self._held_out, len(self._held_out)
+        steps = [-draw for draw in range(1, DRAWS + 1)]
+        return [b for step in steps for b in batches_of(self._family, encoded, size, seed=0, step=step, first_index=0)]
 
 
 def all_curves(
-    pairs: PairIndex, keep: Path, *, base_steps: int = 300, dpo_steps: int = 120, every: int = 20, seeds: int = 3
+    pairs: Path, keep: Path, *, base_steps: int = 300, dpo_steps: int = 120, every: int = 20, seeds: int = 3
 ) -> dict[Labels, list[Curve]]:
     """Of runs with true and with shuffled labels from one base, (step, implicit accuracy on held-out pairs).
 
@@ -213,9 +215,9 @@ def all_curves(
         return curves
 
 
-def evaluation(keep: Path, pairs: PairIndex, seeds: int = 2) -> EvaluateRecipe:
+def evaluation(keep: Path, pairs: Path, seeds: int = 2) -> EvaluateRecipe:
     """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of their samples."""
-    captions = sorted(set(pairs.table["caption"].to_pylist()))
+    captions = sorted(set(read_index(pairs).table["caption"].to_pylist()))
     (keep / "prompts.txt").write_text("\n".join(captions) + "\n")
     judge = {"function": "jobs.benchmarks.one_process:warmth", "num_cpus": 0.1}
     return EvaluateRecipe.model_validate(

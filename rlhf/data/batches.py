@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.types import Batch, Condition, Encoding, Prompt, noise_from, seed_from
@@ -93,31 +92,24 @@ def noise_seed(seed: int, step: int, index: int) -> int:
     return seed_from(seed, "noise", step, index)
 
 
-def draws(process: Process, *, seed: int, step: int, indices: range, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(t (B,), noise (B, C, …)) of the examples with these indices within the step; `shape` is (C, …)."""
-    t = torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices])
-    return t, torch.stack([noise_from(noise_seed(seed, step, index), shape) for index in indices])
-
-
-def batch_of(family: Family, examples: Sequence[EncodedExample], *, seed: int, step: int, first_index: int) -> Batch:
-    """B examples of one bucket, each of weight 1; `first_index` is the first one's index within the step."""
-    x0 = {role: torch.stack([example.x0[role] for example in examples]) for role in examples[0].x0}
-    indices, shape = range(first_index, first_index + len(examples)), next(iter(x0.values())).shape[1:]
-    t, noise = draws(family.process, seed=seed, step=step, indices=indices, shape=shape)
-    return Batch(
-        x0=x0,
-        condition=family.condition([one.rows for one in examples], _only({one.bucket for one in examples})),
-        t=t,
-        noise=noise,
-        weight={role: torch.ones(len(examples)) for role in x0},
-    )
-
-
 def batches_of(
     family: Family, examples: Sequence[EncodedExample], size: int, *, seed: int, step: int, first_index: int
 ) -> list[Batch]:
-    """Micro-batches of `size` examples; `first_index` is the first one's index within the step."""
-    return [
-        batch_of(family, examples[i : i + size], seed=seed, step=step, first_index=first_index + i)
-        for i in range(0, len(examples), size)
-    ]
+    """Micro-batches of `size` examples of one bucket, each of weight 1; `first_index`: of the first within the step."""
+    batches, process = list[Batch](), family.process
+    for start in range(0, len(examples), size):
+        some = examples[start : start + size]
+        indices = range(first_index + start, first_index + start + len(some))
+        x0 = {role: torch.stack([example.x0[role] for example in some]) for role in some[0].x0}
+        shape = next(iter(x0.values())).shape[1:]
+        noise = [noise_from(noise_seed(seed, step, index), shape) for index in indices]
+        batches.append(
+            Batch(
+                x0=x0,
+                condition=family.condition([one.rows for one in some], _only({one.bucket for one in some})),
+                t=torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices]),
+                noise=torch.stack(noise),
+                weight={role: torch.ones(len(some)) for role in x0},
+            )
+        )
+    return batches

@@ -171,10 +171,7 @@ class EncodingCache:
 
         Raises: CacheError for a row that was not encoded or whose file is damaged.
         """
-        return self.read(self.key(encoding))
-
-    def read(self, key: str) -> dict[str, Tensor]:
-        """`row`, by its key."""
+        key = self.key(encoding)
         place = self._place(key)
         reader = self._reader(place.file)
         known = key in self._verified

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.formats import FORMATS, blocks_of, format_of, read_block, type_name
-from rlhf.data.media import PictureFile, picture_file
+from rlhf.data.media import picture_file
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 
 OnBadRow = Literal["stop", "skip"]
@@ -76,34 +76,15 @@ def _check_field(record: Record, field: Field, value: Any, root: Path) -> Any:
     if not value.strip() and not field.may_be_empty:
         return problem("is empty", field.remedy or f"write for example {field.example}")
     if field.kind in ("picture", "picture path", "picture paths"):
-        return _check_path(record, field.name, value, root)
+        if "://" in value:
+            remedy = f"pictures are never fetched: save it beside {Path(record.file).name} and give its relative path"
+            return problem(f"{value!r} is a URL", remedy)
+        found = picture_file(value, root)
+        return problem(*found) if isinstance(found, tuple) else found
     if field.known is not None and value not in field.known:
         what = f"{value!r} has no row in {field.known_in}"
         return problem(what, field.remedy or "add its row there or remove this one")
     return value
-
-
-def _check_path(record: Record, field: str, name: str, root: Path) -> PictureFile | Problem:
-    def problem(what: str, remedy: str) -> Problem:
-        return record.problem(field, f"{name!r} {what}", remedy)
-
-    if "://" in name:
-        beside = Path(record.file).name
-        return problem("is a URL", f"pictures are never fetched: save it beside {beside} and give its relative path")
-    try:
-        root = root.resolve()
-        image = (root / name).resolve()
-        inside = image.is_relative_to(root)
-        data = image.read_bytes() if inside and image.is_file() else None
-    except (OSError, ValueError, RuntimeError) as error:
-        return problem(f"cannot be read: {error}", "give a readable file")
-    if not inside:
-        remedy = "move the picture into that folder, without links out of it"
-        return problem(f"lies outside the data root {root}", remedy)
-    if data is None:
-        return problem("does not exist", f"put the picture at {image} or mend the path")
-    found = picture_file(data, str(image))
-    return problem(*found) if isinstance(found, tuple) else found
 
 
 def _number(value: object) -> float | None:

@@ -9,23 +9,26 @@ Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pic
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from rlhf.data import formats
 from rlhf.data.checks import check
 from rlhf.data.formats import Block
+from rlhf.data.media import PictureFile
 from rlhf.data.records import BadInput, Field, Problem, Record
 from rlhf.runs.durable import durable
-from rlhf.types import Cell, Source
+from rlhf.types import Cell, Example, Geometry, Prompt, Source
 
-FORMAT = 3
+FORMAT = 4
 ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
@@ -48,8 +51,6 @@ LINE = (
 TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
 SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
 IMAGE_ID = Field(name="image_id", required=False, example='"10001"')
-LINE_FIELDS = (*LINE, *(replace(field, required=False) for field in (TARGET, SOURCE)), IMAGE_ID)
-"""All that a line may hold."""
 TABLE_SOURCE = Field(
     name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
 )
@@ -79,160 +80,40 @@ def blocks_of(file: Path) -> list[Block]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference:
-    """One usable row: a pair, or a picture to learn from that is compared with no other."""
+class PairIndex:
+    """Checked pairs, in the order of the files. A row is a pair, or a picture to learn from that is compared with no other."""
 
-    block: int
-    """Index of its block."""
-    row: int
-    """Place in the block, from 0."""
-    number: int
-    """Of the row (line) in its file, from 1."""
-    caption: str
-    winner: int
-    """0 or 1: which of the two pictures is preferred; 0 where there is one."""
-    content_0: str
-    """xxh3-128 of the first picture's file."""
-    content_1: str | None = None
-    """None: there is no second picture."""
-    path_0: str | None = None
-    """Where a picture is a file of its own: its absolute path."""
-    path_1: str | None = None
-    source_paths: Sequence[str] = ()
-    """Absolute, of what edit families see; empty for others."""
-    source_contents: Sequence[str] = ()
-    image_id: str | None = None
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """What the first picture and, where there is one, the second is: winner and loser, or target."""
-        if self.content_1 is None:
-            return ("target",)
-        return ("winner", "loser") if self.winner == 0 else ("loser", "winner")
-
-    @property
-    def key(self) -> str:
-        """The name of its prompt."""
-        return self.image_id or str(self.number)
-
-    def sources(self) -> tuple[Source, ...]:
-        """What its pictures were made from."""
-        places = zip(self.source_paths, self.source_contents, strict=True)
-        return tuple(Source(path=path, content=content) for path, content in places)
-
-    def pictures(self, block: Block) -> dict[str, Source]:
-        """Its pictures by role, of a row of `block`."""
-        given = ((self.path_0, self.content_0), (self.path_1, self.content_1))
-        found = {}
-        for side, (role, (path, content)) in enumerate(zip(self.roles, given, strict=False)):
-            cell = None if path else Cell(part=block.part, row=self.row, column=f"jpg_{side}", number=self.number)
-            found[role] = Source(path=path or block.file, cell=cell, content=str(content))
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What a block holds."""
-
-    pairs: tuple[Preference, ...]
+    blocks: tuple[Block, ...]
+    sizes: tuple[int, ...]
+    """Usable pairs per block."""
+    table: pa.Table
     problems: tuple[Problem, ...] = ()
+    """Of the rows that were left out."""
     ties: int = 0
     """Rows that prefer neither picture: no pair, and no fault."""
     unlabelled: int = 0
     """Rows that say themselves (has_label) that nobody chose."""
 
-
-def check_block(
-    number: int, block: Block, *, needs_source: bool, items: Collection[str] | None, needs_loser: bool = True
-) -> Checked:
-    """Read a block and decode every picture. `number` is the block's index; `items`, where given, must hold every image_id."""
-    pairs, problems, ties, unlabelled = [], [], 0, 0
-    remedy = "give every pair the image_id of an item"
-    known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
-    try:
-        rows = formats.read_block(block, LINE_FIELDS if block.format == ".jsonl" else TABLE)
-    except BadInput as error:
-        return Checked(pairs=(), problems=error.problems)
-    for row, record in enumerate(rows):
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        if record.fields.get("has_label") is False:
-            unlabelled += 1
-            continue
-        if record.fields.get("label_0") in (TIE, str(TIE)):
-            ties += 1
-            continue
-        fields = _line_fields(record, needs_loser) if block.format == ".jsonl" else TABLE
-        if needs_source:
-            fields = (*fields, SOURCE if block.format == ".jsonl" else TABLE_SOURCE)
-        values, faults = check(record, (*fields, IMAGE_ID if items is None else known_id))
-        label = values.get("label_0", 1.0)
-        if label not in (0, 1):
-            faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
-        if faults:
-            problems += faults
-        else:
-            pairs.append(_preference(number, row, record, values))
-    return Checked(pairs=tuple(pairs), problems=tuple(problems), ties=ties, unlabelled=unlabelled)
-
-
-def _line_fields(record: Record, needs_loser: bool) -> tuple[Field, ...]:
-    prompt, winner, loser = LINE
-    if needs_loser:
-        return LINE
-    if "target" in record.fields:
-        return (prompt, TARGET)
-    return (prompt, winner, replace(loser, required=False))
-
-
-def _preference(number: int, row: int, record: Record, values: Mapping[str, Any]) -> Preference:
-    first, second = (values.get(name) for name in (("jpg_0", "jpg_1") if "jpg_0" in values else ("winner", "loser")))
-    first = first or values["target"]
-    sources = values.get("source", ())
-    return Preference(
-        block=number,
-        row=row,
-        number=record.number,
-        caption=values["caption"] if "caption" in values else values["prompt"],
-        winner=0 if values.get("label_0", 1) == 1 else 1,
-        content_0=first.content,
-        content_1=second.content if second else None,
-        path_0=first.path,
-        path_1=second.path if second else None,
-        source_paths=[source.path for source in sources],
-        source_contents=[source.content for source in sources],
-        image_id=values.get("image_id"),
-    )
-
-
-# --- the index ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairIndex:
-    """Checked pairs, in the order of the files."""
-
-    blocks: tuple[Block, ...]
-    table: pa.Table
-    ties: int
-    unlabelled: int
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, row: int) -> Preference:
-        return Preference(**{name: self.table[name][row].as_py() for name in self.table.column_names})
-
-    def preferences(self, rows: int) -> Iterator[Preference]:
-        """The first `rows` pairs, read some thousands at a time."""
-        for start in range(0, rows, ROWS_AT_ONCE):
-            for values in self.table.slice(start, min(ROWS_AT_ONCE, rows - start)).to_pylist():
-                yield Preference(**values)
-
-    def block_sizes(self) -> np.ndarray:
-        """Usable pairs per block, int64 (blocks,)."""
-        return np.bincount(self.table["block"].to_numpy(), minlength=len(self.blocks)).astype(np.int64)
+    def examples(self, rows: range, geometry: Geometry) -> Iterator[Example]:
+        """The pairs of some rows, read some thousands at a time. Roles come in the order of the two pictures; one alone is a
+        target. geometry: of the prompts.
+        """
+        for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
+            for row in self.table.slice(start, min(ROWS_AT_ONCE, rows.stop - start)).to_pylist():
+                block, number, targets = self.blocks[row["block"]], row["number"], dict[str, Source]()
+                roles = ("winner", "loser") if row["winner"] == 0 else ("loser", "winner")
+                for side, role in enumerate(roles if row["content_1"] is not None else ("target",)):
+                    path, column = row[f"path_{side}"], f"jpg_{side}"
+                    cell = None if path else Cell(part=block.part, row=row["row"], column=column, number=number)
+                    targets[role] = Source(path=path or block.file, cell=cell, content=row[f"content_{side}"])
+                places = zip(row["source_paths"], row["source_contents"], strict=True)
+                prompt = Prompt(
+                    key=row["image_id"] or str(number),
+                    instruction=row["caption"],
+                    sources=tuple(Source(path=path, content=content) for path, content in places),
+                    geometry=geometry,
+                )
+                yield Example(prompt=prompt, targets=targets)
 
     def relabelled(self, winners: np.ndarray, keep: np.ndarray) -> "PairIndex":
         """The pairs where `keep` (bool) is true, with these winners (int8); both (pairs,)."""
@@ -240,35 +121,101 @@ class PairIndex:
         table = self.table.set_column(place, SCHEMA.field("winner"), pa.array(winners, pa.int8())).filter(
             pa.array(keep)
         )
-        return PairIndex(blocks=self.blocks, table=table, ties=self.ties, unlabelled=self.unlabelled)
+        sizes = np.bincount(table["block"].to_numpy(), minlength=len(self.blocks))
+        return replace(self, table=table, sizes=tuple(sizes.tolist()))
 
     def digest(self) -> str:
         """Of what training sees: pictures, captions and winners, in order, and the blocks that the order is made of."""
-        digest = xxhash.xxh3_128(repr(self.block_sizes().tolist()).encode())
+        digest = xxhash.xxh3_128(repr(list(self.sizes)).encode())
         for name in ("content_0", "content_1", "source_contents", "caption", "winner"):
             for chunk in self.table[name].chunks:
                 digest.update("\x1f".join(map(str, chunk.to_pylist())).encode())
         return digest.hexdigest()
 
-
-def gather(blocks: Sequence[Block], checked: Iterable[Checked]) -> tuple[PairIndex, list[Problem]]:
-    """The index of checked blocks, given in order, and every problem in them."""
-    pairs: list[Preference] = []
-    problems: list[Problem] = []
-    ties = unlabelled = 0
-    for found in checked:
-        pairs += found.pairs
-        problems += found.problems
-        ties, unlabelled = ties + found.ties, unlabelled + found.unlabelled
-    table = pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA)
-    return PairIndex(blocks=tuple(blocks), table=table, ties=ties, unlabelled=unlabelled), problems
+    def report(self) -> str:
+        """What is in it and what was left out, a line per problem."""
+        count, others = len(self.table), f"{self.ties} ties, {self.unlabelled} unlabelled"
+        lines = [f"{count} pairs in {len(self.blocks)} blocks; without a preference: {others}"]
+        if self.problems:
+            lines.append(f"left out: {len(self.problems)} problems; going on with {count} pairs")
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
 
 
-def write_index(file: Path, index: PairIndex) -> None:
-    """Whole or not at all."""
-    about = {"format": FORMAT, "ties": index.ties, "unlabelled": index.unlabelled}
-    metadata = {"index": json.dumps(about | {"blocks": [asdict(block) for block in index.blocks]})}
-    table = index.table.replace_schema_metadata(metadata)
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check_block(
+    block: Block, *, needs_source: bool, items: Collection[str] | None, needs_loser: bool = True
+) -> PairIndex:
+    """The index of one block, every picture of which is decoded. `items`, where given, must hold every image_id."""
+    is_table = block.format != ".jsonl"
+    fields, target_fields = _fields(is_table, needs_source, needs_loser, items)
+    rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
+    records: Sequence[Record | Problem]
+    try:
+        records = formats.read_block(block, TABLE if is_table else LINE)
+    except BadInput as error:
+        records = error.problems
+    for place, record in enumerate(records):
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        if is_table and record.fields.get("has_label") is False:
+            unlabelled += 1
+            continue
+        if is_table and record.fields.get("label_0") in (TIE, str(TIE)):
+            ties += 1
+            continue
+        values, faults = check(record, target_fields if "target" in record.fields else fields)
+        label = values.get("label_0", 1.0)
+        if label not in (0, 1):
+            faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
+        if faults:
+            problems += faults
+            continue
+        row = {"block": 0, "row": place, "number": record.number, "image_id": values.get("image_id")}
+        row |= {"caption": values["caption" if is_table else "prompt"], "winner": 0 if label == 1 else 1}
+        for side, picture in enumerate(value for value in values.values() if isinstance(value, PictureFile)):
+            row |= {f"path_{side}": picture.path, f"content_{side}": picture.content}
+        sources = values.get("source", ())
+        row |= {"source_paths": [s.path for s in sources], "source_contents": [s.content for s in sources]}
+        rows.append(row)
+    table, found = pa.Table.from_pylist(rows, schema=SCHEMA), tuple(problems)
+    return PairIndex(blocks=(block,), sizes=(len(rows),), table=table, problems=found, ties=ties, unlabelled=unlabelled)
+
+
+def _fields(
+    is_table: bool, needs_source: bool, needs_loser: bool, items: Collection[str] | None
+) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
+    """What a row must have, and what one with a target."""
+    prompt, winner, loser = LINE
+    remedy = "give every pair the image_id of an item"
+    known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
+    others = (TABLE_SOURCE if is_table else SOURCE,) if needs_source else ()
+    others = (*others, IMAGE_ID if items is None else known_id)
+    if is_table or needs_loser:
+        both = (*(TABLE if is_table else LINE), *others)
+        return both, both
+    return (prompt, winner, replace(loser, required=False), *others), (prompt, TARGET, *others)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_index(file: Path, parts: Sequence[PairIndex]) -> None:
+    """The pairs of indexes, one after the other, as one file; whole or not at all."""
+    firsts = accumulate((len(part.blocks) for part in parts), initial=0)
+    tables, block = [SCHEMA.empty_table()], SCHEMA.field("block")
+    for part, first in zip(parts, firsts, strict=False):
+        tables.append(part.table.set_column(0, block, pc.add(part.table["block"], pa.scalar(first, block.type))))
+    about = {
+        "blocks": [asdict(block) for part in parts for block in part.blocks],
+        "sizes": [size for part in parts for size in part.sizes],
+        "problems": [asdict(problem) for part in parts for problem in part.problems],
+        "ties": sum(part.ties for part in parts),
+        "unlabelled": sum(part.unlabelled for part in parts),
+    }
+    table = pa.concat_tables(tables).combine_chunks().replace_schema_metadata({"index": json.dumps(about)})
     file.parent.mkdir(parents=True, exist_ok=True)
     with durable(file) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -278,7 +225,11 @@ def read_index(file: Path) -> PairIndex:
     """Map an index into memory."""
     table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     about = json.loads(table.schema.metadata[b"index"])
-    blocks = tuple(Block(**block) for block in about["blocks"])
     return PairIndex(
-        blocks=blocks, table=table.replace_schema_metadata(None), ties=about["ties"], unlabelled=about["unlabelled"]
+        blocks=tuple(Block(**block) for block in about["blocks"]),
+        sizes=tuple(about["sizes"]),
+        table=table.replace_schema_metadata(None),
+        problems=tuple(Problem(**problem) for problem in about["problems"]),
+        ties=about["ties"],
+        unlabelled=about["unlabelled"],
     )

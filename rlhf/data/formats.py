@@ -6,7 +6,7 @@ can be read alone, by any process that sees the file, so that nobody holds a dat
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,9 +41,6 @@ class Block:
     offset: int = 0
     """Text files: where its first line begins, in bytes."""
 
-    def record(self, number: int, fields: Mapping[str, Any]) -> Record:
-        return Record(file=self.file, number=number, fields=fields)
-
     def problem(self, number: int, what: str, remedy: str) -> Problem:
         return Problem(file=self.file, line=number, field=None, what=what, remedy=remedy)
 
@@ -60,7 +57,7 @@ class Format:
     """The fields that all rows have; None where each row names its own."""
     blocks: Callable[[Path], list[Block]]
     rows: Callable[[Block, Sequence[Field]], Rows]
-    """Rows of a block, of which only these fields are read (all, if none is given); blank ones are left out."""
+    """Rows of a block; of a table only these columns are read (all, if none is given), blank rows are left out."""
     add_rows: str
     """What to do about a file without rows."""
 
@@ -114,7 +111,7 @@ def _columns_remedy(name: str, columns: Sequence[str], fields: Sequence[Field], 
 def read_block(block: Block, fields: Sequence[Field] = ()) -> list[Record | Problem]:
     """The rows of a block, in order, or what is wrong with them; blank lines are left out.
 
-    `fields`: those to read; all, if none is given. Null in a table is a field that the row lacks.
+    `fields`: those to read of a table; all, if none is given. Null in a table is a field that the row lacks.
     Raises: BadInput for a block that cannot be read as a whole.
     """
     try:
@@ -127,11 +124,6 @@ def read_block(block: Block, fields: Sequence[Field] = ()) -> list[Record | Prob
 def _line(error: Exception) -> str:
     """What pyarrow says, on one line: a problem has one."""
     return " ".join(str(error).split())
-
-
-def _chosen(row: Mapping[str, Any], fields: Sequence[Field]) -> dict[str, Any]:
-    names = {field.name for field in fields}
-    return {name: value for name, value in row.items() if not names or name in names}
 
 
 # --- Parquet and Arrow -------------------------------------------------------------------------------------------------
@@ -188,11 +180,13 @@ def _table_blocks(opened: _Open, name: str, file: Path) -> list[Block]:
 
 
 def _table_rows(opened: _Open, block: Block, fields: Sequence[Field]) -> Rows:
+    wanted = {field.name for field in fields}
     with opened(block.file) as table:
-        rows = table.read(block.part, list(_chosen(dict.fromkeys(table.schema.names), fields)))
+        rows = table.read(block.part, [name for name in table.schema.names if not wanted or name in wanted])
     for number, row in enumerate(rows.to_pylist(), block.first):
         values = {name: _plain(value) for name, value in row.items()}
-        yield block.record(number, {name: value for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
+        yield Record(file=block.file, number=number, fields=given)
 
 
 def _plain(value: Any) -> Any:
@@ -264,7 +258,7 @@ def _csv_block(block: Block, fields: Sequence[Field]) -> Rows:
             what = f"has {len(values)} fields, the header {len(header)}"
             yield block.problem(number, what, "add the missing; quote fields that hold commas")
         elif values:
-            yield block.record(number, _chosen(dict(zip(header, values, strict=True)), fields))
+            yield Record(file=block.file, number=number, fields=dict(zip(header, values, strict=True)))
 
 
 def _line_starts(file: Path) -> Iterator[tuple[int, int]]:
@@ -275,42 +269,29 @@ def _line_starts(file: Path) -> Iterator[tuple[int, int]]:
             position += len(line)
 
 
-def _lines(block: Block) -> Iterator[tuple[int, str | Problem]]:
-    """Lines that are not blank, each with its number."""
+def _line_rows(parse: Callable[[str], Any], block: Block, fields: Sequence[Field]) -> Rows:
+    """Rows of lines, one each; `parse` makes an object of a line."""
+    example = ", ".join(f'"{field.name}": {field.example}' for field in fields if field.required)
+    remedy = f"write one JSON object per line{f', like {{{example}}}' if example else ''}"
     with open(block.file, "rb") as stream:
         stream.seek(block.offset)
         lines = [stream.readline() for _ in range(block.count)]
     if block.first == 1:
         lines[0] = lines[0].removeprefix(_BOM)
-    for number, raw in enumerate(lines, block.first):
-        try:
-            if raw.strip():
-                yield number, raw.decode()
-        except UnicodeDecodeError as error:
-            yield number, block.problem(number, f"is not UTF-8 ({error.reason})", _NOT_UTF8)
-
-
-def _jsonl_rows(block: Block, fields: Sequence[Field]) -> Rows:
-    example = ", ".join(f'"{field.name}": {field.example}' for field in fields if field.required)
-    remedy = f"write one JSON object per line{f', like {{{example}}}' if example else ''}"
-    for number, line in _lines(block):
-        if isinstance(line, Problem):
-            yield line
+    for number, line in enumerate(lines, block.first):
+        if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse(line.decode())
+        except UnicodeDecodeError as error:
+            yield block.problem(number, f"is not UTF-8 ({error.reason})", _NOT_UTF8)
         except (ValueError, RecursionError) as error:
             yield block.problem(number, f"is not JSON: {error}", remedy)
-            continue
-        if isinstance(row, dict):
-            yield block.record(number, _chosen(row, fields))
         else:
-            yield block.problem(number, f"is {type_name(row)}, not an object", remedy)
-
-
-def _text_rows(block: Block, fields: Sequence[Field]) -> Rows:
-    for number, line in _lines(block):
-        yield line if isinstance(line, Problem) else block.record(number, {"text": line.strip()})
+            if isinstance(row, dict):
+                yield Record(file=block.file, number=number, fields=row)
+            else:
+                yield block.problem(number, f"is {type_name(row)}, not an object", remedy)
 
 
 def type_name(value: object) -> str:
@@ -336,7 +317,7 @@ FORMATS = {
         noun="JSONL",
         columns=lambda file: None,
         blocks=partial(_text_blocks, ".jsonl", _line_starts),
-        rows=_jsonl_rows,
+        rows=partial(_line_rows, json.loads),
         add_rows="add one JSON object per line",
     ),
     ".csv": Format(
@@ -352,7 +333,7 @@ FORMATS = {
         noun="text",
         columns=lambda file: ("text",),
         blocks=partial(_text_blocks, ".txt", _line_starts),
-        rows=_text_rows,
+        rows=partial(_line_rows, lambda line: {"text": line.strip()}),
         add_rows="write one text per line",
     ),
 }

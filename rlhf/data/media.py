@@ -17,6 +17,7 @@ import binascii
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +27,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from rlhf.errors import Refused
 from rlhf.types import CENTRE, Fit
 
-Box = tuple[float, float, float, float]
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -81,7 +81,6 @@ def decode_image(data: bytes) -> np.ndarray:
         raise UnreadableImage("the image is empty (0 bytes)")
     if len(data) > MAX_BYTES:
         raise ImageTooLarge(f"the image file has {len(data)} bytes; at most {MAX_BYTES} (32 MiB) are accepted")
-    _check_signature(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
@@ -97,7 +96,7 @@ def decode_image(data: bytes) -> np.ndarray:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageTooLarge(f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("the image header cannot be read; send a valid PNG, JPEG or WEBP file") from error
+        raise _unidentified(data) from error
     except Warning as error:
         raise UnreadableImage(f"the image decoder warned, which is treated as corruption: {error}") from error
     except Exception as error:  # whatever a decoder stumbles over, down to struct.error, is the file's fault
@@ -117,17 +116,31 @@ class PictureFile:
     width: int
 
 
-def picture_file(data: bytes, path: str | None = None) -> PictureFile | tuple[str, str]:
-    """What is known of a picture file once it is decoded; or what is wrong with it, and the remedy."""
+def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple[str, str]:
+    """What is known of a picture file, given as its bytes or its path from `root`, once it is decoded; or what is wrong with
+    it, and the remedy. A path lies, links followed, inside `root`.
+    """
+    name, path = (f"{given!r} ", str(given)) if isinstance(given, str) else ("", None)
     try:
-        height, width = decode_image(data).shape[:2]
+        if isinstance(given, str):
+            root = root.resolve()
+            file = (root / given).resolve()
+            if not file.is_relative_to(root):
+                remedy = "move the picture into that folder, without links out of it"
+                return f"{name}lies outside the data root {root}", remedy
+            if not file.is_file():
+                return f"{name}does not exist", f"put the picture at {file} or mend the path"
+            path, given = str(file), file.read_bytes()
+        height, width = decode_image(given).shape[:2]
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"{name}cannot be read: {error}", "give a readable file"
     except ImageTooLarge as error:
-        return f"is too large: {error}", "scale it down"
+        return f"{name}is too large: {error}", "scale it down"
     except UnsupportedImage as error:
-        return f"is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP"
+        return f"{name}is of a kind that is not read: {error}", "save it as a still 8-bit PNG, JPEG or WEBP"
     except ImageError as error:
-        return f"is unreadable: {error}", "replace the file"
-    return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(data), height=height, width=width)
+        return f"{name}is unreadable: {error}", "replace the file"
+    return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(given), height=height, width=width)
 
 
 def decode_base64_image(text: str) -> np.ndarray:
@@ -166,13 +179,14 @@ def check_array(image: np.ndarray) -> None:
         raise ValueError(f"an image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
 
 
-def _check_signature(data: bytes) -> None:
+def _unidentified(data: bytes) -> ImageError:
+    """Why Pillow takes a file for none of the formats, by its first bytes."""
     if data.startswith((_PNG, b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-        return
+        return UnreadableImage("the image header cannot be read; send a valid PNG, JPEG or WEBP file")
     for signature, name in _OTHER_FORMATS.items():
         if data.startswith(signature) or (name == "HEIC or AVIF" and data[4:8] == signature):
-            raise UnsupportedImage(f"the image is a {name} file; send PNG, JPEG or WEBP")
-    raise UnreadableImage("the image is not a PNG, JPEG or WEBP file (by its first bytes)")
+            return UnsupportedImage(f"the image is a {name} file; send PNG, JPEG or WEBP")
+    return UnreadableImage("the image is not a PNG, JPEG or WEBP file (by its first bytes)")
 
 
 def _check_header(image: Image.Image) -> None:
@@ -206,26 +220,22 @@ def fit_image(image: np.ndarray, height: int, width: int, fit: Fit, crop: tuple[
 
     `crop`: where a "crop" lies in what it may cut off, (down, across), each 0 … 1.
     """
-    check_array(image)
     if image.shape[:2] == (height, width):
         return image
-    picture = Image.fromarray(image)
-    if fit == "stretch":
-        return _resize(picture, width, height)
+    size, box, picture = (width, height), None, Image.fromarray(image)
     scale = (max if fit == "crop" else min)(width / picture.width, height / picture.height)
     if fit == "crop":
         w, h = width / scale, height / scale
         top, left = (picture.height - h) * crop[0], (picture.width - w) * crop[1]
         box = (max(left, 0.0), max(top, 0.0), min(left + w, picture.width), min(top + h, picture.height))
-        return _resize(picture, width, height, box)
-    if fit == "pad":
-        w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        top, left = (height - h) // 2, (width - w) // 2
-        canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-        canvas[top : top + h, left : left + w] = _resize(picture, w, h)
-        return canvas
-    raise ValueError(f"data.fit = {fit!r}; use crop, pad or stretch")
-
-
-def _resize(picture: Image.Image, width: int, height: int, box: Box | None = None) -> np.ndarray:
-    return np.array(picture.resize((width, height), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+    elif fit == "pad":
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    elif fit != "stretch":
+        raise ValueError(f"data.fit = {fit!r}; use crop, pad or stretch")
+    fitted = np.array(picture.resize(size, Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+    if fit != "pad":
+        return fitted
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    canvas[top : top + size[1], left : left + size[0]] = fitted
+    return canvas

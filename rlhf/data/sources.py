@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
 
 from rlhf.data.formats import FORMATS, Block
 from rlhf.data.media import decode_image, fit_image
 from rlhf.data.records import Field, Record
 from rlhf.errors import Refused
-from rlhf.types import Encoding, Geometry, Source
+from rlhf.types import Geometry, Source
 
 COLUMNS_HELD = 4
 """Columns of blocks that a process keeps: the media of one piece of work follow each other in their file."""
@@ -34,25 +32,22 @@ read_held = lru_cache(maxsize=COLUMNS_HELD)(read_column)
 """`read_column`, with the last few kept."""
 
 
-def file_bytes(source: Source, read: ReadColumn = read_held) -> bytes:
-    """The bytes of a medium's file. Raises: OSError; Refused where they are not what was checked."""
+def open_source(source: Source, geometry: Geometry | None = None, read: ReadColumn = read_held) -> np.ndarray:
+    """uint8 (F, H, W, 3) of a medium as a model is shown it; without a geometry as it is in its file. Raises: OSError; Refused
+    where the bytes are not what was checked, and for more than one frame. Left out: videos.
+    """
+    if geometry is not None and geometry.frames != 1:
+        raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")
     cell = source.cell
     data = Path(source.path).read_bytes() if cell is None else read(source.path, cell.part, cell.column)[cell.row]
     if xxhash.xxh3_128_hexdigest(data or b"") != source.content:
         where = source.path if cell is None else f"{source.path} row {cell.number}"
         raise Refused(f"{where} changed since it was checked; start the job again")
-    return data
-
-
-def open_source(source: Source, geometry: Geometry, read: ReadColumn = read_held) -> np.ndarray:
-    """uint8 (F, H, W, 3) of a medium as a model is shown it. Raises: OSError; Refused, also for
-    more than one frame. Left out: videos.
-    """
-    if geometry.frames != 1:
-        raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")
-    picture = decode_image(file_bytes(source, read))
-    fitted = fit_image(picture, geometry.height, geometry.width, source.fit, source.crop)
-    return np.ascontiguousarray(fitted[:, ::-1] if source.mirrored else fitted)[None]
+    picture = decode_image(data)
+    if geometry is not None:
+        picture = fit_image(picture, geometry.height, geometry.width, source.fit, source.crop)
+        picture = np.ascontiguousarray(picture[:, ::-1] if source.mirrored else picture)
+    return picture[None]
 
 
 def seen_source(source: Source, geometry: Geometry) -> np.ndarray:
@@ -61,9 +56,3 @@ def seen_source(source: Source, geometry: Geometry) -> np.ndarray:
     Raises: OSError, Refused.
     """
     return open_source(source, replace(geometry, frames=1))
-
-
-def media_of(encoding: Encoding, read: ReadColumn = read_held) -> list[Tensor]:
-    """What `Codec.encode` takes of an encoding: its sources, uint8 (F, H, W, 3) each. Raises: OSError, Refused."""
-    places = zip(encoding.sources, encoding.geometries, strict=True)
-    return [torch.from_numpy(open_source(source, geometry, read)) for source, geometry in places]

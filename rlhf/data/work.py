@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf.data import audit
 from rlhf.data.batches import EncodedExample, ReadRow, batches_of, latents_from_array
 from rlhf.data.cache import EncodingCache, read_manifest
-from rlhf.data.examples import PairIndex, Preference, read_index
+from rlhf.data.examples import read_index
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.stream import PairStream, Visit, held_out_visits
 from rlhf.models.family import Family
@@ -48,11 +48,9 @@ class Work(Protocol):
         """The rank's micro-batches of the evaluation, always the same; none where nothing is held out."""
 
 
-def _example(
-    family: Family, row: ReadRow, prompt: Prompt, x0: Mapping[str, Tensor], seen: Prompt | None = None
-) -> EncodedExample:
-    """`seen`: the prompt that the model is told in place of `prompt`."""
-    rows = [row(encoding) for encoding in family.encodings(seen or prompt)]
+def _example(family: Family, row: ReadRow, prompt: Prompt, x0: Mapping[str, Tensor]) -> EncodedExample:
+    """An example whose latents are there already."""
+    rows = [row(encoding) for encoding in family.encodings(prompt)]
     return EncodedExample(rows=rows, bucket=family.bucket(prompt), x0=x0)
 
 
@@ -111,51 +109,33 @@ class OnlineWork:
 class IndexedExamples:
     """The rows of an index: texts and media that are encodings."""
 
-    def __init__(self, family: Family, index: PairIndex, geometry: Geometry, roles: Sequence[str]):
+    def __init__(self, family: Family, file: Path, geometry: Geometry, roles: Sequence[str]):
         """roles: those of the objective, the only media that are read."""
-        self.index = index
+        self.index = read_index(file)
+        self.block_sizes = self.index.sizes
         self._family, self._geometry, self._roles = family, geometry, tuple(roles)
 
-    @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """Examples per block."""
-        return tuple(self.index.block_sizes().tolist())
-
-    def example(self, visit: Visit, pair: Preference | None = None) -> Example:
-        """The example of a visit, cropped and mirrored as that says; `pair`: its row, for whoever has read it.
-
-        What is preferred is a target too.
+    def encodings(self, visit: Visit, example: Example | None = None) -> tuple[Encoding, ...]:
+        """Everything that is encoded of a visit, cropped and mirrored as that says: of the prompt that the model is told, and
+        then of each role. What is preferred is a target too. `example`: its row, for whoever has read it.
         """
-        pair = pair or self.index[visit.row]
-        media = pair.pictures(self.index.blocks[pair.block])
-        media.setdefault(
-            "target", media.get("winner", next(iter(media.values())))
-        )  # a picture without a loser is one already
+        if example is None:
+            (example,) = self.index.examples(range(visit.row, visit.row + 1), self._geometry)
         shown = partial(replace, mirrored=visit.mirrored, crop=visit.crop)
-        sources = tuple(map(shown, pair.sources()))
-        prompt = Prompt(key=pair.key, instruction=pair.caption, sources=sources, geometry=self._geometry)
-        return Example(prompt=prompt, targets={role: shown(media[role]) for role in self._roles})
-
-    def _seen(self, visit: Visit, prompt: Prompt) -> Prompt:
-        """What the model is told of a visit's prompt: of one that is blank the unguided one."""
-        seen = self._family.unguided(prompt) if visit.blank else prompt
-        assert seen is not None, "recipes refuse caption dropout for a family without an unguided prompt"
-        return seen
-
-    def _targets(self, example: Example) -> dict[str, Encoding]:
-        return {role: self._family.target(source, self._geometry) for role, source in example.targets.items()}
-
-    def encodings(self, visit: Visit, pair: Preference | None = None) -> tuple[Encoding, ...]:
-        """Everything that is encoded of a visit."""
-        example = self.example(visit, pair)
-        seen = self._family.encodings(self._seen(visit, example.prompt))
-        return (*seen, *self._targets(example).values())
+        prompt = replace(example.prompt, sources=tuple(map(shown, example.prompt.sources)))
+        told = self._family.unguided(prompt) if visit.blank else prompt
+        assert told is not None, "recipes refuse caption dropout for a family without an unguided prompt"
+        media = [example.targets.get(role) or example.targets["winner"] for role in self._roles]
+        targets = (self._family.target(shown(source), self._geometry) for source in media)
+        return (*self._family.encodings(told), *targets)
 
     def encoded(self, visit: Visit, row: ReadRow) -> EncodedExample:
         """A visit as tensors."""
-        example = self.example(visit)
-        x0 = {role: row(target)["latents"].float() for role, target in self._targets(example).items()}
-        return _example(self._family, row, example.prompt, x0, self._seen(visit, example.prompt))
+        (example,) = self.index.examples(range(visit.row, visit.row + 1), self._geometry)
+        rows = [row(encoding) for encoding in self.encodings(visit, example)]
+        told = rows[: len(rows) - len(self._roles)]
+        x0 = {role: found["latents"].float() for role, found in zip(self._roles, rows[len(told) :], strict=True)}
+        return EncodedExample(rows=told, bucket=self._family.bucket(example.prompt), x0=x0)
 
 
 class RecordedExamples:
@@ -172,11 +152,8 @@ class RecordedExamples:
             trained = zip(table["step"].to_pylist(), table["index"].to_pylist(), strict=True)
             places += [(when, file, row) for row, when in enumerate(trained)]
         self._places = [(file, row) for _, file, row in sorted(places)]
+        self.block_sizes = (len(self._places),)
         self._rows = lru_cache(maxsize=64)(lambda file: audit.read_file(file).to_pylist())
-
-    @property
-    def block_sizes(self) -> tuple[int, ...]:
-        return (len(self._places),)
 
     def encoded(self, visit: Visit, row: ReadRow) -> EncodedExample:
         file, place = self._places[visit.row]
@@ -199,7 +176,7 @@ class ExamplesPlace:
     def open(self, family: Family, roles: Sequence[str]) -> Examples:
         if self.recorded:
             return RecordedExamples(family, self.path, roles)
-        return IndexedExamples(family, read_index(self.path), self.geometry, roles)
+        return IndexedExamples(family, self.path, self.geometry, roles)
 
 
 class OfflineWork:
@@ -243,7 +220,9 @@ class OfflineWork:
         def row(encoding: Encoding) -> Mapping[str, Tensor]:
             return rows[encoding] if encoding in rows else self._cache.row(encoding)
 
-        return self._batches(self._training, visits, row, step, first)
+        encoded = [self._training.encoded(visit, row) for visit in visits]
+        size = trainer.train_batch_size
+        return batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=first)
 
     def held_out(self, rank: int) -> list[Batch]:
         """The first pairs as they are, `eval.draws` times, at noise that never changes."""
@@ -254,16 +233,10 @@ class OfflineWork:
         first, batches = rank * mine, list[Batch]()
         for draw in range(self._evaluation.draws):
             index = draw * self._evaluation.max_pairs + first
-            chosen = visits[first : first + mine]
-            batches += self._batches(self._held_out, chosen, self._cache.row, HELD_OUT_STEP, index)
+            encoded = [self._held_out.encoded(visit, self._cache.row) for visit in visits[first : first + mine]]
+            size, step = self._trainer.train_batch_size, HELD_OUT_STEP
+            batches += batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=index)
         return batches
-
-    def _batches(
-        self, examples: Examples, visits: Sequence[Visit], row: ReadRow, step: int, first_index: int
-    ) -> list[Batch]:
-        encoded = [examples.encoded(visit, row) for visit in visits]
-        size = self._trainer.train_batch_size
-        return batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=first_index)
 
 
 # --- records -----------------------------------------------------------------------------------------------------------

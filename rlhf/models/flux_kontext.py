@@ -27,13 +27,13 @@ from rlhf.models.family import NUMBER, TOKENIZER, Kind, Need, Rows, index, stack
 from rlhf.models.folder import (
     LoadParts,
     Parts,
-    cut_share,
     latent_shape,
     load_trained,
     read_value,
     to_images,
     to_pixels,
     token_ids,
+    token_shares,
 )
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
@@ -256,13 +256,9 @@ class KontextCodec:
         return (
             self.parts.tokenizer("tokenizer"),
             self.parts.module(CLIPTextModel, "text_encoder", self.dtype),
-            self._t5_tokenizer,
+            self.parts.tokenizer("tokenizer_2"),
             self.parts.module(T5EncoderModel, "text_encoder_2", self.dtype),
         )
-
-    @cached_property
-    def _t5_tokenizer(self):
-        return self.parts.tokenizer("tokenizer_2")
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
@@ -278,8 +274,8 @@ class KontextCodec:
         return [
             Encoded(
                 tensors={"prompt_embeds": embeds[i], "pooled_prompt_embeds": pooled[i]},
-                unknown=self._unknown(text),
-                cut=cut_share(t5_tokenizer, text),
+                # T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it.
+                **token_shares(t5_tokenizer, text, ignored="▁"),
             )
             for i, text in enumerate(texts)
         ]
@@ -295,10 +291,3 @@ class KontextCodec:
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
-
-    def _unknown(self, text: str) -> float:
-        """T5's vocabulary has no Chinese: such text becomes unknown tokens and the edit ignores it."""
-        unknown, space = self._t5_tokenizer.unk_token_id, self._t5_tokenizer.convert_tokens_to_ids("▁")
-        found = self._t5_tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = [i for i in found if i != space]
-        return sum(i == unknown for i in ids) / max(len(ids), 1)

@@ -93,7 +93,13 @@ def token_ids(tokenizer: Any, texts: Sequence[str], device: str) -> Tensor:
     return batch.input_ids.to(device)
 
 
-def cut_share(tokenizer: Any, text: str) -> float:
-    """Share of a text's tokens, special ones included, that `token_ids` cuts off."""
+def token_shares(tokenizer: Any, text: str, ignored: str | None = None) -> dict[str, float]:
+    """Shares of a text's tokens: `unknown` to the tokenizer, which counts no `ignored` ones, and `cut` off by `token_ids`, which
+    counts special ones too.
+    """
+    found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    skipped = None if ignored is None else tokenizer.convert_tokens_to_ids(ignored)
+    ids = [i for i in found if i != skipped]
     count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-    return max(0, count - tokenizer.model_max_length) / max(count, 1)
+    cut = max(0, count - tokenizer.model_max_length) / max(count, 1)
+    return {"unknown": sum(i == tokenizer.unk_token_id for i in ids) / max(len(ids), 1), "cut": cut}

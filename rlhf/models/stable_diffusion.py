@@ -28,13 +28,13 @@ from rlhf.models.family import TOKENIZER, Kind, Need, Rows, index, stacked
 from rlhf.models.folder import (
     LoadParts,
     Parts,
-    cut_share,
     latent_shape,
     load_trained,
     read_value,
     to_images,
     to_pixels,
     token_ids,
+    token_shares,
     vae_factor,
 )
 from rlhf.shards.files import read_json
@@ -244,17 +244,16 @@ class StableDiffusionCodec:
         self.parts, self.device, self.dtype, self.vae, self.xl = parts, parts.device, dtype, vae, xl
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return self.parts.tokenizer("tokenizer")
-
-    @cached_property
     def _text(self) -> list[tuple[Any, Any]]:
         """Tokenizers with their encoders, loaded at first use: a sampler with cached conditions only decodes."""
-        first = self.parts.module(CLIPTextModel, "text_encoder", self.dtype)
-        if not self.xl:
-            return [(self._tokenizer, first)]
-        second = self.parts.module(CLIPTextModelWithProjection, "text_encoder_2", self.dtype)
-        return [(self._tokenizer, first), (self.parts.tokenizer("tokenizer_2"), second)]
+        classes = [CLIPTextModel, CLIPTextModelWithProjection][: 2 if self.xl else 1]
+        return [
+            (
+                self.parts.tokenizer(f"tokenizer{ending}"),
+                self.parts.module(cls, f"text_encoder{ending}", self.dtype),
+            )
+            for cls, ending in zip(classes, ("", "_2"), strict=False)
+        ]
 
     @torch.no_grad()
     def encode(self, encodings: Sequence[Encoding], media: Sequence[Sequence[Tensor]]) -> list[Encoded]:
@@ -278,8 +277,8 @@ class StableDiffusionCodec:
         return [
             Encoded(
                 tensors={name: tensor[i] for name, tensor in tensors.items()},
-                unknown=self._unknown(text),
-                cut=cut_share(self._tokenizer, text),
+                # None is unknown to real checkpoints: CLIP's vocabulary has every byte, which is not to understand Chinese.
+                **token_shares(self._text[0][0], text),
             )
             for i, text in enumerate(texts)
         ]
@@ -294,8 +293,3 @@ class StableDiffusionCodec:
     def decode(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         return to_images(self.vae.decode(z, return_dict=False)[0])
-
-    def _unknown(self, text: str) -> float:
-        """0 for real checkpoints: CLIP's vocabulary has every byte. That does not mean that it understands Chinese."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return sum(i == self._tokenizer.unk_token_id for i in ids) / max(len(ids), 1)

@@ -18,10 +18,10 @@ from actors.streaming import PreprocessFailed, StreamBroken
 from jobs.preprocess import cache_place, missing, preprocess, read_data, wanted_encodings
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import commit, read_manifest
-from rlhf.data.sources import media_of
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.types import Encoding, Geometry, Source
+from tests.encoded import media_of
 from tests.processes import ray_processes
 from tests.rlhf.data import photos
 

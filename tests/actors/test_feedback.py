@@ -1,29 +1,28 @@
 """AI feedback against a real HTTP judge: who wins, what a failing judge does, and what an interruption keeps."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from actors.feedback import Scores, _keep, _prompts, read_scores, relabel, score_pairs, write_record
 from actors.judging import Judging
-from rlhf.data.examples import blocks_of, check_block, gather
+from rlhf.data.examples import read_index
 from rlhf.data.media import decode_image
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
 from rlhf.rewards.questions import sources_of
 from rlhf.rollouts.reliability import JudgeUnreliable
+from rlhf.types import Geometry
 from tests.judge_server import warmth
-from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
+from tests.rlhf.data.pair_tables import index_of, row, write_jsonl, write_parquet
 
+SIZE = Geometry(height=16, width=16)
 ROWS = [row(seed, label=seed % 2) for seed in range(40)]
 
 
 @pytest.fixture
 def index(tmp_path):
-    blocks = blocks_of(write_parquet(tmp_path / "pairs.parquet", ROWS, row_group_size=16))
-    return gather(blocks, [check_block(i, b, needs_source=False, items=None) for i, b in enumerate(blocks)])[0]
+    return read_index(index_of(write_parquet(tmp_path / "pairs.parquet", ROWS, row_group_size=16)))
 
 
 def scored(index, kept, url, max_failure_rate=0.5):
@@ -31,7 +30,7 @@ def scored(index, kept, url, max_failure_rate=0.5):
     judging = Judging(judges, ["hps"], {})
     said: list[str] = []
     try:
-        score_pairs(index, "hps", judging, {}, kept, max_failure_rate, said.append)
+        score_pairs(index, SIZE, "hps", judging, {}, kept, max_failure_rate, said.append)
     finally:
         judging.close()
     return said
@@ -71,7 +70,7 @@ def test_pairs_that_the_judge_fails_on_are_told_and_left_out(cluster, judge_serv
     left_out = [line for line in said if line.startswith("feedback: left out")]
     assert 0 < (~answer.scored).sum() == len(left_out) < 20
     assert all("pairs.parquet row " in line and "status 500" in line for line in left_out)
-    assert len(index.relabelled(answer.winners, answer.scored)) == answer.scored.sum()
+    assert len(index.relabelled(answer.winners, answer.scored).table) == answer.scored.sum()
     write_record(tmp_path / "feedback.parquet", index, answer)
     record = pq.read_table(tmp_path / "feedback.parquet").to_pylist()
     assert [pair["winner"] is None for pair in record] == (~answer.scored).tolist()
@@ -88,23 +87,19 @@ def test_a_judge_that_fails_too_often_stops_and_is_asked_again_later(cluster, ju
 
 
 def test_a_picture_that_changed_stops_it_and_is_named(cluster, judge_server, tmp_path):
-    file = write_jsonl(tmp_path, 20)
-    blocks = blocks_of(file)
-    index = gather(blocks, [check_block(i, b, needs_source=False, items=None) for i, b in enumerate(blocks)])[0]
-    last = index[19]
-    Path(last.path_1).write_bytes(Path(last.path_0).read_bytes())
+    index = read_index(index_of(write_jsonl(tmp_path, 20)))
+    (tmp_path / "pictures/19_l.png").write_bytes((tmp_path / "pictures/19_w.png").read_bytes())
     with pytest.raises(Refused, match=r"19_l\.png changed since it was checked; start the job again"):
         scored(index, tmp_path / "scores.npz", judge_server())
 
 
 def test_each_picture_is_judged_with_its_pairs_caption_item_and_source_at_its_own_size(tmp_path):
-    blocks = blocks_of(write_jsonl(tmp_path, 2, source=True))
     items = {"0": {"price": "3"}, "1": {"price": "4"}}
-    index = gather(blocks, [check_block(i, b, needs_source=True, items=items) for i, b in enumerate(blocks)])[0]
-    pairs = [index[0], index[1]]
+    index = read_index(index_of(write_jsonl(tmp_path, 2, source=True), needs_source=True, items=items))
+    pairs = list(index.examples(range(2), SIZE))
     prompts = _prompts(pairs, items, [(8, 8), (8, 16), (4, 8), (8, 8)])
     assert [(prompt.geometry.height, prompt.geometry.width) for prompt in prompts] == [(8, 8), (8, 16), (4, 8), (8, 8)]
-    assert [prompt.sources for prompt in prompts] == [pair.sources() for pair in pairs for _ in range(2)]
+    assert [prompt.sources for prompt in prompts] == [pair.prompt.sources for pair in pairs for _ in range(2)]
     assert [prompt.item["price"] for prompt in prompts] == ["3", "3", "4", "4"]
-    assert [prompt.instruction for prompt in prompts] == [pair.caption for pair in pairs for _ in range(2)]
+    assert [prompt.instruction for prompt in prompts] == [pair.prompt.instruction for pair in pairs for _ in range(2)]
     assert sources_of(prompts[1])[0].shape == (1, 8, 16, 3)

@@ -28,7 +28,7 @@ def scored_beforehand(config, pairs, failed: int = 0):
     """Scores that prefer every second picture, but for the first `failed`; nothing is left to ask a judge."""
     for found in filter(None, (pairs.training, pairs.evaluation)):
         kept = scores_file(config.judges, "green", found)
-        values = np.tile([0.0, 1.0], (len(found.index), 1))
+        values = np.tile([0.0, 1.0], (len(found.index.table), 1))
         values[:failed] = np.nan
         _keep(kept, Scores(values=values, failed=np.arange(len(values)) < failed), found.index)
 
@@ -46,7 +46,7 @@ def test_the_judges_winners_come_with_records_and_the_share_swapped(stable_diffu
     assert labelled.examples.training.index.table["winner"].to_pylist() == [1] * 9
     assert labelled.examples.training.place != pairs.training.place
     ((name, (index, answer)),) = labelled.records.items()
-    assert name == "feedback.parquet" and len(index) == 12 and int(answer.scored.sum()) == 9
+    assert name == "feedback.parquet" and len(index.table) == 12 and int(answer.scored.sum()) == 9
 
 
 def test_too_few_held_out_pairs_are_told_also_after_the_judge_failed_on_some(stable_diffusion, tmp_path):

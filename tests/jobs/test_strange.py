@@ -18,12 +18,12 @@ from jobs.preprocess import read_data
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.data.audit import read_pairs, recorded_prompt
 from rlhf.data.cache import read_manifest
-from rlhf.data.sources import media_of
 from rlhf.errors import Refused
 from rlhf.models.lora import load_modules
 from rlhf.types import Geometry, Source
 from tests import strange, worlds
 from tests.conftest import SERVE_PORT
+from tests.encoded import media_of
 from tests.rlhf.data.pair_tables import png
 
 FAMILY = "tests.strange:Strange"

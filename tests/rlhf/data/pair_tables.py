@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from rlhf.data.examples import blocks_of, check_block, write_index
+
 SCHEMA = pa.schema(
     [
         ("jpg_0", pa.binary()),
@@ -55,6 +57,13 @@ def write_arrow(file: Path, rows: list[dict], batch: int = 4) -> Path:
         for start in range(0, len(rows), batch):
             writer.write_table(pa.Table.from_pylist(rows[start : start + batch], schema=schema))
     return file
+
+
+def index_of(file: Path, **needs) -> Path:
+    """The index of a file of pairs, checked and beside it."""
+    needs = {"needs_source": False, "items": None, **needs}
+    write_index(file.with_suffix(".index"), [check_block(block, **needs) for block in blocks_of(file)])
+    return file.with_suffix(".index")
 
 
 def write_jsonl(folder: Path, count: int, source: bool = False) -> Path:

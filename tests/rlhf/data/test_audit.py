@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf.data.audit import read_pairs, recorded_prompt
-from rlhf.data.batches import batch_of, latents_to_array
+from rlhf.data.batches import batches_of, latents_to_array
 from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.records import BadInput
 from rlhf.data.stream import Visit
@@ -138,7 +138,7 @@ def test_a_record_trains_again_on_the_same_latents(world):
     for i in range(4):
         visit = Visit(row=i)
         again = examples.encoded(visit, world[1].row)
-        batch = batch_of(FAMILY, [again], seed=0, step=1, first_index=0)
+        (batch,) = batches_of(FAMILY, [again], 1, seed=0, step=1, first_index=0)
         for role in ("winner", "loser"):
             assert torch.equal(batch.x0[role][0], online[i // 2].x0[role][i % 2])
         assert all(

@@ -13,13 +13,30 @@ import pytest
 import torch
 
 from rlhf.data import cache
-from rlhf.data.cache import CacheError, EncodingCache, commit, read_manifest, write_part
+from rlhf.data.cache import CacheError, EncodingCache, Manifest, commit, read_manifest
 from rlhf.types import Encoded, Encoding, Geometry, Source
 
 
-def read(reader: EncodingCache, *keys: str) -> dict[str, torch.Tensor]:
+def text(name: str) -> Encoding:
+    return Encoding(kind="text", text=name)
+
+
+def opened(folder: Path | str) -> EncodingCache:
+    return EncodingCache(folder, {"text": ""})
+
+
+def key(name: str) -> str:
+    """Of the row that these tests call `name`: the text of that name has it."""
+    return opened("").key(text(name))
+
+
+def write_part(folder: Path | str, rows: dict[str, Encoded]) -> Manifest:
+    return cache.write_part(folder, {key(name): row for name, row in rows.items()})
+
+
+def read(reader: EncodingCache, *names: str) -> dict[str, torch.Tensor]:
     """The tensors of several rows together."""
-    return {name: tensor for key in keys for name, tensor in reader.read(key).items()}
+    return {tensor: value for name in names for tensor, value in reader.row(text(name)).items()}
 
 
 def key_of(encoding: Encoding, fingerprint: str) -> str:
@@ -53,11 +70,13 @@ def folder(tmp_path) -> Path:
 
 
 def test_rows_come_back_exactly(folder):
-    reader = EncodingCache(folder, {})
-    for key, want in {"a": text_row(0), "b": text_row(1), "x": source_row(2), "y": source_row(3)}.items():
-        found = reader.read(key)
+    reader = opened(folder)
+    for name, want in {"a": text_row(0), "b": text_row(1), "x": source_row(2), "y": source_row(3)}.items():
+        found = read(reader, name)
         assert found.keys() == want.keys()
-        assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], want[name]) for name in want)
+        assert all(
+            found[tensor].dtype == torch.bfloat16 and torch.equal(found[tensor], want[tensor]) for tensor in want
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
@@ -66,31 +85,31 @@ def test_every_bit_pattern_survives(tmp_path, dtype):
     tensor = torch.cat([bits, bits, bits, bits]).view(dtype)  # NaNs, infinities, subnormals and −0 included
     scalar = {"one": torch.tensor(3, dtype=dtype)}
     commit(tmp_path, [write_part(tmp_path, {"t": row({"values": tensor}), "s": row(scalar)})])
-    back = read(EncodingCache(tmp_path, {}), "t", "s")
+    back = read(opened(tmp_path), "t", "s")
     assert back["values"].dtype == dtype and back["values"].shape == tensor.shape
     assert torch.equal(back["values"].view(torch.int16), tensor.view(torch.int16))
     assert back["one"].tolist() == 3
 
 
 def test_what_is_returned_may_be_written_to_without_touching_the_cache(folder):
-    reader = EncodingCache(folder, {})
+    reader = opened(folder)
     read(reader, "a", "x")["prompt_embeds"].zero_()
     assert torch.equal(read(reader, "a", "x")["prompt_embeds"], text_row(0)["prompt_embeds"])
 
 
 def test_an_unsupported_dtype_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="values of row t is complex64; the cache keeps bfloat16"):
+    with pytest.raises(ValueError, match=f"values of row {key('t')} is complex64; the cache keeps bfloat16"):
         write_part(tmp_path, {"t": row({"values": torch.zeros(1, dtype=torch.complex64)})})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_that_is_not_there(folder):
-    with pytest.raises(CacheError, match=r"row z is not in the cache .*; start again"):
-        read(EncodingCache(folder, {}), "a", "z")
+    with pytest.raises(CacheError, match=f"row {key('z')} is not in the cache .*; start again"):
+        read(opened(folder), "a", "z")
 
 
 def test_a_reader_sees_what_is_committed_after_it_started(folder):
-    reader = EncodingCache(folder, {})
+    reader = opened(folder)
     read(reader, "a", "x")
     commit(folder, [write_part(folder, {"z": row(source_row(9))})])
     assert torch.equal(read(reader, "a", "z")["source_latents"], source_row(9)["source_latents"])
@@ -99,8 +118,8 @@ def test_a_reader_sees_what_is_committed_after_it_started(folder):
 def test_a_crash_before_the_manifest_leaves_a_usable_cache(folder):
     write_part(folder, {"z": row(source_row(9))})
     (folder / ".part-half").write_bytes(b"ARROW1")
-    assert set(read_manifest(folder).places) == {"a", "b", "x", "y"}
-    read(EncodingCache(folder, {}), "a", "x", "b", "y")
+    assert set(read_manifest(folder).places) == set(map(key, "abxy"))
+    read(opened(folder), "a", "x", "b", "y")
 
 
 def test_a_crash_while_the_manifest_is_written_keeps_the_old_one(folder, monkeypatch):
@@ -111,7 +130,7 @@ def test_a_crash_while_the_manifest_is_written_keeps_the_old_one(folder, monkeyp
         commit(folder, [part])
     assert (folder / "manifest.json").read_bytes() == before
     monkeypatch.undo()
-    assert set(commit(folder, [part]).places) == {"a", "b", "x", "y", "z"}
+    assert set(commit(folder, [part]).places) == set(map(key, "abxyz"))
 
 
 def test_writing_the_same_rows_again_makes_no_second_file(folder):
@@ -123,30 +142,30 @@ def test_writing_the_same_rows_again_makes_no_second_file(folder):
 def test_the_unknown_and_the_cut_share_are_kept(folder):
     commit(folder, [write_part(folder, {"long": Encoded(tensors=text_row(4), unknown=0.0, cut=0.5)})])
     places = read_manifest(folder).places
-    assert places["a"].unknown == 0.25 and places["b"].unknown is None
-    assert (places["long"].unknown, places["long"].cut) == (0.0, 0.5) and places["a"].cut is None
+    assert places[key("a")].unknown == 0.25 and places[key("b")].unknown is None
+    assert (places[key("long")].unknown, places[key("long")].cut) == (0.0, 0.5) and places[key("a")].cut is None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut short"])
 def test_rows_of_a_damaged_file_are_missing_and_the_others_are_not(folder, damage):
-    file = folder / read_manifest(folder).places["x"].file
+    file = folder / read_manifest(folder).places[key("x")].file
     if damage == "deleted":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-100])
-    assert set(read_manifest(folder).places) == {"a", "b"}
-    with pytest.raises(CacheError, match="row x is not in the cache"):
-        read(EncodingCache(folder, {}), "a", "x")
+    assert set(read_manifest(folder).places) == set(map(key, "ab"))
+    with pytest.raises(CacheError, match=f"row {key('x')} is not in the cache"):
+        read(opened(folder), "a", "x")
     commit(folder, [write_part(folder, {"x": row(source_row(2)), "y": row(source_row(3))})])
-    read(EncodingCache(folder, {}), "a", "x")
+    read(opened(folder), "a", "x")
 
 
 def test_a_file_cut_short_after_the_manifest_was_read(folder):
-    reader = EncodingCache(folder, {})
+    reader = opened(folder)
     read(reader, "a", "x")
-    fresh = EncodingCache(folder, {})
+    fresh = opened(folder)
     fresh._manifest = read_manifest(folder)
-    file = folder / read_manifest(folder).places["x"].file
+    file = folder / read_manifest(folder).places[key("x")].file
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CacheError, match=r"part-.*\.arrow has \d+ bytes, not \d+; delete it and start again"):
         read(fresh, "a", "x")
@@ -154,13 +173,13 @@ def test_a_file_cut_short_after_the_manifest_was_read(folder):
 
 def test_every_flipped_byte_of_a_row_is_an_error_or_harmless(folder):
     """A flipped byte is found, or lies in padding and changes nothing."""
-    path = folder / read_manifest(folder).places["x"].file
+    path = folder / read_manifest(folder).places[key("x")].file
     good = path.read_bytes()
     found = 0
     for position in range(0, len(good), 7):
         path.write_bytes(good[:position] + bytes([good[position] ^ 0x55]) + good[position + 1 :])
         try:
-            condition = read(EncodingCache(folder, {}), "a", "x")
+            condition = read(opened(folder), "a", "x")
         except CacheError as error:
             assert "delete it and start again" in str(error)
             found += 1
@@ -206,21 +225,21 @@ def test_files_of_another_schema_are_refused(folder, foreign):
         ),
         "another column": pa.field("data", pa.binary()),
     }[foreign]
-    path = folder / read_manifest(folder).places["x"].file
+    path = folder / read_manifest(folder).places[key("x")].file
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema(fields)):
         pass
     document = json.loads((folder / "manifest.json").read_text())
     document["files"][path.name] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(CacheError, match="does not have the cache's schema"):
-        read(EncodingCache(folder, {}), "a", "x")
+        read(opened(folder), "a", "x")
 
 
 def test_files_are_let_go(tmp_path, monkeypatch):
     for i in range(10):
         commit(tmp_path, [write_part(tmp_path, {f"t{i}": row(text_row(i)), f"s{i}": row(source_row(i))})])
     monkeypatch.setattr(cache, "OPEN_FILES", 3)
-    reader = EncodingCache(tmp_path, {})
+    reader = opened(tmp_path)
     for _ in range(2):
         for i in range(10):
             condition = read(reader, f"t{i}", f"s{i}")
@@ -240,7 +259,7 @@ def test_a_read_touches_only_its_rows(tmp_path):
 
 def _peak_of_a_read(folder: str) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read(EncodingCache(folder, {}), "a", "x")
+    read(opened(folder), "a", "x")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
@@ -252,12 +271,12 @@ def _commit_rows(folder: str, worker: int) -> None:
 def test_two_writers_at_once_lose_nothing(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(_commit_rows, [(str(tmp_path), 0), (str(tmp_path), 1)])
-    assert set(read_manifest(tmp_path).places) == {f"{w}-{i}" for w in range(2) for i in range(10)}
+    assert set(read_manifest(tmp_path).places) == {key(f"{w}-{i}") for w in range(2) for i in range(10)}
 
 
 def test_the_folder_can_be_moved(folder, tmp_path):
     shutil.move(folder, tmp_path / "moved")
-    read(EncodingCache(tmp_path / "moved", {}), "a", "x")
+    read(opened(tmp_path / "moved"), "a", "x")
 
 
 def test_keys_depend_on_everything_that_goes_in_and_not_on_where_a_medium_lies():

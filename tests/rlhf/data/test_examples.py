@@ -7,13 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import blocks_of, check_block, gather, read_index, write_index
-from rlhf.data.sources import file_bytes, read_column
-from rlhf.data.stream import Visit
-from rlhf.data.work import IndexedExamples
+from rlhf.data.examples import read_index
+from rlhf.data.media import decode_image
+from rlhf.data.sources import open_source, read_column
 from rlhf.errors import Refused
 from rlhf.types import Geometry
-from tests.rlhf.data.pair_tables import png, row, write_jsonl, write_parquet
+from tests.rlhf.data.pair_tables import index_of, png, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
 BROKEN = {
@@ -29,16 +28,23 @@ BROKEN = {
 
 
 def check(file, **needs):
-    needs = {"needs_source": False, "items": None, **needs}
-    blocks = blocks_of(file)
-    return gather(blocks, [check_block(i, b, **needs) for i, b in enumerate(blocks)])
+    index = read_index(index_of(file, **needs))
+    return index, list(index.problems)
 
 
-def files_of(pair, index):
-    """The bytes of a pair's pictures by role, read as for encoding."""
-    example = IndexedExamples(None, index, SIZE, pair.roles).example(Visit(row=0), pair)
+def example_of(index, row):
+    (example,) = index.examples(range(row, row + 1), SIZE)
+    return example
+
+
+def pictures_of(example):
+    """An example's pictures by role, read as for encoding."""
     sources = dict(zip(["source"], example.prompt.sources, strict=False))
-    return {role: file_bytes(source, read_column) for role, source in {**example.targets, **sources}.items()}
+    return {role: open_source(s, read=read_column)[0].tolist() for role, s in {**example.targets, **sources}.items()}
+
+
+def decoded(data):
+    return decode_image(data).tolist()
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -60,7 +66,7 @@ def test_labels_say_which_picture_won_and_ties_are_no_pairs(tmp_path):
     index, problems = check(file)
     assert not problems and index.ties == 2
     assert index.table["winner"].to_pylist() == [0, 1, 1]
-    assert index.block_sizes().tolist() == [3, 0]
+    assert index.sizes == (3, 0)
 
 
 def test_rows_that_nobody_chose_in_are_no_pairs_and_are_not_checked(tmp_path):
@@ -75,15 +81,28 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     rows = [row(seed) for seed in range(6)]
     file = write_parquet(tmp_path / "pairs.parquet", rows)
     index, _ = check(file)
-    write_index(tmp_path / "index.arrow", index)
-    again = read_index(tmp_path / "index.arrow")
-    assert again.blocks == index.blocks and again.table.equals(index.table) and len(again) == 6
-    pair = again[5]
-    assert files_of(pair, again) == {"winner": rows[5]["jpg_0"], "loser": rows[5]["jpg_1"]}
-    assert list(again.preferences(2)) == [again[0], again[1]]
+    assert [(block.part, block.count) for block in index.blocks] == [(0, 4), (1, 2)] and index.sizes == (4, 2)
+    assert index.table["block"].to_pylist() == [0] * 4 + [1] * 2 and index.table["row"].to_pylist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
+    last = example_of(index, 5)
+    assert pictures_of(last) == {"winner": decoded(rows[5]["jpg_0"]), "loser": decoded(rows[5]["jpg_1"])}
+    assert list(index.examples(range(4, 6), SIZE)) == [example_of(index, 4), last]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
     with pytest.raises(Refused, match="row 6 changed since it was checked"):
-        files_of(pair, again)
+        pictures_of(last)
+
+
+def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
+    index, _ = check(write_parquet(tmp_path / "pairs.parquet", [row(seed) for seed in range(7)]))
+    whole = list(index.examples(range(7), SIZE))
+    monkeypatch.setattr("rlhf.data.examples.ROWS_AT_ONCE", 2)
+    assert list(index.examples(range(7), SIZE)) == whole and len(whole) == 7
 
 
 def test_relabelling_changes_the_winners_alone(tmp_path):
@@ -92,7 +111,7 @@ def test_relabelling_changes_the_winners_alone(tmp_path):
     assert other.table["winner"].to_pylist() == [1, 0, 1] and index.table["winner"].to_pylist() == [0, 0, 0]
     assert other.table.drop_columns("winner").equals(index.table.drop_columns("winner"))
     fewer = index.relabelled(np.array([1, 0, 1], dtype=np.int8), np.array([True, False, True]))
-    assert fewer.table["number"].to_pylist() == [1, 3] and fewer.block_sizes().tolist() == [2]
+    assert fewer.table["number"].to_pylist() == [1, 3] and fewer.sizes == (2,)
     assert len({index.digest(), other.digest(), fewer.digest()}) == 3
 
 
@@ -113,14 +132,15 @@ def test_ids_and_captions_that_are_no_text_are_told_and_not_raised(tmp_path):
 def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_path):
     file = write_jsonl(tmp_path, 3, source=True)
     index, problems = check(file, needs_source=True)
-    assert not problems and index[2].source_paths == [str(tmp_path / "pictures/2_s.png")] and index[2].winner == 0
-    assert index[2].path_1 == str(tmp_path / "pictures/2_l.png")
+    last = example_of(index, 2)
+    assert not problems and [source.path for source in last.prompt.sources] == [str(tmp_path / "pictures/2_s.png")]
+    assert last.targets["loser"].path == str(tmp_path / "pictures/2_l.png") and last.prompt.key == "2"
     files = {role: tmp_path / f"pictures/2_{role[0]}.png" for role in ("winner", "loser", "source")}
-    found = files_of(index[2], index)
-    assert found == {role: file.read_bytes() for role, file in files.items()}
+    found = {role: file.read_bytes() for role, file in files.items()}
+    assert pictures_of(last) == {role: decoded(data) for role, data in found.items()}
     files["source"].write_bytes(png(99))
     with pytest.raises(Refused, match=r"pictures/2_s\.png changed since it was checked"):
-        files_of(index[2], index)
+        pictures_of(last)
     files["source"].write_bytes(found["source"])
     good = {"prompt": "x", "winner": "pictures/0_w.png", "loser": "pictures/0_l.png", "source": "pictures/0_s.png"}
     bad = [
@@ -137,7 +157,7 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
     assert [(p.line, p.field) for p in problems] == [
         *((1, "loser"), (2, "winner"), (3, "winner"), (4, "source"), (5, "source"), (6, "prompt"), (7, None), (8, None))
     ]
-    assert len(index) == 1
+    assert len(index.table) == 1
 
 
 def test_a_line_without_a_loser_is_a_target_where_none_is_needed(tmp_path):
@@ -150,9 +170,9 @@ def test_a_line_without_a_loser_is_a_target_where_none_is_needed(tmp_path):
     assert [(p.line, p.field) for p in problems] == [(1, "loser"), (3, "loser")]
     index, problems = check(file, needs_loser=False)
     assert [(p.line, p.field) for p in problems] == [(3, "loser")], "a loser that is given must be one"
-    assert index[0].path_0 == str(tmp_path / first["winner"]) and index[0].roles == ("target",)
-    assert list(files_of(index[0], index)) == ["target"]
-    assert index[1].path_1 == str(tmp_path / second["loser"]) and index[1].roles == ("winner", "loser")
+    lone, pair = index.examples(range(2), SIZE)
+    assert {role: source.path for role, source in lone.targets.items()} == {"target": str(tmp_path / first["winner"])}
+    assert pair.targets["loser"].path == str(tmp_path / second["loser"]) and list(pair.targets) == ["winner", "loser"]
 
 
 def test_a_target_needs_no_preference_and_is_none_for_one(tmp_path):
@@ -160,8 +180,8 @@ def test_a_target_needs_no_preference_and_is_none_for_one(tmp_path):
     picture = json.loads(file.read_text())["winner"]
     file.write_text(json.dumps({"prompt": "x", "target": picture}))
     index, problems = check(file, needs_loser=False)
-    assert not problems and index[0].path_0 == str(tmp_path / picture) and index[0].content_1 is None
-    assert files_of(index[0], index) == {"target": (tmp_path / picture).read_bytes()}
+    assert not problems and index.table["content_1"].to_pylist() == [None]
+    assert pictures_of(example_of(index, 0)) == {"target": decoded((tmp_path / picture).read_bytes())}
     _, problems = check(file)
     assert [(p.line, p.field) for p in problems] == [(1, "winner"), (1, "loser")]
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import LINE_FIELDS, TABLE, blocks_of
+from rlhf.data.examples import LINE, TABLE, blocks_of
 from rlhf.data.files import find_files
 from rlhf.data.formats import read_block
 from rlhf.data.records import BadInput
@@ -16,11 +16,7 @@ ROWS = [row(seed, label=seed % 2) for seed in range(10)]
 
 
 def everything(file):
-    return [
-        raw
-        for block in blocks_of(file)
-        for raw in read_block(block, LINE_FIELDS if block.format == ".jsonl" else TABLE)
-    ]
+    return [raw for block in blocks_of(file) for raw in read_block(block, LINE if block.format == ".jsonl" else TABLE)]
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_arrow], ids=["parquet", "arrow"])

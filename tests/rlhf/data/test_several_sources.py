@@ -8,15 +8,13 @@ import pytest
 import xxhash
 
 from rlhf.data.batches import check_buckets
-from rlhf.data.examples import blocks_of, check_block, gather, read_index, write_index
+from rlhf.data.examples import read_index
 from rlhf.data.prompts import read_prompts
 from rlhf.data.records import BadInput
 from rlhf.data.sources import open_source, seen_source
-from rlhf.data.stream import Visit
-from rlhf.data.work import IndexedExamples
 from rlhf.errors import Refused
 from rlhf.types import Geometry, Prompt, Source
-from tests.rlhf.data.pair_tables import png
+from tests.rlhf.data.pair_tables import index_of, png
 
 
 def sized(height: int, width: int) -> Geometry:
@@ -24,7 +22,6 @@ def sized(height: int, width: int) -> Geometry:
 
 
 SIZE = Geometry(height=16, width=16)
-VISIT = Visit(row=0, mirrored=True, blank=False, crop=(0.5, 0.5))
 
 
 @pytest.fixture
@@ -40,8 +37,8 @@ def pairs(folder, *sources):
     lines = [{"prompt": "x", "winner": "0.png", "loser": "1.png", "source": source} for source in sources]
     file = folder / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    blocks = blocks_of(file)
-    return gather(blocks, [check_block(i, block, needs_source=True, items=None) for i, block in enumerate(blocks)])
+    index = read_index(index_of(file, needs_source=True))
+    return index, index.problems
 
 
 def contents(folder, *numbers):
@@ -51,15 +48,11 @@ def contents(folder, *numbers):
 def test_a_pair_has_its_sources_in_their_order_through_the_index(folder):
     index, problems = pairs(folder, ["3.png", "2.png"], "4.png", ["5.png"])
     assert not problems
-    write_index(folder / "index.arrow", index)
-    for found in (index, read_index(folder / "index.arrow")):
-        examples = IndexedExamples(None, found, SIZE, ("winner",))
-        prompts = [examples.example(VISIT, pair).prompt for pair in found.preferences(3)]
-        assert [[s.content for s in p.sources] for p in prompts] == [
-            contents(folder, *some) for some in ((3, 2), (4,), (5,))
-        ]
-        assert all(source.mirrored for prompt in prompts for source in prompt.sources)
-        assert found[0].sources()[1].path == str(folder / "2.png")
+    prompts = [example.prompt for example in index.examples(range(3), SIZE)]
+    assert [[s.content for s in p.sources] for p in prompts] == [
+        contents(folder, *some) for some in ((3, 2), (4,), (5,))
+    ]
+    assert prompts[0].sources[1].path == str(folder / "2.png")
     assert index.digest() != pairs(folder, ["2.png", "3.png"], "4.png", ["5.png"])[0].digest()
 
 
@@ -74,7 +67,7 @@ def test_every_path_of_a_list_is_checked(folder):
     said = list(map(str, problems))
     assert "'none.png' does not exist" in said[0] and "lies outside the data root" in said[1]
     assert "is empty" in said[2] and "not a string" in said[3]
-    assert len(index) == 1
+    assert len(index.table) == 1
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.data.batches import batch_of, draws
+from rlhf.data.batches import batches_of, noise_seed, t_seed
 from rlhf.data.cache import EncodingCache, commit, write_part
-from rlhf.data.examples import blocks_of, check_block, gather, write_index
 from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.models.family import Kind, stacked
 from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
-from rlhf.types import Encoded, Encoding, Geometry
-from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
+from rlhf.types import Encoded, Encoding, Geometry, noise_from
+from tests.rlhf.data.pair_tables import index_of, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
 KIND = Kind(folders=(), dtype=torch.float32)
@@ -56,12 +55,14 @@ def visit(row, mirrored=False, blank=False):
 
 
 def examples_of(file, roles=PAIR, needs_source=False):
-    blocks = blocks_of(file)
-    loser = "loser" in roles
-    checked = [
-        check_block(i, b, needs_source=needs_source, items=None, needs_loser=loser) for i, b in enumerate(blocks)
-    ]
-    return IndexedExamples(FAMILY, gather(blocks, checked)[0], SIZE, roles)
+    index = index_of(file, needs_source=needs_source, needs_loser="loser" in roles)
+    return IndexedExamples(FAMILY, index, SIZE, roles)
+
+
+def shown(examples, row):
+    """An example as it is in its files."""
+    (example,) = examples.index.examples(range(row, row + 1), SIZE)
+    return example
 
 
 def number(key: str) -> float:
@@ -72,7 +73,7 @@ def number(key: str) -> float:
 def filled(folder, examples):
     """A cache whose every row holds its key's number."""
     cache, rows = EncodingCache(folder, {"text": "t", "picture": "p"}), {}
-    for i in range(len(examples.index)):
+    for i in range(len(examples.index.table)):
         for mirrored in (False, True):
             for blank in (False, True):
                 for encoding in examples.encodings(visit(i, mirrored, blank)):
@@ -92,14 +93,13 @@ def test_roles_follow_the_label_and_mirrored_pairs_are_other_rows(tmp_path):
     cache = filled(tmp_path / "cache", examples)
     for v in (visit(0), visit(1), visit(1, mirrored=True), visit(3, blank=True)):
         encoded = examples.encoded(v, cache.row)
-        pair = examples.index[v.row]
-        pictures = pair.pictures(examples.index.blocks[pair.block])
+        pictures = shown(examples, v.row).targets
         assert (pictures["winner"].cell.column == "jpg_0") == (v.row % 2 == 1)
         for role in PAIR:
             x0 = encoded.x0[role]
             assert x0.shape == (4, 2, 2) and x0.dtype == torch.float32
-            shown = replace(pictures[role], mirrored=v.mirrored)
-            assert x0[0, 0, 0].item() == value(cache, FAMILY.target(shown, SIZE))
+            target = FAMILY.target(replace(pictures[role], mirrored=v.mirrored), SIZE)
+            assert x0[0, 0, 0].item() == value(cache, target)
         text = Encoding(kind="text", text="" if v.blank else f"a dish {v.row}")
         assert encoded.rows[0]["prompt_embeds"][0, 0].item() == value(cache, text)
 
@@ -108,16 +108,15 @@ def test_a_target_is_what_is_preferred_and_no_loser_is_touched(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i, label=i % 2) for i in range(2)]), ("target",))
     pairs = examples_of(write_parquet(tmp_path / "q.parquet", [row(i, label=i % 2) for i in range(2)]))
     for i in range(2):
-        (target,) = examples.example(visit(i)).targets.values()
-        assert target.content == pairs.example(visit(i)).targets["winner"].content
-        assert len(examples.encodings(visit(i))) == 2, "a text and one picture"
+        _, target = examples.encodings(visit(i))  # a text and one picture
+        assert target.sources[0].content == shown(pairs, i).targets["winner"].content
 
 
 def test_edit_families_get_the_source_mirrored_with_its_pair(tmp_path):
     examples = examples_of(write_jsonl(tmp_path, 2, source=True), needs_source=True)
     cache = filled(tmp_path / "cache", examples)
     plain, mirrored = (examples.encoded(visit(1, way), cache.row).rows[1]["latents"] for way in (False, True))
-    (source,) = examples.example(visit(1)).prompt.sources
+    (source,) = shown(examples, 1).prompt.sources
     assert plain[0, 0, 0].item() == value(cache, FAMILY.target(source, SIZE))
     assert mirrored[0, 0, 0].item() == value(cache, FAMILY.target(replace(source, mirrored=True), SIZE))
     assert not torch.equal(plain, mirrored)
@@ -138,9 +137,9 @@ def test_a_batch_has_the_noise_of_its_indices(tmp_path):
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(3)]))
     cache = filled(tmp_path / "cache", examples)
     encoded = [examples.encoded(visit(i), cache.row) for i in (0, 2)]
-    batch = batch_of(FAMILY, encoded, seed=5, step=3, first_index=4)
-    t, noise = draws(RectifiedFlow(), seed=5, step=3, indices=range(4, 6), shape=(4, 2, 2))
-    assert torch.equal(batch.t, t) and torch.equal(batch.noise, noise)
+    (batch,) = batches_of(FAMILY, encoded, 2, seed=5, step=3, first_index=4)
+    assert batch.t.tolist() == [pytest.approx(RectifiedFlow().draw_t(t_seed(5, 3, index))) for index in (4, 5)]
+    assert torch.equal(batch.noise, torch.stack([noise_from(noise_seed(5, 3, i), (4, 2, 2)) for i in (4, 5)]))
     assert {role: tensor.tolist() for role, tensor in batch.weight.items()} == {role: [1, 1] for role in PAIR}
 
 
@@ -149,14 +148,13 @@ def test_examples_of_two_buckets_are_no_batch(tmp_path):
     cache = filled(tmp_path / "cache", examples)
     first, second = (examples.encoded(visit(i), cache.row) for i in range(2))
     with pytest.raises(AssertionError, match="one bucket"):
-        batch_of(FAMILY, [first, replace(second, bucket="other")], seed=0, step=1, first_index=0)
+        batches_of(FAMILY, [first, replace(second, bucket="other")], 2, seed=0, step=1, first_index=0)
 
 
 def work(tmp_path: Path, ranks: int, batch: int) -> OfflineWork:
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(8)]))
     place = filled(tmp_path / "cache", examples)
-    write_index(tmp_path / "index.arrow", examples.index)
-    there = ExamplesPlace(path=tmp_path / "index.arrow", geometry=SIZE)
+    there = ExamplesPlace(path=tmp_path / "p.index", geometry=SIZE)
     trainer = TrainerConfig(ranks=ranks, train_batch_size=batch, gradient_accumulation_steps=4 // ranks // batch)
     opened = OfflineWork(
         trainer, PairDataConfig(path="p"), HeldOutConfig(draws=2), place, there, there, roles=PAIR, seed=3

@@ -67,4 +67,6 @@ def test_only_json_files_are_read(family, tmp_path):
     ):
         found, whole = peak(bare).kinds, peak(family).kinds
         assert found["parameters"] == whole["parameters"]
-        assert found["activations"] == pytest.approx(whole["activations"], rel=0.02)  # the first trace has a few kB more
+        assert found["activations"] == pytest.approx(
+            whole["activations"], rel=0.02
+        )  # the first trace has a few kB more

@@ -11,10 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.data.batches import EncodedExample, batch_of, condition_of, unguided_of
+from rlhf.data.batches import EncodedExample, batches_of, condition_of, unguided_of
 from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.encoding import encode_all as encode_files
-from rlhf.data.examples import blocks_of, check_block, gather
 from rlhf.data.sampler import encodings_for_sampling, sample_prompts
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
@@ -29,7 +28,7 @@ from rlhf.training.trainer import Trainer
 from rlhf.types import POLICY, REFERENCE, Geometry, Prompt, Source, noise_from
 from tests import strange, worlds
 from tests.encoded import encode_all, tensors_of
-from tests.rlhf.data.pair_tables import png
+from tests.rlhf.data.pair_tables import index_of, png
 
 KIND = "tests.strange:Strange"
 CLIP = Geometry(height=48, width=32, frames=3)
@@ -160,16 +159,13 @@ def test_captions_that_are_dropped_share_the_batch_of_those_that_are_not(family,
             (tmp_path / f"{i}_{role}.png").write_bytes(png(2 * i + j, 48, 32))
         lines.append({"prompt": TEXTS[3], "target": f"{i}_target.png", "source": [f"{i}_source.png"]})
     (tmp_path / "targets.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    blocks = blocks_of(tmp_path / "targets.jsonl")
-    checked = [check_block(0, block, needs_source=True, items=None, needs_loser=False) for block in blocks]
-    index, problems = gather(blocks, checked)
+    index = index_of(tmp_path / "targets.jsonl", needs_source=True, needs_loser=False)
     examples = IndexedExamples(family, index, replace(CLIP, frames=1), ("target",))
     visits = [Visit(row=row, mirrored=False, blank=blank, crop=(0.5, 0.5)) for row, blank in ((0, True), (1, False))]
     rows = encode_files(family.load_codec("cpu"), [e for visit in visits for e in examples.encodings(visit)], 2)
-    batch = batch_of(
-        family, [examples.encoded(visit, rows.__getitem__) for visit in visits], seed=0, step=1, first_index=0
-    )
-    assert not problems and batch.condition["read"].shape == (2, 16 + 6, strange.READ)
+    found = [examples.encoded(visit, rows.__getitem__) for visit in visits]
+    (batch,) = batches_of(family, found, 2, seed=0, step=1, first_index=0)
+    assert not examples.index.problems and batch.condition["read"].shape == (2, 16 + 6, strange.READ)
     assert batch.condition["there"].sum(1).tolist() == [1 + 6, 15 + 6]
 
 
@@ -230,8 +226,11 @@ def train(mesh, path, how, objective, examples, folder):
 
     def batches():
         return [
-            batch_of(trainer.family, bucket[2 * rank : 2 * rank + 2], seed=3, step=1, first_index=4 * i + 2 * rank)
+            batch
             for i, bucket in enumerate(examples)
+            for batch in batches_of(
+                trainer.family, bucket[2 * rank : 2 * rank + 2], 2, seed=3, step=1, first_index=4 * i + 2 * rank
+            )
         ]
 
     assert not distributed.left_on_meta(trainer.policy)
@@ -290,7 +289,8 @@ def load_export(family, how, folder):
 
 
 def saved_and_restored(mesh, path, how, examples, folder):
-    mine = [batch_of(worlds.family(path, kind=KIND), bucket, seed=3, step=1, first_index=0) for bucket in examples]
+    family = worlds.family(path, kind=KIND)
+    mine = [b for bucket in examples for b in batches_of(family, bucket, len(bucket), seed=3, step=1, first_index=0)]
     first = trainer_of(mesh, path, how, "dpo", ema_decay=0.9)
     first.step(mine)
     first.refresh(REFERENCE, 0.5)
