@@ -23,7 +23,7 @@ from rlhf.data.cache import read_manifest
 from rlhf.data.media import decode_image
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
-from rlhf.models.folder import LORA_FILE
+from rlhf.models.lora import LORA_FILE
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
