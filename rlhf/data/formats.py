@@ -166,7 +166,16 @@ def _table_columns(opened: _Open, file: Path) -> list[str]:
             if isinstance(field.type, pa.BaseExtensionType):
                 what = f"column {field.name} has the extension type {field.type}"
                 raise BadInput([whole(file, what, "use plain types")])
-        return table.schema.names
+        return _named_once(file, table.schema.names)
+
+
+def _named_once(file: Path, names: list[str]) -> list[str]:
+    """The names of columns. Raises: BadInput for a name that two of them have: which is meant would be a guess."""
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise BadInput(
+            [whole(file, f"names a column twice: {', '.join(twice)}", "give every column a name of its own")]
+        )
+    return names
 
 
 def _table_blocks(opened: _Open, name: str, file: Path) -> list[Block]:
@@ -239,7 +248,7 @@ def _csv_rows(file: Path, offset: int = 0, line: int = 0) -> Iterator[tuple[int,
 
 def _csv_columns(file: Path) -> list[str]:
     _, _, names = next(_csv_rows(file), (0, 0, []))
-    return [name.strip() for name in names]
+    return _named_once(file, [name.strip() for name in names])
 
 
 def _csv_starts(file: Path) -> Iterator[tuple[int, int]]:
@@ -302,6 +311,15 @@ def type_name(value: object) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises: ValueError for a key that it has twice, of which `json` would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 def _table_format(name: str, noun: str, opened: _Open) -> Format:
     return Format(
         noun=noun,
@@ -317,7 +335,7 @@ FORMATS = {
         noun="JSONL",
         columns=lambda file: None,
         blocks=partial(_text_blocks, ".jsonl", _line_starts),
-        rows=partial(_line_rows, json.loads),
+        rows=partial(_line_rows, partial(json.loads, object_pairs_hook=_object)),
         add_rows="add one JSON object per line",
     ),
     ".csv": Format(

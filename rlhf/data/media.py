@@ -1,7 +1,7 @@
 """Media files → uint8 arrays: decoding bytes from outside, and bringing a picture to the exact (H, W) that a model works on.
 
 Every picture that enters the system (preprocess, judges over HTTP) comes through `decode_image`: only PNG, JPEG and
-WEBP, limits checked on the header before a pixel is decoded, decoder warnings are errors, metadata dropped,
+WEBP, limits checked on the header before a pixel is decoded, decoder warnings about the picture are errors, metadata dropped,
 transparency laid on white. The EXIF orientation is applied first (a phone's photo is stored sideways), then dropped
 with the rest.
 
@@ -14,11 +14,13 @@ saliency-aware cropping.
 
 import base64
 import binascii
+import contextlib
 import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from unicodedata import normalize
 
 import numpy as np
 import xxhash
@@ -33,6 +35,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 # Once for the process and for Pillow's own modules only: filters that are swapped around a call are shared by threads,
 # and pictures are decoded in several.
 warnings.filterwarnings("error", module=r"PIL\b")
+for _harmless in (".*malformed MPO", "Invalid APNG"):  # what lies behind the picture; it is read as a plain one
+    warnings.filterwarnings("ignore", message=_harmless, module=r"PIL\b")
 _WHITE = (255, 255, 255, 255)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -129,6 +133,9 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
                 remedy = "move the picture into that folder, without links out of it"
                 return f"{name}lies outside the data root {root}", remedy
             if not file.is_file():
+                if other := _in_another_form(root, given):
+                    what = f"does not exist, but {str(other)!r} does, whose letters are encoded in another Unicode normal form"
+                    return f"{name}{what}", "write the name as the folder has it, or rename the file"
                 return f"{name}does not exist", f"put the picture at {file} or mend the path"
             path, given = str(file), file.read_bytes()
         height, width = decode_image(given).shape[:2]
@@ -141,6 +148,18 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
     except ImageError as error:
         return f"{name}is unreadable: {error}", "replace the file"
     return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(given), height=height, width=width)
+
+
+def _in_another_form(root: Path, name: str) -> Path | None:
+    """A file below `root` whose path looks the same: é may be one character, or an e and its accent."""
+    here = root
+    for part in Path(name).parts:
+        inside = sorted(here.iterdir()) if here.is_dir() else []
+        alike = [one for one in inside if normalize("NFC", one.name) == normalize("NFC", part)]
+        if not alike:
+            return None
+        here = next((one for one in alike if one.name == part), alike[0])
+    return here.relative_to(root) if here.is_file() else None
 
 
 def decode_base64_image(text: str) -> np.ndarray:
@@ -193,7 +212,8 @@ def _check_header(image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageTooLarge(f"the image has {image.width}×{image.height} = {pixels} pixels; at most {MAX_PIXELS}")
-    if getattr(image, "is_animated", False) or getattr(image, "n_frames", 1) > 1:
+    # A phone's MPO is a JPEG with small pictures behind it, of which the first is the photo.
+    if image.format != "MPO" and (getattr(image, "is_animated", False) or getattr(image, "n_frames", 1) > 1):
         raise UnsupportedImage(
             f"the image is animated ({getattr(image, 'n_frames', '?')} frames); send a still picture"
         )
@@ -204,7 +224,9 @@ def _check_header(image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     # Not ImageOps.exif_transpose, which also writes the EXIF anew and fails over tags that have nothing to do with it.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = None
+    with contextlib.suppress(Warning):  # broken EXIF is no broken picture, and says nothing
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     still = image if turn is None else image.transpose(turn)
     if "A" in still.getbands() or "a" in still.getbands() or "transparency" in still.info:
         rgba = still.convert("RGBA")

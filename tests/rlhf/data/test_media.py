@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import struct
 import zlib
 
 import numpy as np
@@ -20,6 +21,7 @@ from rlhf.data.media import (
     decode_image,
     encode_base64,
     encode_png,
+    picture_file,
 )
 from tests.rlhf.rewards.pictures import chunk, damaged_files, exif, file_of, png, sixteen_bits
 
@@ -107,10 +109,31 @@ def test_animation_is_refused(picture, format):
         decode_image(file_of(frames[0], format, save_all=True, append_images=frames[1:], duration=100))
 
 
-def test_several_pictures_in_one_jpeg_are_refused(picture):
-    frames = [Image.fromarray(picture), Image.fromarray(255 - picture)]
-    with pytest.raises(UnsupportedImage, match="2 frames"):
-        decode_image(file_of(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+def test_of_a_phones_several_pictures_in_one_jpeg_the_first_is_read(picture):
+    first, second = Image.fromarray(picture), Image.fromarray(255 - picture)
+    alone = decode_image(file_of(first, "JPEG"))
+    np.testing.assert_array_equal(decode_image(file_of(first, "MPO", save_all=True, append_images=[second])), alone)
+
+
+def test_broken_metadata_is_no_broken_picture(picture):
+    """An EXIF directory that promises more than there is, of which Pillow warns."""
+    directory = struct.pack("<HHHLHH", 3, 0x0112, 3, 1, 6, 0)
+    data = file_of(Image.fromarray(picture), "PNG", exif=b"Exif\0\0II*\0" + struct.pack("<L", 8) + directory)
+    np.testing.assert_array_equal(decode_image(data), picture)
+
+
+def test_a_name_in_another_unicode_normal_form_is_told(tmp_path, picture):
+    decomposed, composed = "cafe\u0301/a.png", "caf\u00e9/a.png"
+    (tmp_path / decomposed).parent.mkdir()
+    (tmp_path / decomposed).write_bytes(encode_png(picture))
+    assert not isinstance(picture_file(decomposed, tmp_path), tuple)
+    what, remedy = picture_file(composed, tmp_path)
+    assert what == (
+        f"{composed!r} does not exist, but {decomposed!r} does, whose letters are encoded in another Unicode normal form"
+    )
+    assert "write the name as the folder has it" in remedy
+    what, _ = picture_file("other/a.png", tmp_path)
+    assert what == "'other/a.png' does not exist"
 
 
 @pytest.mark.parametrize("data", sixteen_bits(), ids=["gray", "RGB", "gray and alpha", "RGB and alpha"])

@@ -216,6 +216,32 @@ def test_a_csv_that_is_broken_is_so_as_a_whole(folder, data, what):
         blocks_of(folder / "rows.csv")
 
 
+@pytest.mark.parametrize("text", ["id,text,id\n1,a,2\n", " id , text,id\n"])
+def test_a_csv_that_names_a_column_twice_is_refused(folder, text):
+    (folder / "rows.csv").write_text(text)
+    with pytest.raises(BadInput, match="names a column twice: id; give every column a name of its own"):
+        blocks_of(folder / "rows.csv", FIELDS)
+    (folder / "rows.csv").write_text("id,text,,\n1,a,,\n")  # as a spreadsheet leaves columns that are empty
+    (block,) = blocks_of(folder / "rows.csv")
+    (record,) = read_block(block)
+    assert record.fields["id"] == "1"
+
+
+def test_a_table_that_names_a_column_twice_is_refused(folder):
+    table = pa.table([pa.array(["1"]), pa.array(["2"])], names=["id", "id"])
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(BadInput, match="names a column twice: id"):
+        blocks_of(folder / "rows.arrow")
+
+
+def test_a_line_that_names_a_key_twice_is_told(folder):
+    (folder / "rows.jsonl").write_text('{"id": "1", "text": "a", "id": "2"}\n{"id": "3", "text": "b"}\n')
+    (block,) = blocks_of(folder / "rows.jsonl")
+    problem, record = read_block(block)
+    assert problem.line == 1 and "the key 'id' is there twice" in problem.what and record.fields["id"] == "3"
+
+
 def test_jsonl_and_texts_keep_line_numbers_and_tell_of_lines_that_cannot_be_read(folder):
     good = b'{"text": "x"}'
     lines = [good, b"", b'{"text": "\xff"}', b"[1]", b'"x"', b"{", b" ", *[good] * 70]

@@ -71,7 +71,7 @@ def bad_exif() -> Iterator[bytes]:
 
 
 def animated() -> Iterator[bytes]:
-    for format in ("PNG", "WEBP", "MPO"):
+    for format in ("PNG", "WEBP"):
         yield file_of(noise(), format, save_all=True, append_images=[Image.fromarray(255 - NOISE)])
 
 
@@ -83,17 +83,20 @@ KINDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "gray, palette, transparent": plain,
     "CMYK JPEG": lambda: iter([file_of(noise("CMYK"), "JPEG")]),
     "turned by EXIF": turned,
+    "with broken EXIF": bad_exif,
+    "several pictures in one JPEG, as phones write": lambda: iter(
+        [file_of(noise(), "MPO", save_all=True, append_images=[Image.fromarray(255 - NOISE)])]
+    ),
     "a JPEG named .png": lambda: iter([file_of(noise(), "JPEG")]),
     "40 megapixels of one colour in a small file": lambda: iter([file_of(Image.new("1", (8000, 5000)), "PNG")]),
     "empty, or no picture": lambda: iter([b"", b"no picture at all", b"\x89PNG\r\n\x1a\n"]),
     "truncated, or with a wrong checksum": cut,
-    "EXIF that the decoder warns of": bad_exif,
     "header of more than 40 megapixels, whatever is behind it": lambda: iter(
         [png(8000, 5001), png(2**31 - 1, 2**31 - 1)]
     ),
     "more than 32 MiB": lambda: iter([encode_png(NOISE) + bytes(MAX_BYTES)]),
     "a GIF, BMP or TIFF, also when named .png": lambda: (file_of(noise(), format) for format in ("GIF", "BMP", "TIFF")),
-    "animated PNG or WEBP, several pictures in one JPEG": animated,
+    "animated PNG or WEBP": animated,
     "16 bits per channel": sixteen_bits,
 }
 """Kind → its files."""
