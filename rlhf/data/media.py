@@ -14,7 +14,6 @@ saliency-aware cropping.
 
 import base64
 import binascii
-import contextlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 # Once for the process and for Pillow's own modules only: filters that are swapped around a call are shared by threads,
 # and pictures are decoded in several.
 warnings.filterwarnings("error", module=r"PIL\b")
-for _harmless in (".*malformed MPO", "Invalid APNG"):  # what lies behind the picture; it is read as a plain one
+for _harmless in ("Corrupt EXIF data", ".*malformed MPO", "Invalid APNG"):  # beside the picture, which is whole
     warnings.filterwarnings("ignore", message=_harmless, module=r"PIL\b")
 _WHITE = (255, 255, 255, 255)
 _TURNS = {
@@ -224,9 +223,7 @@ def _check_header(image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     # Not ImageOps.exif_transpose, which also writes the EXIF anew and fails over tags that have nothing to do with it.
-    turn = None
-    with contextlib.suppress(Warning):  # broken EXIF is no broken picture, and says nothing
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     still = image if turn is None else image.transpose(turn)
     if "A" in still.getbands() or "a" in still.getbands() or "transparency" in still.info:
         rgba = still.convert("RGBA")
