@@ -1,6 +1,6 @@
 """The peak that a dry run tells for a trainer rank against what the process really takes, on a CPU.
 
-    python -m jobs.benchmarks.peak_memory --gib 1.1 --batch 4
+    python -m jobs.benchmarks.peak_memory --gib 1.1 --batch 2
 
 A Flux transformer with random weights does two steps of DPO on one rank; its resident memory is sampled every 5 ms. Beside it
 stands the trace of the same recipe.
@@ -26,7 +26,7 @@ from rlhf.training.memory import micro_batch, trainer_peak
 from rlhf.training.trainer import Trainer
 from rlhf.types import Geometry, Prompt, Source
 
-SIZE = Geometry(height=256, width=256)
+SIZE = Geometry(height=128, width=128)
 PROMPT = Prompt(key="", instruction="", sources=(Source(path="", content=""),), geometry=SIZE)
 
 
@@ -73,7 +73,7 @@ def figures(gib: float, batch: int, how: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.1, help="size of the model in fp32")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
     arguments = parser.parse_args()
     for how in ("full", "lora"):
         traced, real = figures(arguments.gib, arguments.batch, how)

@@ -33,17 +33,7 @@ from rlhf.training.trainer import Trainer
 from rlhf.types import REFERENCE
 
 GIB = 2**30
-_OTHERS = {
-    "scheduler/scheduler_config.json": {
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-    "vae/config.json": {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]},
-    "tokenizer_2/tokenizer_config.json": {"model_max_length": 64},
-}
-"""What the family asks beside the transformer."""
+_SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
 def measured(operation: Callable[[], object]) -> tuple[int, int]:
@@ -69,18 +59,31 @@ def measured(operation: Callable[[], object]) -> tuple[int, int]:
 def write_model(folder: Path, gib: float) -> int:
     """A random Flux transformer folder of about `gib` GiB in fp32, saved as bf16; returns its parameter count."""
     for heads in range(2, 64):
-        config = transformer_config(layers=4, single_layers=8, heads=heads, head_dim=64)
+        shape = {"layers": 4, "single_layers": 8, "heads": heads, "head_dim": 64}
         with torch.device("meta"):
-            count = sum(p.numel() for p in FluxTransformer2DModel(**config).parameters())
+            count = sum(p.numel() for p in FluxTransformer2DModel(**transformer_config(**shape)).parameters())
         if 4 * count >= gib * GIB:
             break
+    write_shapes(folder, **shape)
     torch.set_default_dtype(torch.bfloat16)
-    FluxTransformer2DModel(**config).save_pretrained(folder / "transformer")
+    FluxTransformer2DModel(**transformer_config(**shape)).save_pretrained(folder / "transformer")
     torch.set_default_dtype(torch.float32)
-    for name, values in _OTHERS.items():
+    return count
+
+
+def write_shapes(folder: Path, **shape: int) -> None:
+    """The JSON files of a Kontext folder with such a transformer."""
+    config = transformer_config(**shape)
+    vae = {"latent_channels": config["in_channels"] // 4, "block_out_channels": [8] * 4}
+    files = {
+        "transformer/config.json": {"_class_name": "FluxTransformer2DModel", **config},
+        "vae/config.json": vae,
+        "tokenizer_2/tokenizer_config.json": {"model_max_length": 64},
+        "scheduler/scheduler_config.json": _SCHEDULER,
+    }
+    for name, values in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(values))
-    return count
 
 
 def rank_figures(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int]]:

@@ -1,12 +1,17 @@
 """The peak of a trainer rank: state that can be counted by hand, and what the keys of a recipe change."""
 
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
+from actors import cards
+from jobs.benchmarks.trainer_memory import write_shapes
 from rlhf.diffusion.objectives import DPO
+from rlhf.models.flux_kontext import FluxKontext
 from rlhf.tables import TrainerConfig
 from rlhf.training.memory import trainer_peak
 from rlhf.types import Geometry, Prompt, Source
@@ -64,6 +69,32 @@ def test_state_is_what_can_be_counted_and_offloading_takes_it_away(traced):
     state = ("average", "frozen sides", "parameters", "gradients", "optimizer")
     assert optimizer == plain | dict.fromkeys(state, 0)
     assert bits["optimizer"] == about(shard / 2) and "average" not in bits
+
+
+def remedied(folder):
+    """(what to set, the peak that it is said to give, the peak of that recipe traced anew), in bytes, of each remedy."""
+    family, told = FluxKontext(path=folder), []
+    config = TrainerConfig(ranks=4, train_batch_size=2, gradient_accumulation_steps=2, ema_decay=0.9)
+    prompt = replace(PROMPT, geometry=Geometry(height=512, width=512))
+
+    def peak_of(changed):
+        return trainer_peak(family, changed, worlds.trainable("full", family), DPO(beta=1.0), prompt)
+
+    for what, said in cards.trainer_remedies(config, peak_of(config)):
+        key, value = what.removeprefix("trainer.").split(" and ")[0].split(" = ")
+        told.append((what, said.nbytes, peak_of(config.model_copy(update={key: json.loads(value)})).nbytes))
+    return told
+
+
+@pytest.mark.slow
+def test_a_remedys_figure_is_what_the_recipe_takes_with_it(tmp_path):
+    """Blocks of Kontext's own width, and few of them."""
+    write_shapes(tmp_path, layers=2, single_layers=4, heads=24, head_dim=128, channels=16)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        told = pool.submit(remedied, tmp_path).result(timeout=600)
+    assert len(told) == 6
+    for what, said, traced in told:
+        assert said == pytest.approx(traced, rel=0.05), what
 
 
 @pytest.mark.slow
