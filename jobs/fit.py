@@ -9,7 +9,6 @@ from jobs.cli import say
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.diffusion.objectives import Objective
 from rlhf.models import load_family
-from rlhf.models.checks import check_model
 from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.memory import judge_peak
@@ -20,11 +19,11 @@ from rlhf.types import Geometry, Prompt, Source
 def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], objective: Objective) -> None:
     """Tell what every role with a GPU takes at its peak, and how long the run will take. Raises NotEnoughResources.
 
-    Of the model's folder only JSON files are read.
+    Of the model's folder, which was checked, only JSON files are read.
     """
     if not any(role.num_gpus for role in roles):
         return
-    family, model = check_model(recipe.model, weights=False), recipe.model
+    family, model = load_family(recipe.model), recipe.model
     say("working out the peak memory of each role: a minute or two for a model of 12 billion weights")
     prompt = Prompt(
         key="",

@@ -36,6 +36,7 @@ from rlhf.data.work import OnlineWork
 from rlhf.diffusion.objectives import DPO
 from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
+from rlhf.models.checks import check_model
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompts
 from rlhf.types import REFERENCE, Prompt
@@ -46,6 +47,7 @@ def main() -> None:
     recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
     if is_dry:
         say(resolved_toml(recipe))
+        check_model(recipe.model, weights=False)
         check_cards(recipe, plan(recipe).roles, DPO(beta=recipe.dpo.beta))
     data = read_data(recipe.data, recipe.eval, recipe.model)
     if data.left_out:

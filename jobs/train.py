@@ -44,6 +44,7 @@ def main() -> None:
     if is_dry:
         say(resolved_toml(recipe))
         say(batch_in_words(recipe.trainer))
+        check_model(recipe.model, weights=False)
         check_cards(recipe, plan(recipe).roles, objective(recipe))
         check(recipe)
         say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())

@@ -202,7 +202,10 @@ class APIFilter:
         except httpx.HTTPError as error:
             server = asked(str(self.config.api_base))
             raise JudgeError(f"the filter's server {server}: {type(error).__name__}: {error}") from error
-        answer = answer_of(str(self.config.api_base), response)
+        try:
+            answer = answer_of(str(self.config.api_base), response)
+        except JudgeError as error:
+            raise JudgeError(f"the filter's server {error}") from error
         match answer.get("choices"):
             case [dict() as first, *_]:
                 return first

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhf.diffusion.process import RectifiedFlow
+from rlhf.shards.files import DIFFUSERS
 from rlhf.types import Batch
 
 CHANNELS = 4
@@ -84,7 +85,7 @@ def write(folder: Path) -> Path:
     """The checkpoint that `load_denoiser` holds."""
     folder.mkdir()
     weights = TabledFamily(denoiser_path=folder).load_denoiser("cpu").state_dict()
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{DIFFUSERS}.safetensors")
     return folder
 
 

@@ -339,15 +339,12 @@ def trained_with(mesh, path, how, folder, changes, resumed):
     return losses, gather(trainer, trainer.trained) | {f"side {name}": side for name, side in sides.items()}, averages
 
 
-@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
-@pytest.mark.parametrize("how", ["full", "lora"])
+@pytest.mark.parametrize(("ranks", "how"), [("one_rank", "full"), ("two_ranks", "full"), ("two_ranks", "lora")])
 @pytest.mark.parametrize(
     ("changes", "resumed"),
     [
         ({"offload": "ema"}, {"offload": "reference"}),
-        ({"offload": "reference"}, {"offload": "none"}),
-        ({"offload": "optimizer"}, {"offload": "ema"}),
-        ({"offload": "none"}, {"offload": "optimizer"}),
+        ({"offload": "optimizer"}, {"offload": "none"}),
         ({"gradient_checkpointing": "half"}, {"gradient_checkpointing": "none"}),
     ],
     ids=lambda changes: next(iter(changes.values())),
