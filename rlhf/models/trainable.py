@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class LoRA(Part):
     label: ClassVar[str | None] = "lora"
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a side is one more adapter
         config = PeftConfig(lora_dropout=0.0, **self._settings(denoiser))
         on_meta = next(denoiser.parameters()).is_meta  # or PEFT draws values that nobody reads: 20 s for 12B
         for adapter in (POLICY, *sides):
