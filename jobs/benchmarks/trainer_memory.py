@@ -36,23 +36,31 @@ GIB = 2**30
 _SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
-def measured(operation: Callable[[], object]) -> tuple[int, int]:
-    """(peak, lasting) growth of this process's resident memory in bytes while `operation` runs."""
+def measured(operation: Callable[[], object], *, files: bool = True) -> tuple[int, int]:
+    """(peak, lasting) growth of this process's resident memory in bytes while `operation` runs.
+
+    files: count what is mapped from files too, such as weights that are read.
+    """
     process = psutil.Process()
-    before = peak = process.memory_info().rss
+
+    def resident() -> int:
+        now = process.memory_info()
+        return now.rss if files else now.rss - now.shared
+
+    before = peak = resident()
     over = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not over.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     operation()
     over.set()
     watcher.join()
-    after = process.memory_info().rss
+    after = resident()
     return max(peak, after) - before, after - before
 
 
