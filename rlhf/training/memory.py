@@ -2,12 +2,13 @@
 
 The trainer is the one that trains, over a process group that sends nothing; torch's `FSDPMemTracker` counts what is alive. What
 the tracker does not see, the frozen sides that are networks of their own and the average of the weights, is added from its
-shapes. Left out: CUDA's own context, NCCL's buffers and fragmentation, for which `RESERVE` stands.
+shapes. Left out: CUDA's own context, NCCL's buffers and fragmentation (`actors.cards.RESERVE`).
 
 Shapes: B examples, C latent channels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,8 @@ KINDS = {
 """What the tracker calls them, and what they are called here."""
 
 
-class Rehearsal(Trainer):
+@dataclass(kw_only=True, eq=False, repr=False)
+class TracedTrainer(Trainer):
     """A trainer whose tensors have no data, and whose averages over ranks are zeros."""
 
     fake: FakeTensorMode
@@ -71,13 +73,24 @@ def trainer_peak(
 ) -> Peak:
     """The peak of one rank's step on micro-batches of `prompt`, on the rank that holds the most rows.
 
-    In a process of its own: it starts a process group.
+    Starts a process group and ends it: this process must have none.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.ranks)
+    try:
+        return _traced_peak(family, config, trainable, objective, prompt)
+    finally:
+        dist.destroy_process_group()
+
+
+def _traced_peak(
+    family: Family, config: TrainerConfig, trainable: Trainable, objective: Objective, prompt: Prompt
+) -> Peak:
     mesh = init_device_mesh(DEVICE, (config.ranks,), mesh_dim_names=("shard",))
-    Rehearsal.fake = fake = FakeTensorMode(allow_non_fake_inputs=True)
-    traced = config.model_copy(update={"ema_decay": None, "optimizer": _traced(config.optimizer)})
-    trainer = Rehearsal(family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    traced = config.model_copy(update={"ema_decay": None, "optimizer": _stand_in(config.optimizer)})
+    trainer = TracedTrainer(
+        family=family, config=traced, trainable=trainable, objective=objective, mesh=mesh, seed=0, fake=fake
+    )
     with fake:
         optimizers.make_state(trainer.optimizer, trainer.trained.values(), updates=1)
         for parameter in trainer.trained.values():
@@ -90,11 +103,10 @@ def trainer_peak(
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
         with trainer.tracker:
             trainer.step([batch])
-    dist.destroy_process_group()
     return Peak(kinds=_kinds(trainer, config))
 
 
-def _kinds(trainer: Rehearsal, config: TrainerConfig) -> dict[str, int]:
+def _kinds(trainer: TracedTrainer, config: TrainerConfig) -> dict[str, int]:
     """Bytes on the device by kind; what is offloaded is none of them."""
     assert trainer.tracker
     kinds = dict.fromkeys(KINDS.values(), 0)
@@ -114,7 +126,7 @@ def _kinds(trainer: Rehearsal, config: TrainerConfig) -> dict[str, int]:
     return kinds
 
 
-def _traced(optimizer: str) -> str:
+def _stand_in(optimizer: str) -> str:
     """bitsandbytes takes no tensors without data: Adafactor stands in, and the state is arithmetic, two bytes a weight."""
     return "adafactor" if optimizer == "adamw_8bit" else optimizer
 
