@@ -6,7 +6,7 @@ which are the driver's (`fleet.py`).
 Shapes: B batch, C latent channels, F frames, H W pixels, h w latents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +29,7 @@ from rlhf.models.trainable import Trainable, load_for_sampling
 from rlhf.shards import buffers
 from rlhf.shards.buffers import BufferManifest
 from rlhf.tables import ModelTable, SamplingTable, WeightsTable
-from rlhf.types import Prompt
+from rlhf.types import Encoded, Encoding, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,9 @@ class Sampler:
         """[version, medium 0, latents 0, medium 1, …]: uint8 (F, H, W, 3) and bf16-as-int16 (C, …) per request, which are all
         of one bucket and have different slots. Raises NotFinite.
         """
-        assert self._cache is not None, "this sampler paints"
+        row = self._cache.row if self._cache else _tensors(self._encoded(requests))
         with self._telling(requests):
-            stored = [latents_to_array(latents) for latents in self._x0(requests, self._cache.row)]
+            stored = [latents_to_array(latents) for latents in self._x0(requests, row)]
             # The medium shows exactly the latents that training will see: decode what was rounded to bf16.
             media = self._decode(torch.stack([latents_from_array(array) for array in stored]))
         shown = ((media[request.slot].copy(), stored[request.slot]) for request in requests)
@@ -116,18 +116,20 @@ class Sampler:
         """
         self.use(weights)
         requests = [request for request, _, _ in paintings]
-        prompts = [request.prompt for request in requests]
-        rows = encoded_now(self._family, self._codec, prompts, self._sampling)
+        rows = self._encoded(requests)
         with self._telling(requests):
-            media = self._decode(self._x0(requests, lambda encoding: rows[encoding].tensors))
+            media = self._decode(self._x0(requests, _tensors(rows)))
         for request, file, source in paintings:
             save(file, media[request.slot][0])
             if source:
                 save(source, seen_source(request.prompt.sources[0], request.prompt.geometry)[0])
         found = Unread()
-        for prompt in prompts:
-            found |= unread(prompt, map(rows.__getitem__, self._family.encodings(prompt)))
+        for request in requests:
+            found |= unread(request.prompt, map(rows.__getitem__, self._family.encodings(request.prompt)))
         return found
+
+    def _encoded(self, requests: Sequence[SampleRequest]) -> Mapping[Encoding, Encoded]:
+        return encoded_now(self._family, self._codec, [request.prompt for request in requests], self._sampling)
 
     @contextmanager
     def _telling(self, requests: Sequence[SampleRequest]) -> Iterator[None]:
@@ -164,6 +166,10 @@ class Sampler:
     def _decode(self, x0: Tensor) -> np.ndarray:
         """uint8 (B, F, H, W, 3)."""
         return self._codec.decode(x0.to(self._device)).numpy()
+
+
+def _tensors(rows: Mapping[Encoding, Encoded]) -> ReadRow:
+    return lambda encoding: rows[encoding].tensors
 
 
 def save(file: Path, picture: np.ndarray) -> None:
