@@ -245,7 +245,8 @@ def _validation_problems(
         what = detail["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
         if detail["type"] == "literal_error":
             choices = [choice.strip("'") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-            near = difflib.get_close_matches(str(detail["input"]), choices, n=1, cutoff=0.4)
+            given = detail["input"] if isinstance(detail["input"], str) else ""
+            near = difflib.get_close_matches(given, choices, n=1, cutoff=0.6)
             what += f"; did you mean {near[0]!r}?" if near else ""
         where = COMMAND_LINE if any(f"{location}.".startswith(f"{name}.") for name in overridden) else source
         if isinstance(detail["input"], dict | Section) or not location:

@@ -32,6 +32,12 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     """Everything to edit. Raises Refused."""
     edit, model = recipe.edit, recipe.model
     family = check_model(model)
+    if not family.sees_source:
+        raise Refused(
+            f"model.family = {model.family!r} sees no picture, and so edits none; give a model that does, like Kontext"
+        )
+    if edit.device == "cuda" and not torch.cuda.is_available():
+        raise Refused('edit.device = "cuda", but torch finds no GPU here; set "cpu" or "auto"')
     if problems := weight_problems(recipe.tuned, family):
         raise BadInput(problems)
 
@@ -40,7 +46,7 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         return Geometry(height=height, width=width)
 
     if edit.data is not None:
-        return [*read_prompts(edit.data, edit.fit, geometry).prompts]
+        return [*read_prompts(edit.data, edit.fit, geometry, key="edit.data").prompts]
     path = Path(str(edit.image))
     if not path.is_file():
         raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
@@ -73,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the pictures named above are whole")

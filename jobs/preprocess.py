@@ -60,9 +60,10 @@ def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelT
     )
     found: list[Prompts] = []
     problems: dict[Problem, None] = {}
-    for path in filter(None, (data.path, evaluation.path)):
+    for key, path in (("data.path", data.path), ("eval.path", evaluation.path)):
         try:
-            found.append(read(path))
+            if path is not None:
+                found.append(read(path, key=key))
         except BadInput as error:
             problems |= dict.fromkeys(error.problems)
     if problems:

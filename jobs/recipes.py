@@ -126,6 +126,8 @@ class EditRequestConfig(Section):
     def conflicts(self) -> Iterator[str]:
         if (self.image is None) == (self.data is None):
             yield f"give either image or data: image = {self.image!r}, data = {self.data!r}"
+        if self.data is not None and self.prompt:
+            yield f"prompt = {self.prompt!r} belongs to image: the rows of data have instructions of their own"
 
 
 class EditRecipe(Section):

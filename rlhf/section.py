@@ -1,6 +1,7 @@
 """What the configuration of every job is built of: tables that refuse unknown keys, local paths, the cluster."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Self, get_args
 
@@ -22,7 +23,9 @@ LocalPath = Annotated[str, LOCAL_PATH, AfterValidator(_possible)]
 class Section(BaseModel):
     """A frozen table that refuses unknown keys, naming the nearest valid one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -32,6 +35,10 @@ class Section(BaseModel):
                 near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {key!r} = {values[key]!r}; {hint}")
+            for key, value in values.items():  # pydantic would take true for 1
+                kinds = {cls.model_fields[key].annotation, *get_args(cls.model_fields[key].annotation)}
+                if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{key} = {str(value).lower()}: give a number")
         return values
 
     def conflicts(self) -> Iterator[str]:
@@ -57,10 +64,16 @@ def local_paths(config: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield prefix + name, value
 
 
+def _card(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*GB", text):
+        raise ValueError('write the memory of a card like "80GB"')
+    return text
+
+
 class ClusterConfig(Section):
     address: str | None = None
     """A running cluster ("auto" or host:port; also RAY_ADDRESS). Unset: the job starts one of its own and ends it."""
-    card: str | None = Field(None, pattern=r"^[1-9]\d*GB$")
+    card: Annotated[str, AfterValidator(_card)] | None = None
     """Memory of one of its GPUs, e.g. "80GB"; unset: of this machine's."""
     num_cpus: float | None = None
     object_store_memory: int | None = Field(None, ge=80_000_000)

@@ -111,6 +111,20 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
             "'WanPipeline', but this family",
         ),
         "config that is no JSON": (write(f"{denoiser}/config.json", "<html>"), rf"{denoiser}/config\.json is not JSON"),
+        "config with a byte order mark": (  # which diffusers refuses
+            lambda folder: write("vae/config.json", b"\xef\xbb\xbf" + (folder / "vae/config.json").read_bytes())(
+                folder
+            ),
+            r"vae/config\.json is not JSON",
+        ),
+        "weights of more than the config has": (
+            tensors(f"{denoiser}/{STEM}.safetensors", lambda found: found.update({"extra.weight": torch.zeros(2)})),
+            r"hold 1 tensors that a .* of this config has not, the first is extra\.weight",
+        ),
+        "a tokenizer without a length": (
+            edit(f"{tokenizer}/tokenizer_config.json", model_max_length="long"),
+            f"{tokenizer} makes no tokenizer",
+        ),
         "config that is a list": (write("vae/config.json", "[1]"), r"vae/config\.json holds no JSON object"),
         "config of another class": (edit("vae/config.json", _class_name="AutoencoderKLWan"), "takes AutoencoderKL;"),
         "config of nonsense": (

@@ -23,6 +23,7 @@ ROWS_PER_BLOCK = 64
 """Of text files. The order of training depends on the sizes of blocks."""
 _BOM = b"\xef\xbb\xbf"
 _NOT_UTF8 = "save the file as UTF-8"
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "sep=": 'a line "sep="'}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,10 @@ def format_of(file: Path, otherwise: str = "") -> str:
 def _columns_remedy(name: str, columns: Sequence[str], fields: Sequence[Field], give: str) -> str:
     wanted = [field.name for field in fields if field.required]
     if name == ".csv":
-        return f"the first line must name {','.join(wanted)}"
+        by = next(
+            (f" and not by {say}" for mark, say in _SEPARATORS.items() if any(mark in name for name in columns)), ""
+        )
+        return f"the first line must name {','.join(wanted)}, separated by commas{by}"
     if name == ".txt":
         return "a .txt file holds a text a line; end the name with what the file is, .csv or .jsonl"
     return f"it has {', '.join(columns)}; give {give or 'the columns ' + ', '.join(wanted)}"

@@ -201,6 +201,8 @@ def _unidentified(data: bytes) -> ImageError:
     """Why Pillow takes a file for none of the formats, by its first bytes."""
     if data.startswith((_PNG, b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return UnreadableImage("the image header cannot be read; send a valid PNG, JPEG or WEBP file")
+    if data.startswith(b"version https://git-lfs."):
+        return UnreadableImage("the file is a Git LFS pointer, not the picture: run `git lfs pull` where it lies")
     for signature, name in _OTHER_FORMATS.items():
         if data.startswith(signature) or (name == "HEIC or AVIF" and data[4:8] == signature):
             return UnsupportedImage(f"the image is a {name} file; send PNG, JPEG or WEBP")

@@ -68,6 +68,7 @@ def read_prompts(
     item_metadata: str | Path | None = None,
     prompt_column: str = "prompt",
     on_bad_row: OnBadRow = "stop",
+    key: str = "data.path",
 ) -> Prompts:
     """Read a JSONL or table of prompts (and the item CSV, in which every image_id must then have a row); decode all pictures.
 
@@ -85,7 +86,7 @@ def read_prompts(
         Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
         Field(name="image", kind="picture paths", example='"images/10001.jpg"'),
     )
-    records, problems = check_file(path, fields, key="data.path", otherwise=".jsonl")
+    records, problems = check_file(path, fields, key=key, otherwise=".jsonl")
     if not records and not problems:
         problems = [no_rows(path, ".jsonl")]
     prompts = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import nn
+from transformers import AutoTokenizer
 
 from rlhf.errors import Refused
 from rlhf.models import load_family
@@ -49,8 +50,13 @@ def check_model(model: ModelTable, *, weights: bool = True) -> Family:
             need = replace(need, values={} if accepted else need.values, files=need.files if weights else ())
             _check_config(root / name, need)
             is_denoiser = name == family.denoiser_folder
-            if weights and need.network is not None and not (is_denoiser and model.denoiser):
-                check_weights(root / name, on_meta(need.network, root / name), exact=is_denoiser)
+            if weights and need.files:
+                _check_tokenizer(root / name)
+            if need.network is None:
+                continue
+            network = on_meta(need.network, root / name)
+            if weights and not (is_denoiser and model.denoiser):
+                check_weights(root / name, network, exact=is_denoiser)
         _ = family.process  # which refuses a scheduler that it does not know
     except Refused as error:
         raise Refused(f"model.path = {model.path!r}: {error}") from error
@@ -102,6 +108,15 @@ def _check_config(folder: Path, need: Need) -> None:
         refuse_broken(folder)
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Raise Refused where the files of a tokenizer make none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a", padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    except Exception as error:  # from deep inside a library
+        raise Refused(f"{folder} makes no tokenizer: {type(error).__name__}: {error}; {AGAIN}") from error
+
+
 def on_meta(cls: Any, folder: Path) -> Any:
     """The network of a folder without memory; of a class of diffusers or transformers. Raises Refused for a senseless config."""
     config = read_json(folder / "config.json")
@@ -139,6 +154,10 @@ def check_weights(folder: Path, network: nn.Module, *, exact: bool = False) -> N
     if lacking:
         what = f"lack {len(lacking)} tensors of a {type(network).__name__}, the first is {lacking[0]}"
         raise Refused(f"{folder}: the weights {what}; {AGAIN}")
+    known = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers())
+    if exact and (strange := sorted(stored.keys() - known.keys())):
+        what = f"hold {len(strange)} tensors that a {type(network).__name__} of this config has not, the first is {strange[0]}"
+        raise Refused(f"{folder}: the weights {what}; download weights and config of one model")
 
 
 def _names(stored: Mapping[str, Stored], network: nn.Module) -> dict[str, list[Stored]]:

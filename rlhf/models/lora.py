@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rlhf.errors import Refused, last_line
+from rlhf.shards.files import refuse_pointer
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
@@ -105,6 +106,12 @@ def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
     """Of every tensor in a safetensors file, by its key."""
     if not file.is_file():
         raise Misfit(file, "does not exist", remedy)
+    try:
+        refuse_pointer(file)
+    except Refused as error:
+        raise Misfit(
+            file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}"
+        ) from error
     try:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no mapping

@@ -100,7 +100,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise Refused(f"{file} is missing; download the whole folder of the model")
     refuse_pointer(file)
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(file.read_text(encoding="utf-8"))  # not bytes, of which a BOM would be taken
     except (ValueError, RecursionError) as error:
         raise Refused(f"{file} is not JSON: {error}; {AGAIN}") from error
     if not isinstance(found, dict):

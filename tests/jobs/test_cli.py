@@ -123,6 +123,22 @@ def test_a_key_that_was_renamed_is_named_as_it_is_now(recipe):
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("trainer.learning_rate", "true", "give a number"),
+        ("trainer.ranks", "true", "give a number"),
+        ("trainer.learning_rate", "inf", "finite number"),
+        ("model.guidance_scale", "nan", "finite number"),
+        ("cluster.card", "80 GB", 'write the memory of a card like "80GB"'),
+        ("trainer.gradient_checkpointing", "false", "should be 'all', 'half' or 'none'"),
+    ],
+)
+def test_values_that_are_no_such_value_are_refused(recipe, key, value, said):
+    [problem] = problems("--config", recipe, f"--{key}", value)
+    assert said in problem and "did you mean" not in problem
+
+
 def test_a_renamed_key_is_told_by_its_new_name(recipe):
     Path(recipe).write_text(RECIPE + "[trainer.lora]\nrank = 3\n")
     assert problems("--config", recipe, "--trainer.lora.alpha", "8") == [

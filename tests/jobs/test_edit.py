@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import edit as job
 from rlhf.models import load_family
+from rlhf.models.tiny import write_stable_diffusion
 from rlhf.tables import ModelTable
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -135,6 +136,21 @@ def test_an_instruction_that_is_cut_or_unknown_is_told(world, tmp_path):
     assert "100% unknown: 更亮 (prompt '1')" in out and "cut off" not in out
     _, out, _ = world()
     assert "WARNING" not in out
+
+
+def test_what_would_be_ignored_is_refused(world, tmp_path):
+    painter = write_stable_diffusion(tmp_path / "painter")
+    status, _, said = world("--model.path", str(painter), "--model.family", "stable_diffusion", "--dry-run")
+    assert status == 2 and "model.family = 'stable_diffusion' sees no picture, and so edits none" in said
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image_id": "1", "prompt": "cooler", "image": "1.png"}))
+    status, _, said = world("--edit.data", "rows.jsonl", "--edit.prompt", "warmer", "--edit.device", "cpu", image="")
+    assert status == 2 and "prompt = 'warmer' belongs to image" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(world):
+    status, _, said = world("--edit.device", "cuda", "--dry-run")
+    assert status == 2 and 'edit.device = "cuda", but torch finds no GPU here' in said
 
 
 def test_what_is_no_picture_is_refused(world, tmp_path):

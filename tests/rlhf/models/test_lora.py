@@ -111,7 +111,7 @@ def test_a_file_that_does_not_fit_is_refused_with_its_layout_and_counts(family, 
     [
         (None, "does not exist"),
         (b"", "cannot be read as safetensors"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "cannot be read as safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a Git LFS pointer"),
         (b"PK\x03\x04 a pickle of torch.save", "cannot be read as safetensors"),
     ],
 )
