@@ -7,6 +7,7 @@ from ray import serve
 
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
+from serve_apps import deploy
 from serve_apps.deploy import DeployError, app_name, check_sources
 from tests.serve_apps.conftest import PORT, config, down, up
 
@@ -86,12 +87,17 @@ def test_equal_settings_are_adopted_and_others_replaced(cluster, models):
 
 
 @pytest.mark.slow
-def test_a_broken_checkpoint_says_so_and_leaves_nothing(cluster, models, tmp_path):
-    (tmp_path / "broken.pt").write_bytes(b"this is no checkpoint")
-    bad = config(models, reward="hps", hps={"path": str(tmp_path / "broken.pt")}, route_prefix="/broken")
-    with pytest.raises(DeployError, match="broken-hpsv2"):
-        up(bad, "broken")
-    assert serve.status().applications.get("broken-hpsv2") is None or "DELETING" in str(serve.status())
+def test_a_judge_that_does_not_start_says_so_and_leaves_nothing(cluster, models, tmp_path, monkeypatch):
+    """A module that the driver finds, and so nobody refuses before, but a replica does not."""
+    (tmp_path / "only_here.py").write_text("def score(images, prompts, items):\n    return [0.0] * len(images)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    judges = JudgesConfig.model_validate(
+        {"deploy_timeout_s": 60, "python": {"lost": {"function": "only_here:score", "num_cpus": 0.1}}}
+    )
+    section = config(models, reward="hps", route_prefix="/broken").serve
+    with pytest.raises(DeployError, match="broken-lost"):
+        deploy.deploy(judges, section, ["lost"], "broken")
+    assert serve.status().applications.get("broken-lost") is None or "DELETING" in str(serve.status())
 
 
 def test_a_judge_that_gets_no_cpu_is_refused_in_time(cluster, models):
