@@ -7,7 +7,7 @@ FOREIGN = re.compile(
     rf"{LEVELS}|^\[\d{{4}}-[^\]]* [WEF] |Warning:|Traceback|will not be applied|worker processes have been started",
     re.M,
 )
-OURS = ("WARNING: the text encoder does not know",)
+OURS = ("WARNING: the text encoder",)
 
 
 def foreign_lines(output: str) -> list[str]:
