@@ -25,14 +25,18 @@ SHARDED = ("parameters", "gradients", "optimizer", "frozen sides", "average")
 PER_EXAMPLE = ("activations", "temporaries")
 
 
+Remedy = tuple[str, Peak | None]
+"""What to set, and the peak that it would give; None: a trace of this recipe does not tell."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """A role that needs memory of a card, and the key to lower where it does not fit."""
 
     role: Role
     peak: Peak
-    remedies: Sequence[tuple[str, Peak]] = ()
-    """What to set, and the peak that it would give; the cheapest first."""
+    remedies: Sequence["Remedy"] = ()
+    """The cheapest first."""
 
 
 def card_bytes(cluster: ClusterConfig) -> float | None:
@@ -42,21 +46,22 @@ def card_bytes(cluster: ClusterConfig) -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def trainer_remedies(config: TrainerConfig, peak: Peak) -> Iterator[tuple[str, Peak]]:
+def trainer_remedies(config: TrainerConfig, peak: Peak) -> Iterator[Remedy]:
     """What lowers a trainer rank's peak, the cheapest first."""
 
-    def changed(what: str, **kinds: float) -> tuple[str, Peak]:
+    def changed(what: str, **kinds: float) -> Remedy:
         return what, replace(peak, kinds={**peak.kinds, **{name: round(value) for name, value in kinds.items()}})
 
     def scaled(names: Sequence[str], factor: float) -> dict[str, float]:
         return {name: peak.kinds[name] * factor for name in names if name in peak.kinds}
 
+    in_memory = config.optimizer == "adamw" and not config.offloads("optimizer")
     average, sides = peak.kinds.get("average", 0), peak.kinds.get("frozen sides", 0)
     if average:
         yield changed('trainer.offload = "ema"', average=0)
     if sides:
         yield changed('trainer.offload = "reference"', **scaled(("average", "frozen sides"), 0))
-    if config.optimizer == "adamw":
+    if in_memory:
         yield changed('trainer.optimizer = "adamw_8bit"', optimizer=peak.kinds["optimizer"] / 4)
     if config.train_batch_size > 1:
         half = config.train_batch_size // 2
@@ -65,13 +70,13 @@ def trainer_remedies(config: TrainerConfig, peak: Peak) -> Iterator[tuple[str, P
         )
         yield changed(f"{what}gradient_accumulation_steps", **scaled(PER_EXAMPLE, half / config.train_batch_size))
     if config.gradient_checkpointing != "all":
-        yield 'trainer.gradient_checkpointing = "all"', peak  # not from this trace
-    if config.optimizer == "adamw" and not config.offloads("optimizer"):
-        yield changed('trainer.offload = "optimizer"', **dict.fromkeys(SHARDED, 0))
+        yield 'trainer.gradient_checkpointing = "all"', None
+    if in_memory:
+        yield changed('trainer.offload = "optimizer"', **scaled(SHARDED, 0))
     yield changed(f"trainer.ranks = {2 * config.ranks}", **scaled(SHARDED, 0.5))
 
 
-def batch_remedies(key: str, size: int, peak: Peak) -> Iterator[tuple[str, Peak]]:
+def batch_remedies(key: str, size: int, peak: Peak) -> Iterator[Remedy]:
     """What lowers the peak of a role whose batch `key` is of this size."""
     if size > 1:
         kinds = {**peak.kinds, "activations": round(peak.kinds["activations"] * (size // 2) / size)}
@@ -133,15 +138,15 @@ def _fault(share: Share, card: float) -> str:
     room = card - RESERVE
     if share.peak.nbytes <= room:
         return ""
-    fitting = [(what, peak) for what, peak in share.remedies if peak.nbytes <= room]
+    fitting = [(what, peak) for what, peak in share.remedies if peak is None or peak.nbytes <= room]
     return (
         f"a {share.role.name} needs {share.peak.nbytes / GIB:.1f} GiB at its peak, a card of {card / GIB:.1f} GiB has "
         f"{room / GIB:.1f} to give{_lower(fitting or share.remedies)}"
     )
 
 
-def _lower(remedies: Sequence[tuple[str, Peak]]) -> str:
-    told = "; or ".join(f"{what} ({peak.nbytes / GIB:.1f} GiB)" for what, peak in remedies[:2])
+def _lower(remedies: Sequence[Remedy]) -> str:
+    told = "; or ".join(f"{what} ({peak.nbytes / GIB:.1f} GiB)" if peak else what for what, peak in remedies[:2])
     return f": set {told}" if told else ""
 
 

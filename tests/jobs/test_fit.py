@@ -48,6 +48,16 @@ def test_remedies_take_away_what_they_say_the_cheapest_first():
     assert next(iter(found)) == 'trainer.offload = "ema"'
 
 
+def test_a_remedy_that_this_trace_does_not_tell_has_no_figure():
+    config = TrainerConfig(ranks=4, train_batch_size=1, gradient_checkpointing="half", offload="optimizer")
+    kinds = PEAK.kinds | dict.fromkeys(("parameters", "gradients", "optimizer", "frozen sides", "average"), 0)
+    found = dict(cards.trainer_remedies(config, Peak(kinds=kinds)))
+    assert found['trainer.gradient_checkpointing = "all"'] is None
+    role = replace(share(0, name="trainer rank", remedies=[*found.items()]), peak=PEAK)
+    with pytest.raises(NotEnoughResources, match=r'set trainer\.gradient_checkpointing = "all"; or'):
+        cards.check([role], 80 * GIB)
+
+
 def test_what_has_nothing_to_take_away_is_no_remedy():
     kinds = dict.fromkeys(PEAK.kinds, 0) | {"activations": GIB, "optimizer": GIB}
     config = TrainerConfig(train_batch_size=1, optimizer="adafactor")
