@@ -159,6 +159,6 @@ def hours(steps: int, seconds: Mapping[str, float]) -> str:
     """How long a run takes whose parts wait for each other."""
     each = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return (
-        f"about {sum(seconds.values()) * steps / 3600:.0f} hours for {steps} steps on cards like an H100 at "
+        f"about {sum(seconds.values()) * steps / 3600:.0f} h for {steps} steps on cards like an H100 at "
         f"{UTILISATION:.0%} of {TFLOPS / 1e12:.0f} TFLOP/s (a step: {each}); judges and transfers are not counted"
     )

@@ -32,9 +32,11 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
         geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
     )
     card = cards.card_bytes(recipe.cluster)
-    found = [_share(recipe, role, objective, prompt, card) for role in roles if role.num_gpus]
-    shares = [share for share in found if share]
+    found = {role.name: _share(recipe, role, objective, prompt, card) for role in roles if role.num_gpus}
+    shares = [share for share in found.values() if share]
     say(cards.table(shares, card))
+    if unknown := [name for name, share in found.items() if share is None]:
+        say(f"not counted, as their memory cannot be known beforehand: {', '.join(unknown)}")
     say(_hours(recipe, objective, prompt))
     cards.check(shares, card)
 
@@ -42,6 +44,7 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
 def _share(
     recipe: OnlineDPORecipe | TrainRecipe, role: Role, objective: Objective, prompt: Prompt, card: float | None
 ) -> Share | None:
+    """None: the memory of this role cannot be known beforehand."""
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
     if role.name == "trainer rank":
@@ -61,6 +64,7 @@ def _share(
 
 
 def _hours(recipe: OnlineDPORecipe | TrainRecipe, objective: Objective, prompt: Prompt) -> str:
+    """How long the run takes, worked out from the operations of one prediction."""
     family, trainer = load_family(recipe.model), recipe.trainer
     forward = forward_flops(family, prompt)
     # A backward pass is two forward passes; what it recomputes and every frozen side is one more.

@@ -10,6 +10,7 @@ from actors.cards import RESERVE, Share
 from actors.placement import GIB, NotEnoughResources, Role
 from jobs import fit, train
 from rlhf.models.memory import Peak
+from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.section import ClusterConfig
 from rlhf.tables import TrainerConfig
 from tests.jobs.offline_world import offline_config
@@ -100,7 +101,7 @@ def test_the_card_is_the_recipes(monkeypatch):
 def test_hours_follow_from_operations():
     """3.96e14 operations a second on each of two processes; a step of 60 s, and 120 of them."""
     assert cards.seconds(60 * 2 * 3.96e14, 2) == pytest.approx(60)
-    assert cards.hours(120, {"training": 20.0, "sampling": 40.0}).startswith("about 2 hours for 120 steps")
+    assert cards.hours(120, {"training": 20.0, "sampling": 40.0}).startswith("about 2 h for 120 steps")
 
 
 def test_a_recipe_is_told_from_json_files_alone_and_refused_where_it_does_not_fit(kontext, tmp_path, capsys):
@@ -120,7 +121,7 @@ def test_a_recipe_is_told_from_json_files_alone_and_refused_where_it_does_not_fi
         "frozen sides",
         "average",
         "to spare",
-        "hours",
+        " h for 4 steps",
     ):
         assert word in told
     with pytest.raises(
@@ -128,6 +129,15 @@ def test_a_recipe_is_told_from_json_files_alone_and_refused_where_it_does_not_fi
     ):
         small = gpus.model_copy(update={"cluster": ClusterConfig(card="1GB")})
         fit.check_cards(small, train.plan(small).roles, train.objective(small))
+
+
+def test_a_judge_whose_memory_cannot_be_known_is_named(kontext, tmp_path, capsys):
+    model = {"family": "flux_kontext", "height": 48, "width": 32}
+    recipe = offline_config(tmp_path, kontext, tmp_path, model=model)
+    judge = Role(name="judge mine", count=1, num_cpus=0.1, num_gpus=0.1, nbytes=0, judge="mine")
+    judges = recipe.judges.model_copy(update={"python": {"mine": PythonJudgeConfig(function="os:getcwd")}})
+    fit.check_cards(recipe.model_copy(update={"judges": judges}), [judge], train.objective(recipe))
+    assert "not counted, as their memory cannot be known beforehand: judge mine" in capsys.readouterr().out
 
 
 def test_nothing_is_traced_where_no_role_has_a_gpu(kontext, tmp_path, capsys):
