@@ -39,7 +39,7 @@ def check_pairs(
     key: str,
     cache: Path,
     on_bad_row: str,
-    needs_source: bool,
+    source_counts: range,
     needs_loser: bool,
     items: Mapping[str, Item] | None,
     check_all: CheckAll,
@@ -57,10 +57,10 @@ def check_pairs(
     if problems:
         raise BadInput(problems)
     places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    about = json.dumps([FORMAT, places, needs_source, needs_loser, sorted(items or ())])
+    about = json.dumps([FORMAT, places, str(source_counts), needs_loser, sorted(items or ())])
     index_file = cache / "pairs" / xxhash.xxh3_128_hexdigest(about.encode()) / "index.arrow"
     if not index_file.exists() or any(file.suffix == ".jsonl" for file in files):
-        check = partial(check_block, needs_source=needs_source, needs_loser=needs_loser, items=items)
+        check = partial(check_block, source_counts=source_counts, needs_loser=needs_loser, items=items)
         write_index(index_file, check_all(blocks, check))
     index = read_index(index_file)
     if index.problems and (on_bad_row == "stop" or not len(index.table)):

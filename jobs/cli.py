@@ -107,7 +107,8 @@ class Arguments(NamedTuple, Generic[C]):
 
 
 def parse(schema: type[C], argv: list[str] | None = None, description: str = "") -> Arguments[C]:
-    """Read `--config FILE`, dotted overrides and `--dry-run` from `argv` (default: the process's own) into `schema`.
+    """Read `--config FILE`, dotted overrides (the last of a key counts) and `--dry-run` from `argv` (default: the process's own)
+    into `schema`.
 
     Override values are TOML (`8`, `1e-5`, `true`, `[1, 2]`); text needs no quotes; `none` unsets an optional key; a key
     that is true or false may stand alone. `--help` prints every key and exits.
@@ -120,12 +121,17 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML recipe")
+    parser.add_argument("--config", type=Path, metavar="FILE", action="append", help="TOML recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     known, rest = parser.parse_known_args(argv)
     keys = schema_keys.keys(schema)
-    tree = _read_toml(known.config) if known.config else {}
-    source = str(known.config) if known.config else COMMAND_LINE
+    file, *others = known.config or [None]
+    if others:
+        raise ConfigError(
+            f"{COMMAND_LINE}: --config is given {1 + len(others)} times; give one recipe, and keys beside it"
+        )
+    tree = _read_toml(file) if file else {}
+    source = str(file) if file else COMMAND_LINE
     problems = [
         _problem(source, name, value, f"unknown key; {_nearest(name, keys)}")
         for name, value in schema_keys.take_unknown(schema, tree)
@@ -226,7 +232,7 @@ def _nearest(name: str, keys: dict[str, FieldInfo]) -> str:
     siblings = {key.rpartition(".")[2]: key for key in leaves if section and key.rpartition(".")[0] == section}
     near = [siblings[tail] for tail in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
     near = near or [key for key in leaves if key.rpartition(".")[2] == last]
-    near = near or ([] if siblings else difflib.get_close_matches(name, leaves, n=1, cutoff=0.7))
+    near = near or ([] if siblings else difflib.get_close_matches(name, keys, n=1, cutoff=0.7))
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"[{section}] has {', '.join(siblings)}" if siblings else "see --help for the valid keys"
@@ -249,6 +255,10 @@ def _validation_problems(
             near = difflib.get_close_matches(given, choices, n=1, cutoff=0.6)
             what += f"; did you mean {near[0]!r}?" if near else ""
         where = COMMAND_LINE if any(f"{location}.".startswith(f"{name}.") for name in overridden) else source
+        if where != COMMAND_LINE and any(f"{name}.".startswith(f"{location}.") for name in overridden):
+            where += " with the command line"  # keys that do not fit together
+        if detail["type"] in ("model_type", "dict_type"):
+            what = f"is a table: give its keys, like --{location}.KEY VALUE or [{location}] in a recipe"
         if isinstance(detail["input"], dict | Section) or not location:
             yield f"{where}: [{location}]: {what}" if location else f"{source}: {what}"
         else:

@@ -4,9 +4,10 @@
         --tuned.denoiser runs/NAME/v0/final/transformer --edit.out edits
 
 Runs in one process, without Ray, on the GPU if there is one. Each PNG is named after its image_id and variant; an id that cannot
-name a file is made safe (`rlhf.names`).
+name a file is made safe (`rlhf.names`). A PNG that is there already is never overwritten.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from actors.sampler import Sampler, SampleRequest
 from jobs.cli import parse, resolved_toml, run_main, say
-from jobs.recipes import EditRecipe
+from jobs.recipes import EditRecipe, EditRequestConfig
 from rlhf.data.instructions import Unread, unread_report
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, read_prompts
@@ -23,7 +24,7 @@ from rlhf.errors import Refused
 from rlhf.evaluation.prompts import weight_problems
 from rlhf.models.checks import check_model
 from rlhf.names import file_names
-from rlhf.runs.folder import made
+from rlhf.runs.folder import check_place, made
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, Prompt, seed_from
 
@@ -32,7 +33,7 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     """Everything to edit. Raises Refused."""
     edit, model = recipe.edit, recipe.model
     family = check_model(model)
-    if not family.sees_source:
+    if not max(family.source_counts):
         raise Refused(
             f"model.family = {model.family!r} sees no picture, and so edits none; give a model that does, like Kontext"
         )
@@ -46,7 +47,9 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         return Geometry(height=height, width=width)
 
     if edit.data is not None:
-        return [*read_prompts(edit.data, edit.fit, geometry, key="edit.data").prompts]
+        return [
+            *read_prompts(edit.data, edit.fit, geometry, key="edit.data", source_counts=family.source_counts).prompts
+        ]
     path = Path(str(edit.image))
     if not path.is_file():
         raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
@@ -57,23 +60,37 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
     return [prompt_of(path.stem, edit.prompt, [replace(found, path=str(path))], {}, edit.fit, geometry)]
 
 
+def files_of(edit: EditRequestConfig, todo: Sequence[Prompt]) -> dict[tuple[str, int], Path]:
+    """The PNG of each prompt's key and variant. Raises Refused where one is there already, or none can be."""
+    check_place(Path(edit.out), "edit.out")
+    names = file_names(prompt.key for prompt in todo)
+    files = {
+        (prompt.key, variant): Path(edit.out) / f"{names[prompt.key]}_{variant}.png"
+        for prompt in todo
+        for variant in range(edit.variants)
+    }
+    if there := [file for file in files.values() if file.exists()]:
+        what = f"{len(there)} of the {len(files)} pictures are there already, the first is {there[0].name}"
+        raise Refused(f"edit.out = {edit.out!r}: {what}; choose another folder")
+    return files
+
+
 def main() -> None:
     recipe, is_dry = parse(EditRecipe, description=__doc__ or "")
     edit, todo = recipe.edit, prompts(recipe)
+    files = files_of(edit, todo)
     if is_dry:
         say(resolved_toml(recipe))
         say(f"{len(todo)} pictures × {edit.variants} variants → {edit.out}")
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if edit.device == "auto" else edit.device
-    out = made(Path(edit.out), "edit.out")
-    sampler = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device)
-    names, not_read = file_names(prompt.key for prompt in todo), Unread()
+    made(Path(edit.out), "edit.out")
+    sampler, not_read = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device), Unread()
     for prompt in todo:
         for variant in range(edit.variants):
-            file = out / f"{names[prompt.key]}_{variant}.png"
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)
-            not_read |= sampler.paint(recipe.tuned, [(request, file, None)])
-            say(str(file))
+            not_read |= sampler.paint(recipe.tuned, [(request, files[prompt.key, variant], None)])
+            say(str(files[prompt.key, variant]))
     for warning in unread_report(not_read, len(todo)):
         say(warning)
 

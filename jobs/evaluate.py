@@ -89,7 +89,7 @@ def evaluate(recipe: EvaluateRecipe, prompts: Prompts) -> Path:
             judging,
             names,
             seeds=recipe.sampling.seeds,
-            edits=load_family(recipe.model).sees_source,
+            edits=max(load_family(recipe.model).source_counts) > 0,
             max_failure_rate=judges.max_failure_rate,
             log=say,
         )

@@ -28,7 +28,7 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
     prompt = Prompt(
         key="",
         instruction="",
-        sources=(Source(path="", content=""),) if family.sees_source else (),
+        sources=(Source(path="", content=""),) * max(family.source_counts),
         geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
     )
     card = cards.card_bytes(recipe.cluster)

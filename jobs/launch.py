@@ -25,7 +25,7 @@ from actors.trainer import TrainerLost
 from jobs import ray_start
 from jobs.cli import say
 from rlhf.models.trainable import Counts
-from rlhf.runs.folder import RunFolder
+from rlhf.runs.folder import RunFolder, check_place
 from rlhf.section import ClusterConfig
 from rlhf.tables import RunConfig, TrainerConfig
 from serve_apps import deploy
@@ -107,7 +107,7 @@ class Started:
 
 
 def dry_run(run: RunConfig, plan: Plan, config: ClusterConfig) -> None:
-    """Print what each role needs against what is free, and the disk space. Raises NotEnoughResources. Starts nothing."""
+    """Print what each role needs against what is free, and the disk space. Raises Refused. Starts nothing."""
     free = free_resources(config)
     say(placement.table(plan.roles, free))
     check_disk(run, plan)
@@ -137,7 +137,8 @@ def launch(run: RunConfig, plan: Plan, config: ClusterConfig, recipe: str) -> It
 
 
 def check_disk(run: RunConfig, plan: Plan, folder: Path | None = None) -> None:
-    """Print what checkpoints and exports need, less what the run's `folder` has of them. Raises NotEnoughResources."""
+    """Print what checkpoints and exports need, less what the run's `folder` has of them. Raises Refused."""
+    check_place(Path(run.dir), "run.dir")
     disk = shutil.disk_usage(next(p for p in (Path(run.dir), *Path(run.dir).parents) if p.exists())).free
     exports = 1 + (plan.trainer.max_train_steps // run.export_every if run.export_every else 0)
     need = placement.checkpoint_bytes(plan.trainer, plan.counts) * (run.keep_checkpoints + 1)

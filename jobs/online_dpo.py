@@ -39,6 +39,7 @@ from rlhf.models import load_family
 from rlhf.models.checks import check_model
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompts
+from rlhf.training.optimizers import check_optimizer
 from rlhf.types import REFERENCE, Prompt
 from serve_apps import deploy
 
@@ -62,6 +63,7 @@ def main() -> None:
 def check(recipe: OnlineDPORecipe, data: Data) -> None:
     """What can be refused before anything starts. Raises Refused."""
     family = load_family(recipe.model)
+    check_optimizer(recipe.trainer.optimizer)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)
     check_prompts(recipe.judges, recipe.reward, recipe.data, data.all)

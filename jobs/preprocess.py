@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from actors.encoders import encode
 from jobs.cli import Say, parse, resolved_toml, run_main, say
@@ -20,9 +21,11 @@ from rlhf.data.instructions import Unread, unread, unread_report
 from rlhf.data.prompts import Prompts, read_prompts
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
 from rlhf.models.family import Family
+from rlhf.runs.folder import check_place
 from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
 from rlhf.types import Encoding, Geometry, Prompt
 
@@ -44,6 +47,7 @@ class Data:
 def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelTable) -> Data:
     """Read `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for what is no model folder."""
     family = check_model(model)
+    check_place(Path(data.cache), "data.cache")
 
     def geometry(height: int, width: int) -> Geometry:
         """Of the edit of a source of (H, W) pixels."""
@@ -57,6 +61,7 @@ def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelT
         item_metadata=data.item_metadata,
         prompt_column=data.prompt_column,
         on_bad_row=data.on_bad_row,
+        source_counts=family.source_counts if max(family.source_counts) else None,
     )
     found: list[Prompts] = []
     problems: dict[Problem, None] = {}
@@ -69,8 +74,25 @@ def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelT
     if problems:
         raise BadInput(tuple(problems))
     training, *held_out = (prompts.prompts for prompts in found)
+    if held_out:
+        _refuse_overlap(data, evaluation, training, held_out[0])
+    for size in {prompt.geometry for prompts in found for prompt in prompts.prompts}:
+        family.latent_shape(size)  # refuses one that the network cannot take
     left_out = "\n".join(prompts.report() for prompts in found if prompts.left_out)
     return Data(training=training, held_out=held_out[0] if held_out else (), left_out=left_out)
+
+
+def _refuse_overlap(
+    data: DataConfig, evaluation: EvalConfig, training: Sequence[Prompt], held_out: Sequence[Prompt]
+) -> None:
+    """Raise Refused where prompts that are held out are also trained on."""
+    trained = {(prompt.instruction, *(source.content for source in prompt.sources)) for prompt in training}
+    asked = [(prompt.instruction, *(source.content for source in prompt.sources)) for prompt in held_out]
+    if shared := sum(one in trained for one in asked):
+        raise Refused(
+            f"{shared} of {len(asked)} prompts of eval.path = {evaluation.path!r} are in data.path = {data.path!r} too, by "
+            "instruction and pictures: hold out others"
+        )
 
 
 def missing(cache: EncodingCache, encodings: Iterable[Encoding], manifest: Manifest) -> dict[str, Encoding]:

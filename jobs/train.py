@@ -35,6 +35,7 @@ from rlhf.models import load_family
 from rlhf.models.checks import check_model
 from rlhf.models.trainable import load_trainable
 from rlhf.tables import TrainerConfig
+from rlhf.training.optimizers import check_optimizer
 from rlhf.types import REFERENCE
 from serve_apps import deploy
 
@@ -56,6 +57,7 @@ def main() -> None:
 def check(recipe: TrainRecipe) -> None:
     """What can be refused before the rows are read. Raises Refused."""
     check_model(recipe.model)
+    check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.judge_names)
 
 

@@ -80,7 +80,7 @@ def through_the_vae(vae, pictures: Tensor) -> Tensor:
 
 def condition_of(family, codec, texts: Sequence[str], pictures: Tensor | None = None) -> Condition:
     """The condition of texts and, where the family sees one, a source each of uint8 pictures (B, H, W, 3)."""
-    if pictures is None or not family.sees_source:
+    if pictures is None or not max(family.source_counts):
         prompts, media = prompts_of(texts, Geometry(height=48, width=32)), {}
     else:
         prompts = prompts_of(texts, Geometry(height=pictures.shape[1], width=pictures.shape[2]), sources=1)

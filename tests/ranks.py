@@ -90,7 +90,7 @@ class Ranks:
         return self._processes[rank].exitcode
 
     def stop(self) -> None:
-        for connection, process in zip(self._connections, self._processes, strict=True):
+        for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send_bytes(b"stop")
         for process in self._processes:

@@ -162,7 +162,7 @@ class Strange:
     blocks: ClassVar[tuple[type[nn.Module], ...]] = (StrangeBlock,)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out", "up", "down")
     denoiser_folder: ClassVar[str] = "net"
-    sees_source: ClassVar[bool] = True
+    source_counts: ClassVar[range] = range(1, 1 + MAX_SOURCES)
 
     @property
     def denoiser_path(self) -> Path:

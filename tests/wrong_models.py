@@ -4,6 +4,7 @@ A fault changes a copy of a tiny folder in place. `WRONG` holds those of any fam
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -120,6 +121,10 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
         "weights of more than the config has": (
             tensors(f"{denoiser}/{STEM}.safetensors", lambda found: found.update({"extra.weight": torch.zeros(2)})),
             r"hold 1 tensors that a .* of this config has not, the first is extra\.weight",
+        ),
+        "a tokenizer of another kind": (
+            edit(f"{tokenizer}/tokenizer_config.json", tokenizer_class="BertTokenizer"),
+            "tokenizer_class = 'BertTokenizer', but this family takes",
         ),
         "a tokenizer without a length": (
             edit(f"{tokenizer}/tokenizer_config.json", model_max_length="long"),
@@ -261,6 +266,14 @@ WRONG["flux_kontext"] |= {
         "use_dynamic_shifting = False, but this family takes True",
     ),
     "scheduler without a number": (edit("scheduler/scheduler_config.json", max_shift="1"), "max_shift = '1'.*a number"),
+    "CLIP's words in place of T5's": (
+        lambda folder: shutil.copytree(folder / "tokenizer", folder / "tokenizer_2", dirs_exist_ok=True),
+        r"tokenizer_2/tokenizer_config\.json: tokenizer_class = 'CLIPTokenizer', but this family takes T5Tokenizer",
+    ),
+    "axes that are not the width": (
+        edit("transformer/config.json", axes_dims_rope=[2, 2, 2]),
+        r"transformer/config\.json: axes_dims_rope = \[2, 2, 2\] is not attention_head_dim = ",
+    ),
     "a VAE without a shift": (edit("vae/config.json", shift_factor=None), "shift_factor = None.*takes a number"),
     "another T5": (
         edit("text_encoder_2/config.json", d_model=64),

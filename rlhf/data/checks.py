@@ -43,6 +43,14 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
         several = (given or [""]) if field.kind == "picture paths" and isinstance(given, list) else [given]
         found = [_check_field(record, field, value, root or Path(record.file).parent) for value in several]
         faults = [value for value in found if isinstance(value, Problem)]
+        if field.counts is not None and not faults and given and len(found) not in field.counts:
+            fewest, most = min(field.counts), max(field.counts)
+            wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            faults = [
+                record.problem(
+                    field.name, f"names {len(found)} pictures, but the model takes {wanted}", "give that many"
+                )
+            ]
         problems += faults
         if not faults and found[0] is not None:
             values[field.name] = tuple(found) if field.kind == "picture paths" else found[0]

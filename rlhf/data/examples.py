@@ -145,11 +145,13 @@ class PairIndex:
 
 
 def check_block(
-    block: Block, *, needs_source: bool, items: Collection[str] | None, needs_loser: bool = True
+    block: Block, *, source_counts: range, items: Collection[str] | None, needs_loser: bool = True
 ) -> PairIndex:
-    """The index of one block, every picture of which is decoded. `items`, where given, must hold every image_id."""
+    """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
+    `items`, where given, must hold every image_id.
+    """
     is_table = block.format != ".jsonl"
-    fields, target_fields = _fields(is_table, needs_source, needs_loser, items)
+    fields, target_fields = _fields(is_table, source_counts, needs_loser, items)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]
     try:
@@ -170,6 +172,9 @@ def check_block(
         label = values.get("label_0", 1.0)
         if label not in (0, 1):
             faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
+        first, second = (values.get(field.name) for field in (TABLE if is_table else LINE) if "picture" in field.kind)
+        if isinstance(first, PictureFile) and isinstance(second, PictureFile) and first.content == second.content:
+            faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
         if faults:
             problems += faults
             continue
@@ -185,13 +190,14 @@ def check_block(
 
 
 def _fields(
-    is_table: bool, needs_source: bool, needs_loser: bool, items: Collection[str] | None
+    is_table: bool, source_counts: range, needs_loser: bool, items: Collection[str] | None
 ) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
     """What a row must have, and what one with a target."""
     prompt, winner, loser = LINE
     remedy = "give every pair the image_id of an item"
     known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
-    others = (TABLE_SOURCE if is_table else SOURCE,) if needs_source else ()
+    source = TABLE_SOURCE if is_table else replace(SOURCE, counts=source_counts, required=0 not in source_counts)
+    others = (source,) if max(source_counts) else ()
     others = (*others, IMAGE_ID if items is None else known_id)
     if is_table or needs_loser:
         both = (*(TABLE if is_table else LINE), *others)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
+from rlhf.shards.files import is_pointer
 
 ROWS_PER_BLOCK = 64
 """Of text files. The order of training depends on the sizes of blocks."""
@@ -75,6 +76,10 @@ def blocks_of(
     name = format_of(file, otherwise)
     kind = FORMATS[name]
     try:
+        if is_pointer(file):
+            raise BadInput(
+                [whole(file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}")]
+            )
         columns = kind.columns(file)
         absent = [field.name for field in fields if field.required and field.name not in (columns or ())]
         if columns is None or not absent:

@@ -69,11 +69,12 @@ def read_prompts(
     prompt_column: str = "prompt",
     on_bad_row: OnBadRow = "stop",
     key: str = "data.path",
+    source_counts: range | None = None,
 ) -> Prompts:
     """Read a JSONL or table of prompts (and the item CSV, in which every image_id must then have a row); decode all pictures.
 
-    Pictures must lie, links followed, inside the folder of the file. A file whose name ends in nothing known is read as JSONL.
-    Raises: BadInput with every problem.
+    source_counts: how many pictures a row may have, see `Family`. They must lie, links followed, inside the folder of the
+    file. A file whose name ends in nothing known is read as JSONL. Raises: BadInput with every problem.
     """
     path = Path(path)
     items, item_problems = read_items(item_metadata)
@@ -84,7 +85,7 @@ def read_prompts(
     fields = (
         Field(name="image_id", unique=True, known=known, known_in=str(item_metadata), example='"10001"'),
         Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
-        Field(name="image", kind="picture paths", example='"images/10001.jpg"'),
+        Field(name="image", kind="picture paths", counts=source_counts, example='"images/10001.jpg"'),
     )
     records, problems = check_file(path, fields, key=key, otherwise=".jsonl")
     if not records and not problems:

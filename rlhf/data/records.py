@@ -60,6 +60,8 @@ class Field:
     is never bytes; picture paths are a list of them, or one. `any` is not checked."""
     required: bool = True
     """One that is not may be left out, null or empty: all the same."""
+    counts: range | None = None
+    """Of picture paths: how many there may be; None: any number but none."""
     may_be_empty: bool = False
     """A text of blanks alone is a value too."""
     stripped: bool = False

@@ -20,17 +20,16 @@ import xxhash
 from rlhf.errors import Refused
 from rlhf.rewards.protocols import fingerprint
 from rlhf.runs.durable import write_durably
-from rlhf.runs.folder import made
+from rlhf.runs.folder import check_place, made
 from rlhf.tables import EvaluatedModelTable, SamplingTable, WeightsTable
 from rlhf.types import Prompt
 
 
 def check_out(out: Path) -> None:
-    """Raise Refused where `out` is finished or holds something else than an evaluation."""
+    """Raise Refused where `out` is finished, holds something else than an evaluation, or cannot be made."""
+    check_place(out, "out")
     if (out / "results.json").exists():
         raise Refused(f"out = {str(out)!r} holds a finished evaluation, which is never overwritten; choose another")
-    if out.exists() and not out.is_dir():
-        raise Refused(f"out = {str(out)!r} is a file; give a folder")
     if out.exists() and not (out / "painting.json").exists() and {path.name for path in out.iterdir()} - {"lock"}:
         raise Refused(f"out = {str(out)!r} is not empty and holds no evaluation; choose another folder")
 

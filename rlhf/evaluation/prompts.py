@@ -24,7 +24,9 @@ def read_evaluation(model: EvaluatedModelTable, tuned: WeightsTable, data: Promp
     family = check_model(model)
     problems = weight_problems(tuned, family)
     try:
-        found = _edits(model, data, family) if family.sees_source else _texts(data, _geometry(model, family, 1, 1))
+        found = (
+            _edits(model, data, family) if max(family.source_counts) else _texts(data, _geometry(model, family, 1, 1))
+        )
     except BadInput as error:
         raise BadInput([*problems, *error.problems]) from error
     if problems:
@@ -95,6 +97,7 @@ def _edits(model: EvaluatedModelTable, data: PromptDataTable, family: Family) ->
         item_metadata=data.item_metadata,
         prompt_column=data.prompt_column,
         on_bad_row=data.on_bad_row,
+        source_counts=family.source_counts,
     )
 
 

@@ -61,10 +61,16 @@ def index(*pipelines: str) -> Need:
     return Need(file=INDEX_FILE, values={"_class_name": pipelines})
 
 
-TOKENIZER = Need(
-    file="tokenizer_config.json", files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-)
-"""The folder of a tokenizer: without these files transformers makes one of no words, and no error."""
+def tokenizer(kind: str) -> Need:
+    """The folder of a CLIPTokenizer or T5Tokenizer, in its fast or slow form: another's words are other numbers.
+
+    Without one of the files transformers makes a tokenizer of no words, and no error.
+    """
+    return Need(
+        file="tokenizer_config.json",
+        values={"tokenizer_class": (kind, f"{kind}Fast")},
+        files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)),
+    )
 
 
 class Codec(Protocol):
@@ -86,8 +92,8 @@ class Family(Protocol):
     """Module-name endings that LoRA adapts by default."""
     denoiser_folder: ClassVar[str]
     """In the model's folder. The diffusers pipeline puts the same word before the keys of a LoRA file."""
-    sees_source: ClassVar[bool]
-    """Whether prompts have sources: the family edits, and does not only paint from a text."""
+    source_counts: ClassVar[range]
+    """How many sources a prompt may have: range(1), that is none, where the family only paints from a text."""
 
     @property
     def kinds(self) -> Mapping[str, Kind]: ...

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
-from rlhf.models.family import NUMBER, TOKENIZER, Kind, Need, Rows, index, stacked
+from rlhf.models.family import NUMBER, Kind, Need, Rows, index, stacked, tokenizer
 from rlhf.models.folder import (
     LoadParts,
     Parts,
@@ -90,7 +90,7 @@ class FluxKontext:
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
     denoiser_folder: ClassVar[str] = "transformer"
-    sees_source: ClassVar[bool] = True
+    source_counts: ClassVar[range] = range(1, 2)
 
     @property
     def denoiser_path(self) -> Path:
@@ -117,8 +117,8 @@ class FluxKontext:
         yield "vae", Need(network=AutoencoderKL, values=scale | {"latents_mean": (None,)})
         for folder, network in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
             yield folder, Need(network=network)
-        for folder in ("tokenizer", "tokenizer_2"):
-            yield folder, TOKENIZER
+        yield "tokenizer", tokenizer("CLIPTokenizer")
+        yield "tokenizer_2", tokenizer("T5Tokenizer")
         read = partial(read_value, self.path)
         tokens = 4 * read("vae/config.json", "latent_channels")
         values = {
@@ -128,6 +128,11 @@ class FluxKontext:
             "pooled_projection_dim": (read("text_encoder/config.json", "hidden_size"),),
         }
         yield self.denoiser_folder, Need(network=FluxTransformer2DModel, values=values)
+        file = f"{self.denoiser_folder}/config.json"
+        axes, width = read(file, "axes_dims_rope"), read(file, "attention_head_dim")
+        if sum(axes) != width:
+            what = f"axes_dims_rope = {axes} is not attention_head_dim = {width} in all"
+            raise Refused(f"{self.path / file}: {what}; download the whole folder again")
 
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rlhf.errors import Refused, last_line
-from rlhf.shards.files import refuse_pointer
+from rlhf.shards.files import is_pointer
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
@@ -38,6 +38,7 @@ LAYOUTS = {
     r"text_encoder": "the diffusers layout of a text encoder (text_encoder.…)",
 }
 """How the keys of a layout begin, and its name."""
+REWRITE = f"export it again, or take the entry {LORA_ADAPTER_METADATA_KEY} out of its header"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -75,10 +76,26 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     if faults := [fault for key in sorted(mine) if (fault := _fault(key, mine, layers))]:
         what = f"fits this {type(denoiser).__name__} in {len(mine) - len(faults)} of {len(mine)} keys; the first that does not"
         raise Misfit(file, f"{what}, {prefix}.{faults[0]}", remedy)
+    _check_settings(file, prefix)
     if (path / MODULES_FILE).is_file():
         check_modules(path, denoiser)
     elif file.name == LORA_FILE and (file.parent / MODULES_FILE).is_file():
         raise Misfit(file, f"was trained together with {MODULES_FILE} beside it", f"give their folder, {file.parent}")
+
+
+def _check_settings(file: Path, prefix: str) -> None:
+    """Raise Misfit where a file's header has settings of its adapters, as diffusers writes them, and some are missing."""
+    with safe_open(file, "pt") as tensors:
+        settings = (tensors.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if settings is None:
+        return
+    try:
+        known = json.loads(settings)
+        about = {key: known.get(f"{prefix}.{key}") for key in ("r", "lora_alpha", "target_modules")}
+    except (ValueError, AttributeError) as error:
+        raise Misfit(file, f"has a header whose {LORA_ADAPTER_METADATA_KEY} is no JSON object", REWRITE) from error
+    if absent := [key for key, value in about.items() if not value]:
+        raise Misfit(file, f"has a header whose {LORA_ADAPTER_METADATA_KEY} lacks {', '.join(absent)}", REWRITE)
 
 
 def _layout(key: str) -> str:
@@ -106,12 +123,8 @@ def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
     """Of every tensor in a safetensors file, by its key."""
     if not file.is_file():
         raise Misfit(file, "does not exist", remedy)
-    try:
-        refuse_pointer(file)
-    except Refused as error:
-        raise Misfit(
-            file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}"
-        ) from error
+    if is_pointer(file):
+        raise Misfit(file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}")
     try:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no mapping
@@ -125,12 +138,13 @@ def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
     file = path / LORA_FILE if path.is_dir() else path
     if (path / MODULES_FILE).is_file():
         load_modules(denoiser, path)
-    remedy = "export it again, or take the entry lora_adapter_metadata out of its header"
     try:
         # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
         denoiser.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise Misfit(file, f"does not load, its header does not fit its tensors: {last_line(error)}", remedy) from error
+        raise Misfit(
+            file, f"does not load, its header does not fit its tensors: {last_line(error)}", REWRITE
+        ) from error
 
 
 def check_modules(folder: Path, denoiser: nn.Module) -> None:

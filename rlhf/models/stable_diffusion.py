@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rlhf.diffusion.ddpm import DDPM
-from rlhf.models.family import TOKENIZER, Kind, Need, Rows, index, stacked
+from rlhf.models.family import Kind, Need, Rows, index, stacked, tokenizer
 from rlhf.models.folder import (
     LoadParts,
     Parts,
@@ -68,7 +68,7 @@ class StableDiffusion:
     blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (ResnetBlock2D, BasicTransformerBlock)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     denoiser_folder: ClassVar[str] = "unet"
-    sees_source: ClassVar[bool] = False
+    source_counts: ClassVar[range] = range(1)
 
     @property
     def denoiser_path(self) -> Path:
@@ -121,7 +121,7 @@ class StableDiffusion:
         )
         for folder, network in encoders.items():
             yield folder, Need(network=network)
-            yield folder.replace("text_encoder", "tokenizer"), TOKENIZER
+            yield folder.replace("text_encoder", "tokenizer"), tokenizer("CLIPTokenizer")
         widths = [read_value(self.path, f"{folder}/config.json", "hidden_size") for folder in encoders]
         latents = read_value(self.path, "vae/config.json", "latent_channels")
         values = {"in_channels": (latents,), "out_channels": (latents,), "cross_attention_dim": (sum(widths),)}

@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -135,7 +136,7 @@ class LoRA(Part):
             file=LORA_FILE,
             names=names,
             scales={name: self.alpha / self.rank for name in names if ".lora_B." in name},
-            metadata={"lora_adapter_metadata": json.dumps(settings)},
+            metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(settings)},
         )
 
 

@@ -56,6 +56,15 @@ def made(folder: Path, key: str) -> Path:
     return folder
 
 
+def check_place(folder: Path, key: str) -> None:
+    """Raise Refused where `made` would, as far as can be seen without making anything."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise Refused(f"{key}: the folder {folder} cannot be made: {nearest} is a file; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise Refused(f"{key}: the folder {folder} cannot be made: nothing may be written to {nearest}; choose another")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fence:
     """The right to write into a claimed folder; goes to other processes, which cannot hold the lock."""

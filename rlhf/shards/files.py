@@ -87,11 +87,16 @@ def write_sharded(
     barrier()
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raise Refused where Git LFS left a pointer in place of a file's content."""
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS left a pointer in place of a file's content."""
     with open(file, "rb") as stream:
-        if stream.read(24).startswith(b"version https://git-lfs."):
-            raise Refused(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
+        return stream.read(24).startswith(b"version https://git-lfs.")
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise Refused where a file `is_pointer`."""
+    if is_pointer(file):
+        raise Refused(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

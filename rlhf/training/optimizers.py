@@ -8,6 +8,7 @@ and first moment, which Diffusion-DPO switches off.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -83,6 +84,15 @@ def _over_ranks(part: Tensor, parameter: DTensor) -> Tensor:
     return DTensor.from_local(part, parameter.device_mesh, [Partial()], run_check=False).full_tensor()
 
 
+def check_optimizer(name: str) -> None:
+    """Raise Refused where an optimizer needs a package that is not installed."""
+    if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise Refused(
+            'trainer.optimizer = "adamw_8bit" needs bitsandbytes, which `make install EXTRA=gpu` brings; '
+            'without it take "adafactor"'
+        )
+
+
 class AdamW8bit(Optimizer):
     """bitsandbytes' AdamW8bit, which knows no DTensor, on this rank's rows: AdamW is elementwise.
 
@@ -91,13 +101,8 @@ class AdamW8bit(Optimizer):
     """
 
     def __init__(self, parameters: Iterable[DTensor], **settings: Any):
-        try:
-            from bitsandbytes.optim import AdamW8bit as OfPlainTensors  # only when chosen: it loads a native library
-        except ImportError as error:
-            raise Refused(
-                'trainer.optimizer = "adamw_8bit" needs bitsandbytes, which `make install EXTRA=gpu` brings; '
-                'without it take "adafactor"'
-            ) from error
+        check_optimizer("adamw_8bit")
+        from bitsandbytes.optim import AdamW8bit as OfPlainTensors  # only when chosen: it loads a native library
 
         super().__init__(parameters, settings)
         self._rows = {p: nn.Parameter(p.to_local().detach()) for group in self.param_groups for p in group["params"]}

@@ -95,7 +95,7 @@ def test_a_picture_that_changed_stops_it_and_is_named(cluster, judge_server, tmp
 
 def test_each_picture_is_judged_with_its_pairs_caption_item_and_source_at_its_own_size(tmp_path):
     items = {"0": {"price": "3"}, "1": {"price": "4"}}
-    index = read_index(index_of(write_jsonl(tmp_path, 2, source=True), needs_source=True, items=items))
+    index = read_index(index_of(write_jsonl(tmp_path, 2, source=True), source_counts=range(1, 2), items=items))
     pairs = list(index.examples(range(2), SIZE))
     prompts = _prompts(pairs, items, [(8, 8), (8, 16), (4, 8), (8, 8)])
     assert [(prompt.geometry.height, prompt.geometry.width) for prompt in prompts] == [(8, 8), (8, 16), (4, 8), (8, 8)]

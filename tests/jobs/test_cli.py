@@ -95,12 +95,25 @@ def test_every_problem_in_one_message_with_file_section_key_value_and_remedy(rec
     found = problems("--config", recipe, "--data.fit", "crp", "--trainer.rnks", "2", "--h", "64", "stray")
     assert found == [
         "recipe.toml: [sampling] steps_per = 3: unknown key; did you mean sampling.steps?",
-        "recipe.toml: rewards = {'a': 1}: unknown key; see --help for the valid keys",
+        "recipe.toml: rewards = {'a': 1}: unknown key; did you mean reward?",
         "command line: [trainer] rnks = '2': unknown key; did you mean trainer.ranks?",
         "command line: h = '64': unknown key; did you mean model.height?",
         "command line: stray: is no option; write --section.key VALUE",
         "command line: [data] fit = 'crp': should be 'crop', 'pad' or 'stretch'; did you mean 'crop'?",
         "recipe.toml: [sampling] steps = 0: should be greater than or equal to 1",
+    ]
+
+
+def test_two_recipes_are_refused(recipe):
+    with pytest.raises(ConfigError, match=r"command line: --config is given 2 times; give one recipe"):
+        parse(OnlineDPORecipe, ["--config", recipe, "--config", recipe])
+
+
+def test_a_section_that_is_misspelt_or_no_table_is_told(recipe):
+    Path(recipe).write_text(f"{RECIPE}[trainr]\nranks = 2\n")
+    assert problems("--config", recipe, "--samplers", "4") == [
+        "recipe.toml: trainr = {'ranks': 2}: unknown key; did you mean trainer?",
+        "command line: samplers = 4: is a table: give its keys, like --samplers.KEY VALUE or [samplers] in a recipe",
     ]
 
 
@@ -183,7 +196,8 @@ def test_required_keys_are_named_even_where_their_table_is_missing(recipe):
 
 def test_rules_between_keys_say_both_values(recipe):
     [problem] = problems("--config", recipe, "--rollout.lookahead", "3", "--rollout.max_age", "1")
-    assert problem.startswith("recipe.toml: [rollout]: max_age = 1 is below lookahead + publish_every - 1 = 3 + 1 - 1")
+    both = "recipe.toml with the command line"
+    assert problem.startswith(f"{both}: [rollout]: max_age = 1 is below lookahead + publish_every - 1 = 3 + 1 - 1")
     [problem] = problems("--config", recipe, "--trainable.rank", "8")
     assert problem.endswith(
         '[trainable]: rank = 8 belongs to LoRA, but kind = "full": set kind = "lora" or leave rank out'

@@ -132,10 +132,29 @@ def test_an_instruction_that_is_cut_or_unknown_is_told(world, tmp_path):
     assert status == 0 and (tmp_path / "edits/1_0.png").exists()
     assert "WARNING: the text encoder cuts off the end of 1 instructions (1 of 1 prompts)" in out
     assert "cut off: Give it a warm and sunny light, and a blue plate (prompt '1')" in out
-    _, out, _ = world("--edit.prompt", "更亮")
+    _, out, _ = world("--edit.prompt", "更亮", "--edit.out", "other")
     assert "100% unknown: 更亮 (prompt '1')" in out and "cut off" not in out
-    _, out, _ = world()
+    _, out, _ = world("--edit.out", "third")
     assert "WARNING" not in out
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_no_picture_is_overwritten(world, tmp_path, dry):
+    world("--edit.variants", "2")
+    before = {file: file.read_bytes() for file in (tmp_path / "edits").iterdir()}
+    status, out, error = world("--edit.variants", "3", "--edit.seed", "1", *dry)
+    assert status == 2 and not out and {file: file.read_bytes() for file in (tmp_path / "edits").iterdir()} == before
+    assert "2 of the 3 pictures are there already, the first is 1_0.png; choose another folder" in error
+
+
+def test_a_row_with_more_pictures_than_the_model_takes_is_told_with_its_line(world, tmp_path):
+    rows = [
+        {"image_id": "a", "prompt": "warm", "image": "1.png"},
+        {"image_id": "b", "prompt": "warm", "image": ["1.png", "2.png"]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    status, _, error = world("--edit.data", "rows.jsonl", "--edit.device", "cpu", image=None)
+    assert status == 2 and "rows.jsonl:2: image: names 2 pictures, but the model takes 1; give that many" in error
 
 
 def test_what_would_be_ignored_is_refused(world, tmp_path):

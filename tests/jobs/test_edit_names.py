@@ -47,6 +47,8 @@ def test_every_id_gets_a_file_of_its_own_inside_the_folder(monkeypatch, kontext,
 def test_a_folder_that_cannot_be_made_is_told_before_the_model_loads(monkeypatch, kontext, tmp_path):
     (tmp_path / "file").write_text("")
     Image.fromarray(np.full((48, 32, 3), 90, np.uint8)).save(tmp_path / "1.png")
-    for out, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "out", "Not a directory")):
-        with pytest.raises(Refused, match=rf"edit\.out: the folder .* cannot be made: {why}; choose another"):
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(
+            Refused, match=r"edit\.out: the folder .* cannot be made: .*/file is a file; choose another"
+        ):
             run(monkeypatch, kontext, out, "--edit.image", str(tmp_path / "1.png"))

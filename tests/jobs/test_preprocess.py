@@ -1,7 +1,9 @@
 """What counts as missing, sizes, and the job's dry run; no Ray is started here."""
 
+import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -12,6 +14,7 @@ from jobs.preprocess import cache_place, missing, read_data, wanted_encodings, w
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import Manifest, Place, read_manifest
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.types import Encoding
@@ -172,6 +175,35 @@ def test_training_and_evaluation_problems_come_together(config, tmp_path):
     with pytest.raises(BadInput) as caught:
         read_data(both.data, both.eval, both.model)
     assert len(caught.value.problems) == 2
+
+
+def test_prompts_that_are_trained_on_are_not_held_out(config, tmp_path):
+    """By instruction and pixels: neither the name of a file nor an id makes another prompt."""
+    rows = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
+    shutil.copytree(tmp_path / "data/images", tmp_path / "data/held_out")
+    for index, row in enumerate(rows):
+        row |= {"image_id": f"e{index}", "image": row["image"].replace("images", "held_out")}
+    rows[0]["prompt"] = "another edit of a photo that is trained on"
+    held_out = tmp_path / "data/eval.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows)))
+    both = change(config, "eval", path=str(held_out))
+    with pytest.raises(Refused, match=r"2 of 3 prompts of eval\.path = '.*eval\.jsonl' are in data\.path = .* too"):
+        read_data(both.data, both.eval, both.model)
+    held_out.write_text(json.dumps(rows[0]))
+    assert len(read_data(both.data, both.eval, both.model).held_out) == 1
+
+
+def test_a_video_is_refused_of_a_model_of_pictures(config):
+    video = change(config, "model", frames=5)
+    with pytest.raises(Refused, match="5 frames: this model makes pictures"):
+        read_data(video.data, video.eval, video.model)
+
+
+def test_a_cache_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    there = change(config, "data", cache=str(tmp_path / "file/cache"))
+    with pytest.raises(Refused, match=r"data\.cache: the folder .*/file/cache cannot be made: .*/file is a file"):
+        read_data(there.data, there.eval, there.model)
 
 
 def test_dry_run_starts_nothing_and_says_what_is_missing(config, monkeypatch, capsys):

@@ -61,7 +61,7 @@ def write_arrow(file: Path, rows: list[dict], batch: int = 4) -> Path:
 
 def index_of(file: Path, **needs) -> Path:
     """The index of a file of pairs, checked and beside it."""
-    needs = {"needs_source": False, "items": None, **needs}
+    needs = {"source_counts": range(1), "items": None, **needs}
     write_index(file.with_suffix(".index"), [check_block(block, **needs) for block in blocks_of(file)])
     return file.with_suffix(".index")
 

@@ -131,7 +131,7 @@ def test_ids_and_captions_that_are_no_text_are_told_and_not_raised(tmp_path):
 
 def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_path):
     file = write_jsonl(tmp_path, 3, source=True)
-    index, problems = check(file, needs_source=True)
+    index, problems = check(file, source_counts=range(1, 2))
     last = example_of(index, 2)
     assert not problems and [source.path for source in last.prompt.sources] == [str(tmp_path / "pictures/2_s.png")]
     assert last.targets["loser"].path == str(tmp_path / "pictures/2_l.png") and last.prompt.key == "2"
@@ -153,11 +153,35 @@ def test_jsonl_rows_find_winner_loser_and_source_and_every_fault_is_told(tmp_pat
         [],
     ]
     file.write_text("\n".join([*map(json.dumps, bad), "{", json.dumps(good)]))
-    index, problems = check(file, needs_source=True)
+    index, problems = check(file, source_counts=range(1, 2))
     assert [(p.line, p.field) for p in problems] == [
         *((1, "loser"), (2, "winner"), (3, "winner"), (4, "source"), (5, "source"), (6, "prompt"), (7, None), (8, None))
     ]
     assert len(index.table) == 1
+
+
+def test_a_pair_of_one_picture_is_none(tmp_path):
+    """It would teach nothing, and count in every metric."""
+    file = write_jsonl(tmp_path, 2)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["loser"] = lines[0]["winner"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    for one in (file, write_parquet(tmp_path / "p.parquet", [row(1, jpg_1=png(2)), row(2)])):
+        index, problems = check(one)
+        assert [(p.line, p.what) for p in problems] == [(1, "both pictures are the same")] and len(index.table) == 1
+
+
+def test_a_row_has_as_many_sources_as_the_family_takes(tmp_path):
+    file = write_jsonl(tmp_path, 4, source=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for count, line in enumerate(lines):
+        line["source"] = [line["source"]] * count
+    file.write_text("\n".join(map(json.dumps, lines)))
+    for counts, bad in ((range(1, 2), [1, 3, 4]), (range(1, 3), [1, 4]), (range(4), [])):
+        _, problems = check(file, source_counts=counts)
+        assert [p.line for p in problems] == bad and {p.field for p in problems} <= {"source"}
+    _, (_, last) = check(file, source_counts=range(1, 3))
+    assert "source: names 3 pictures, but the model takes 1 to 2; give that many" in str(last)
 
 
 def test_a_line_without_a_loser_is_a_target_where_none_is_needed(tmp_path):
@@ -187,7 +211,7 @@ def test_a_target_needs_no_preference_and_is_none_for_one(tmp_path):
 
 
 def test_a_table_has_no_sources_for_an_edit_family_and_says_what_has(tmp_path):
-    _, problems = check(write_parquet(tmp_path / "pairs.parquet", [row(1)]), needs_source=True)
+    _, problems = check(write_parquet(tmp_path / "pairs.parquet", [row(1)]), source_counts=range(1, 2))
     assert "an edit family learns from a JSONL of winner, loser, prompt, source" in str(problems[0])
 
 

@@ -176,6 +176,11 @@ def test_a_file_that_is_not_there_or_not_readable_is_a_problem_of_the_file(folde
     unreadable = only(folder / f"folder{ending}", "eval.path")
     if ending not in (".parquet", ".arrow"):
         assert unreadable == "FILE: cannot be read: Is a directory; set eval.path to a readable file"
+    (folder / f"pointer{ending}").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
+    pulled = only(folder / f"pointer{ending}", "")
+    assert pulled == f"FILE: is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}"
     if ending in (".parquet", ".arrow"):
         (folder / f"broken{ending}").write_bytes(b"PAR1 no table at all")
         assert only(folder / f"broken{ending}", "").startswith(f"FILE: is no {FORMATS[ending].noun}: ")

@@ -37,7 +37,7 @@ def pairs(folder, *sources):
     lines = [{"prompt": "x", "winner": "0.png", "loser": "1.png", "source": source} for source in sources]
     file = folder / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    index = read_index(index_of(file, needs_source=True))
+    index = read_index(index_of(file, source_counts=range(1, 3)))
     return index, index.problems
 
 

@@ -54,8 +54,8 @@ def visit(row, mirrored=False, blank=False):
     return Visit(row=row, mirrored=mirrored, blank=blank, crop=(0.5, 0.5))
 
 
-def examples_of(file, roles=PAIR, needs_source=False):
-    index = index_of(file, needs_source=needs_source, needs_loser="loser" in roles)
+def examples_of(file, roles=PAIR, source_counts=range(1)):
+    index = index_of(file, source_counts=source_counts, needs_loser="loser" in roles)
     return IndexedExamples(FAMILY, index, SIZE, roles)
 
 
@@ -113,7 +113,7 @@ def test_a_target_is_what_is_preferred_and_no_loser_is_touched(tmp_path):
 
 
 def test_edit_families_get_the_source_mirrored_with_its_pair(tmp_path):
-    examples = examples_of(write_jsonl(tmp_path, 2, source=True), needs_source=True)
+    examples = examples_of(write_jsonl(tmp_path, 2, source=True), source_counts=range(1, 2))
     cache = filled(tmp_path / "cache", examples)
     plain, mirrored = (examples.encoded(visit(1, way), cache.row).rows[1]["latents"] for way in (False, True))
     (source,) = shown(examples, 1).prompt.sources

@@ -60,7 +60,7 @@ def pictures(count: int) -> list[torch.Tensor]:
 def prompts_of(family, count: int):
     """Prompts of one bucket, with a source each where the family sees one."""
     texts = [TEXTS[i % len(TEXTS)] for i in range(count)]
-    prompts = encoded.prompts_of(texts, GEOMETRY, sources=1 if family.sees_source else 0)
+    prompts = encoded.prompts_of(texts, GEOMETRY, sources=min(1, max(family.source_counts)))
     assert len({family.bucket(prompt) for prompt in prompts}) == 1
     return prompts
 

@@ -148,7 +148,7 @@ def test_one_that_fits_loads_with_alpha_from_its_header(family, tmp_path):
     "settings",
     [
         {"r": 8, "lora_alpha": 8, "target_modules": [LAYER, "transformer_blocks.1.attn.to_q"]},
-        {"r": 4, "no_such_key": 1},
+        {"r": 4, "lora_alpha": 4, "target_modules": [LAYER], "no_such_key": 1},
     ],
 )
 def test_a_header_that_does_not_fit_its_tensors_is_refused(family, tmp_path, settings):
@@ -156,6 +156,23 @@ def test_a_header_that_does_not_fit_its_tensors_is_refused(family, tmp_path, set
     save_file(SOUND, tmp_path / "one.safetensors", header)
     with pytest.raises(Misfit, match=r"one\.safetensors does not load, its header does not fit its tensors: "):
         family.load_denoiser("cpu", lora=tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({}, "lacks r, lora_alpha, target_modules"),
+        ({"transformer.r": 4}, "lacks lora_alpha, target_modules"),
+        ({"r": 4, "lora_alpha": 4, "target_modules": [LAYER]}, "lacks r, lora_alpha, target_modules"),
+        ([], "is no JSON object"),
+    ],
+)
+def test_settings_that_diffusers_cannot_read_are_refused_by_the_header(family, tmp_path, settings, what):
+    save_file(SOUND, tmp_path / "one.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(
+        Misfit, match=f"one\\.safetensors has a header whose lora_adapter_metadata {what}; export it again"
+    ):
+        check_lora(tmp_path / "one.safetensors", family.empty_denoiser(torch.float32), "transformer")
 
 
 def test_convolutions_of_a_unet_have_adapters_too(tmp_path):

@@ -10,7 +10,7 @@ from tests import worlds
 
 
 def prompt_of(family, side=64):
-    sources = (Source(path="", content=""),) if family.sees_source else ()
+    sources = (Source(path="", content=""),) * max(family.source_counts)
     return Prompt(key="", instruction="", sources=sources, geometry=Geometry(height=side, width=side))
 
 
@@ -27,7 +27,7 @@ def nbytes(network):
 
 def test_a_sampler_holds_the_denoiser_and_the_vae_and_what_a_batch_needs(family):
     codec, denoiser = family.load_codec("cpu"), family.load_denoiser("cpu")
-    kind = "flux_kontext" if family.sees_source else "stable_diffusion"
+    kind = "flux_kontext" if max(family.source_counts) else "stable_diffusion"
     full = worlds.trainable("full", family, kind)
     peaks = [sampler_peak(family, full, SamplingTable(batch_size=size), prompt_of(family)) for size in (2, 4)]
     for peak in peaks:
@@ -60,7 +60,7 @@ def test_only_json_files_are_read(family, tmp_path):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     bare = type(family)(path=tmp_path, dtype=family.dtype)
-    full = worlds.trainable("full", family, "flux_kontext" if family.sees_source else "stable_diffusion")
+    full = worlds.trainable("full", family, "flux_kontext" if max(family.source_counts) else "stable_diffusion")
     for peak in (
         lambda found: sampler_peak(found, full, SamplingTable(batch_size=2), prompt_of(found)),
         lambda found: encoder_peak(found, 2, prompt_of(found)),

@@ -159,7 +159,7 @@ def test_captions_that_are_dropped_share_the_batch_of_those_that_are_not(family,
             (tmp_path / f"{i}_{role}.png").write_bytes(png(2 * i + j, 48, 32))
         lines.append({"prompt": TEXTS[3], "target": f"{i}_target.png", "source": [f"{i}_source.png"]})
     (tmp_path / "targets.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    index = index_of(tmp_path / "targets.jsonl", needs_source=True, needs_loser=False)
+    index = index_of(tmp_path / "targets.jsonl", source_counts=range(1, 3), needs_loser=False)
     examples = IndexedExamples(family, index, replace(CLIP, frames=1), ("target",))
     visits = [Visit(row=row, mirrored=False, blank=blank, crop=(0.5, 0.5)) for row, blank in ((0, True), (1, False))]
     rows = encode_files(family.load_codec("cpu"), [e for visit in visits for e in examples.encodings(visit)], 2)

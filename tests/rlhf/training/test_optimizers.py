@@ -1,13 +1,15 @@
 """Optimizers over FSDP2 shards against the libraries' own on whole parameters."""
 
+from importlib.util import find_spec
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
+from rlhf.errors import Refused
 from rlhf.tables import TrainerConfig
-from rlhf.training.optimizers import OPTIMIZERS, make_optimizer
+from rlhf.training.optimizers import OPTIMIZERS, check_optimizer, make_optimizer
 from tests.worlds import OPTIMIZER_NAMES, needs_bitsandbytes
 
 SHAPES = {
@@ -43,6 +45,13 @@ class Bag(nn.Module):
 
 def gradients(step):
     return {name: value * (0.1 + step) for name, value in tensors(step + 1).items()}
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_whose_package_is_absent_is_refused():
+    with pytest.raises(Refused, match=r'trainer\.optimizer = "adamw_8bit" needs bitsandbytes.*take "adafactor"'):
+        check_optimizer("adamw_8bit")
+    check_optimizer("adafactor")
 
 
 def sharded(mesh, optimizer, steps):
