@@ -36,16 +36,12 @@ GIB = 2**30
 _SCHEDULER = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
-def measured(operation: Callable[[], object], *, files: bool = True) -> tuple[int, int]:
-    """(peak, lasting) growth of this process's resident memory in bytes while `operation` runs.
-
-    files: count what is mapped from files too, such as weights that are read.
-    """
+def measured(operation: Callable[[], object]) -> tuple[int, int]:
+    """(peak, lasting) growth of this process's resident memory in bytes while `operation` runs."""
     process = psutil.Process()
 
     def resident() -> int:
-        now = process.memory_info()
-        return now.rss if files else now.rss - now.shared
+        return process.memory_info().rss
 
     before = peak = resident()
     over = threading.Event()

@@ -102,8 +102,18 @@ def _traced_peak(
         batch = micro_batch(family, objective.roles, prompt, config.train_batch_size)
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
         with trainer.tracker:
+            for rows in _frozen(
+                trainer
+            ):  # which the tracker takes for activations once it sees them: here, and all at once
+                rows.detach()
             trainer.step([batch])
     return Peak(kinds=_kinds(trainer, config))
+
+
+def _frozen(trainer: Trainer) -> list[Tensor]:
+    """A rank's rows of the frozen sides that are networks of their own."""
+    sides = {} if trainer.trainable.twins else trainer.sides
+    return [parameter.to_local() for side in sides.values() for parameter in side.values()]
 
 
 def _kinds(trainer: TracedTrainer, config: TrainerConfig) -> dict[str, int]:
@@ -116,9 +126,9 @@ def _kinds(trainer: TracedTrainer, config: TrainerConfig) -> dict[str, int]:
     shard = sum(p.to_local().nbytes for p in trainer.trained.values())
     if config.optimizer == "adamw_8bit":
         kinds["optimizer"] = shard // 4 * 2
-    if not trainer.trainable.twins:
-        sides = sum(p.to_local().nbytes for side in trainer.sides.values() for p in side.values())
-        kinds["frozen sides"] = 0 if config.offloads("reference") else sides
+    if frozen := sum(rows.untyped_storage().nbytes() for rows in _frozen(trainer)):
+        kinds["activations"] -= frozen
+        kinds["frozen sides"] = 0 if config.offloads("reference") else frozen
     if config.ema_decay is not None:
         kinds["average"] = 0 if config.offloads("ema") else shard
     if config.offloads("optimizer"):

@@ -1,4 +1,4 @@
-"""What is told of a trainer rank against what a real one takes, for a model of more than 1 GB."""
+"""What is told of a trainer rank against what torch allocates for a real one."""
 
 import pytest
 
@@ -7,6 +7,8 @@ from jobs.benchmarks.peak_memory import figures
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_the_told_peak_is_what_the_process_takes():
-    told, taken = figures(gib=1.05, batch=1, how="full")
-    assert told == pytest.approx(taken, rel=0.15)
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_the_told_peak_is_what_torch_allocates(how):
+    """Frozen sides that are counted twice, or an average that is forgotten, would be a tenth of it and more."""
+    told, allocated = figures(gib=0.1, batch=1, how=how)
+    assert told == pytest.approx(allocated, rel=0.03)
