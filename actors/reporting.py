@@ -16,7 +16,8 @@ from ray.util.metrics import Gauge
 
 from rlhf.data.sources import seen_source
 from rlhf.errors import last_line
-from rlhf.runs.tracking import FileTracker, contact_sheet
+from rlhf.runs.sheets import contact_sheet
+from rlhf.runs.tracking import FileTracker
 from rlhf.types import Pair, Prompt, Score
 
 SHEET_ROWS = 8
@@ -71,7 +72,7 @@ class Reporter:
         """samples/step_NNNNNN.png: source | winner | loser."""
         rows = []
         for pair in pairs[:SHEET_ROWS]:
-            winner = ("winner", pair.winner.media, pair.winner_score)
+            winner = (f"winner {ahead(pair)}", pair.winner.media, pair.winner_score)
             rows.append((pair.prompt, [winner, ("loser", pair.loser.media, pair.loser_score)]))
         self._draw(f"step_{step:06d}", step, rows)
 
@@ -123,6 +124,11 @@ def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
+
+
+def ahead(pair: Pair) -> str:
+    """By how much the winner's scaled rewards are above the loser's, in all and each."""
+    return f"by {pair.margin:.2f}: " + ", ".join(f"{name} {value:+.2f}" for name, value in pair.margins.items())
 
 
 def describe(answer: Any) -> str:

@@ -159,7 +159,9 @@ class Pair:
     winner_score: Score
     loser_score: Score
     margin: float
-    """Difference of the scaled rewards, > 0."""
+    """Difference of the scaled rewards' totals, > 0."""
+    margins: Mapping[str, float]
+    """Difference of each scaled reward alone, in the units of `margin`."""
 
     @property
     def version(self) -> int:

@@ -111,7 +111,7 @@ class WarmPairs:
             for first, row in zip(range(0, len(candidates), CANDIDATES), rewards, strict=True)
         ]
         self._scale = self._scale.observe(groups)
-        pairs = [pair for group in groups if (pair := make_pair(group, self._scale.totals(group)))]
+        pairs = [pair for group in groups if (pair := make_pair(group, self._scale.parts(group)))]
         return [(pairs, [side.latents for pair in pairs for side in (pair.winner, pair.loser)])]
 
     def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -41,7 +41,7 @@ def take(
     while len(state.closed) >= count:
         groups = [state.closed[cursor] for cursor in sorted(state.closed)[:count]]
         scale = state.scale.observe(groups)
-        pairs = [make_pair(group, scale.totals(group)) for group in groups]
+        pairs = [make_pair(group, scale.parts(group)) for group in groups]
         faults = {
             group.cursor: fault
             for group, pair in zip(groups, pairs, strict=True)

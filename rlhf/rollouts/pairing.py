@@ -70,14 +70,19 @@ class RewardScale:
 
     def totals(self, group: RolloutGroup) -> tuple[float, ...]:
         """One number per candidate of the group, higher is better."""
+        return tuple(math.fsum(parts.values()) for parts in self.parts(group))
+
+    def parts(self, group: RolloutGroup) -> tuple[dict[str, float], ...]:
+        """Of each candidate of the group its scaled rewards by name, whose sum is its total."""
         if self.scaling == "fixed":
             return tuple(self._fixed(score.rewards) for score in group.scores)
-        columns = [  # w·(r − mean)/σ
-            _standardised(group.values(name), deviation / self.weights[name])
-            for name, deviation in self.deviations().items()
+        columns = {  # w·(r − mean)/σ
+            name: _standardised(group.values(name), deviation / self.weights[name])
             if deviation > 0
-        ]
-        return tuple(math.fsum(row) for row in zip(*columns, strict=True)) or (0.0,) * len(group.scores)
+            else [0.0] * len(group.scores)
+            for name, deviation in self.deviations().items()
+        }
+        return tuple({name: column[place] for name, column in columns.items()} for place in range(len(group.scores)))
 
     def ties(self, group: RolloutGroup) -> bool:
         """Whether the group can make no pair, whatever the running window will hold."""
@@ -85,12 +90,12 @@ class RewardScale:
             return len(set(self.totals(group))) == 1
         return all(len(set(group.values(name))) == 1 for name in self.weights)
 
-    def _fixed(self, rewards: Mapping[str, float]) -> float:
+    def _fixed(self, rewards: Mapping[str, float]) -> dict[str, float]:
         if len(self.weights) == 1:
-            return float(rewards[next(iter(self.weights))])
+            return {name: float(rewards[name]) for name in self.weights}
         scaled = {"hps": min(max((rewards["hps"] - 0.15) / 0.2, 0.0), 1.0), "ctr": rewards["ctr"]}
         total = math.fsum(self.weights.values())
-        return math.fsum(weight / total * scaled[name] for name, weight in self.weights.items())
+        return {name: weight / total * scaled[name] for name, weight in self.weights.items()}
 
     def snapshot(self) -> dict[str, Any]:
         """JSON-able; floats survive JSON exactly."""
@@ -103,25 +108,26 @@ class RewardScale:
         return cls(weights=dict(snapshot["weights"]), scaling=snapshot["scaling"], window=window)
 
 
-def make_pair(group: RolloutGroup, totals: Sequence[float]) -> Pair | None:
-    """Best against worst of a group by one total per candidate, or None where all are equal.
+def make_pair(group: RolloutGroup, parts: Sequence[Mapping[str, float]]) -> Pair | None:
+    """Best against worst of a group by the sum of each candidate's scaled rewards, or None where all are equal.
 
-    Among equals the earliest attempt is taken, so the order in which candidates arrived never matters. The margin is in the
-    units of the totals.
+    Among equals the earliest attempt is taken, so the order in which candidates arrived never matters.
     """
-    ranked = list(zip(totals, group.candidates, group.scores, strict=True))
-    best, winner, winner_score = max(ranked, key=lambda entry: (entry[0], -entry[1].attempt))
-    worst, loser, loser_score = min(ranked, key=lambda entry: (entry[0], entry[1].attempt))
-    if not best > worst:
+    totals = [math.fsum(one.values()) for one in parts]
+    places, attempts = range(len(totals)), [candidate.attempt for candidate in group.candidates]
+    best = max(places, key=lambda place: (totals[place], -attempts[place]))
+    worst = min(places, key=lambda place: (totals[place], attempts[place]))
+    if not totals[best] > totals[worst]:
         return None
     return Pair(
         prompt=group.prompt,
         cursor=group.cursor,
-        winner=winner,
-        loser=loser,
-        winner_score=winner_score,
-        loser_score=loser_score,
-        margin=best - worst,
+        winner=group.candidates[best],
+        loser=group.candidates[worst],
+        winner_score=group.scores[best],
+        loser_score=group.scores[worst],
+        margin=totals[best] - totals[worst],
+        margins={name: value - parts[worst][name] for name, value in parts[best].items()},
     )
 
 

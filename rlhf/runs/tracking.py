@@ -1,21 +1,18 @@
-"""What a run writes down for people: scalars as JSON lines and in TensorBoard, and contact sheets.
+"""What a run writes down for people: scalars as JSON lines and in TensorBoard.
 
 metrics.jsonl is the record (one row per call, flushed, {"step": …, "area/name": …}); TensorBoard is a view of it. Left out:
-remote trackers. Sheets use Pillow's built-in font, no files; they are drawn beside the data (`actors/reporting.py`).
+remote trackers.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
 NAME = re.compile(r"[a-z][a-z0-9_]*/[a-z0-9_]+")
-MARGIN, LONGEST, SHORTEST = 8, 384, 192
 
 
 class FileTracker:
@@ -46,39 +43,3 @@ class FileTracker:
     def close(self) -> None:
         self._rows.close()
         self._board.close()
-
-
-def contact_sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]]) -> Image.Image:
-    """Pictures, uint8 (H, W, 3), scaled alike to at most 384 pixels (tiny ones up to 192), each over the lines of its caption."""
-    font = ImageFont.load_default(12)
-    largest = max(max(image.shape[:2]) for row in rows for image, _ in row)
-    target = min(max(largest, SHORTEST), LONGEST)
-    lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
-    scaled = [[(_scaled(image, target / largest), caption) for image, caption in row] for row in rows]
-    width = max(picture.width for row in scaled for picture, _ in row)
-    height = max(picture.height for row in scaled for picture, _ in row)
-    cell_height = height + 16 * lines + 2 * MARGIN
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(rows) * cell_height + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(scaled):
-        for c, (picture, caption) in enumerate(row):
-            x, y = MARGIN + c * (width + MARGIN), MARGIN + r * cell_height
-            sheet.paste(picture, (x, y))
-            for number, line in enumerate(caption.split("\n")):
-                draw.text((x, y + height + 4 + 16 * number), _cut(line, font, width), fill="black", font=font)
-    return sheet
-
-
-def _scaled(image: np.ndarray, factor: float) -> Image.Image:
-    picture = Image.fromarray(image)
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
-
-
-def _cut(line: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + "…") > width:
-        line = line[:-1]
-    return line + "…"

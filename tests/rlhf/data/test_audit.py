@@ -39,6 +39,7 @@ def pair(i: int) -> Pair:
         winner_score=winner,
         loser_score=loser,
         margin=0.25,
+        margins={"hps": 0.25},
     )
 
 

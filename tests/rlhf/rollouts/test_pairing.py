@@ -21,9 +21,9 @@ def test_running_scale_known_answer():
     sigma = math.sqrt(4 / 3)
     assert scale.deviations()["hps"] == pytest.approx(sigma, rel=1e-15)
     assert scale.totals(a) == pytest.approx([-1 / sigma, 1 / sigma])
-    pair = make_pair(a, scale.totals(a))
+    pair = make_pair(a, scale.parts(a))
     assert (pair.winner.attempt, pair.loser.attempt) == (1, 0)
-    assert pair.margin == pytest.approx(2 / sigma)
+    assert pair.margin == pytest.approx(2 / sigma) and pair.margins == {"hps": pair.margin}
 
 
 def test_a_group_without_spread_counts_with_its_degrees_of_freedom():
@@ -51,7 +51,7 @@ def test_reward_without_spread_adds_nothing():
     nothing = group(1, {"hps": 0.1, "ctr": 0.1}, {"hps": 0.1, "ctr": 0.1})
     empty = RewardScale(weights={"hps": 1.0, "ctr": 1.0}).observe([nothing])
     assert empty.totals(nothing) == (0.0, 0.0)
-    assert make_pair(nothing, empty.totals(nothing)) is None
+    assert make_pair(nothing, empty.parts(nothing)) is None
 
 
 def test_fixed_scale_is_the_seeds_mixture():
@@ -89,7 +89,7 @@ def test_snapshot_survives_json_exactly(scaling):
 
 
 def test_equal_totals_make_no_pair():
-    assert make_pair(group(0, {"hps": 1.0}, {"hps": 2.0}), (0.5, 0.5)) is None
+    assert make_pair(group(0, {"hps": 1.0}, {"hps": 2.0}), [{"hps": 0.5}] * 2) is None
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=6), st.randoms())
@@ -103,7 +103,8 @@ def test_order_within_ties_does_not_matter(totals, order: random.Random):
         candidates=tuple(one.candidates[i] for i in shuffled),
         scores=tuple(one.scores[i] for i in shuffled),
     )
-    assert make_pair(one, totals) == make_pair(other, [totals[i] for i in shuffled])
+    parts = [{"hps": total} for total in totals]
+    assert make_pair(one, parts) == make_pair(other, [parts[i] for i in shuffled])
 
 
 @given(st.lists(st.lists(st.tuples(NUMBER, NUMBER), min_size=2, max_size=4), min_size=1, max_size=4))
@@ -113,14 +114,14 @@ def test_totals_are_finite_and_margins_positive(batch):
     for one in groups:
         totals = scale.totals(one)
         assert all(map(math.isfinite, totals))
-        pair = make_pair(one, totals)
+        pair = make_pair(one, scale.parts(one))
         assert pair is None or (pair.margin > 0 and pair.winner.attempt != pair.loser.attempt)
 
 
 @given(st.lists(NUMBER, min_size=2, max_size=5))
 def test_one_reward_ranks_as_it_is(values):
     one = group(0, *({"hps": value} for value in values))
-    pair = make_pair(one, RewardScale(weights={"hps": 1.0}).observe([one]).totals(one))
+    pair = make_pair(one, RewardScale(weights={"hps": 1.0}).observe([one]).parts(one))
     if pair:
         assert pair.winner_score.rewards["hps"] >= pair.loser_score.rewards["hps"]
 
@@ -131,6 +132,9 @@ def test_weights_multiply_standardised_rewards():
     unit = math.sqrt(0.5)  # two values one deviation apart: ±1/√2
     assert scale.totals(one) == pytest.approx([-unit + 3 * unit, unit - 3 * unit])
     assert RewardScale.restore(json.loads(json.dumps(scale.snapshot()))) == scale
+    pair = make_pair(one, scale.parts(one))
+    assert (pair.winner.attempt, pair.loser.attempt) == (0, 1) and pair.margin == pytest.approx(4 * unit)
+    assert pair.margins == pytest.approx({"hps": -2 * unit, "ctr": 6 * unit}), "it lost in hps and won by ctr"
 
 
 def test_weights_average_the_seeds_mixture():
