@@ -18,7 +18,7 @@ from rlhf.tables import TrainerConfig
 RESERVE = 1.5 * GIB
 """Of a process on a card: CUDA's context, NCCL's buffers, workspaces and fragmentation."""
 USABLE = 0.985
-"""Share of a card's nominal memory that torch sees: an H100 of 80 GB has 79.2 GiB."""
+"""Share of a card's nominal memory that torch sees: an H100 of 80 GB has 79.2 GiB, and a little of it is not to be had."""
 TFLOPS, UTILISATION = 990e12, 0.4
 """Of an H100 in bf16, dense; the share of it that hours are worked out with."""
 SHARDED = ("parameters", "gradients", "optimizer", "frozen sides", "average")
@@ -35,7 +35,7 @@ class Share:
 
     role: Role
     peak: Peak
-    remedies: Sequence["Remedy"] = ()
+    remedies: Sequence[Remedy] = ()
     """The cheapest first."""
 
 
@@ -86,7 +86,7 @@ def batch_remedies(key: str, size: int, peak: Peak) -> Iterator[Remedy]:
 def table(shares: Sequence[Share], card: float | None) -> str:
     """Of every role its peak by kind in GiB, and the margin to its part of a card."""
     kinds = dict.fromkeys(kind for share in shares for kind in share.peak.kinds)
-    names = [share.role.name.split(" (")[0] for share in shares]
+    names = [share.role.name for share in shares]
 
     def line(head: str, values: Sequence[float | None]) -> str:
         return f"{head:<24}" + "".join(
@@ -151,14 +151,14 @@ def _lower(remedies: Sequence[Remedy]) -> str:
 
 
 def seconds(flops: float, processes: int) -> float:
-    """That many processes take for it, each at the stated share of an H100's speed."""
+    """What operations take that processes share, each at the stated part of an H100's speed."""
     return flops / (TFLOPS * UTILISATION * processes)
 
 
-def hours(steps: int, seconds: Mapping[str, float]) -> str:
-    """How long a run takes whose parts wait for each other."""
-    each = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+def hours(steps: int, parts: Mapping[str, float]) -> str:
+    """How long a run takes, from the seconds of a step's parts, which wait for each other."""
+    each = ", ".join(f"{name} {value:.0f} s" for name, value in parts.items())
     return (
-        f"about {sum(seconds.values()) * steps / 3600:.0f} h for {steps} steps on cards like an H100 at "
+        f"about {sum(parts.values()) * steps / 3600:.0f} h for {steps} steps on cards like an H100 at "
         f"{UTILISATION:.0%} of {TFLOPS / 1e12:.0f} TFLOP/s (a step: {each}); judges and transfers are not counted"
     )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import ray
 import torch
@@ -37,7 +38,9 @@ Table = TrainerConfig | SamplersConfig | PreprocessConfig | JudgeConfig
 class Role:
     """One kind of process: how many, what each reserves in Ray, and an estimate of the bytes of model state in each."""
 
+    kind: Literal["trainer", "sampler", "encoder", "judging", "judge"]
     name: str
+    """For people."""
     count: int
     num_cpus: float
     num_gpus: float
@@ -76,9 +79,9 @@ class ModelSizes:
         self.codec = sum(sizes.values())
 
 
-def _role(name: str, table: Table, count: int, nbytes: float, before: bool = False, judge: str | None = None) -> Role:
+def _role(kind: Any, name: str, table: Table, count: int, nbytes: float, **more: Any) -> Role:
     cpus, gpus = table.num_cpus, table.num_gpus
-    return Role(name=name, count=count, num_cpus=cpus, num_gpus=gpus, nbytes=nbytes, before=before, judge=judge)
+    return Role(kind=kind, name=name, count=count, num_cpus=cpus, num_gpus=gpus, nbytes=nbytes, **more)
 
 
 def trainer_role(model: ModelSizes, trainer: TrainerConfig, counts: Counts) -> Role:
@@ -87,7 +90,7 @@ def trainer_role(model: ModelSizes, trainer: TrainerConfig, counts: Counts) -> R
     """
     shard = (_kept_bytes(trainer) + 4) * counts.trained + counts.frozen_bytes + counts.side_bytes
     nbytes = shard / trainer.ranks + 2 * model.compute_bytes * model.block
-    return _role("trainer rank", trainer, trainer.ranks, nbytes)
+    return _role("trainer", "trainer rank", trainer, trainer.ranks, nbytes)
 
 
 def _kept_bytes(trainer: TrainerConfig) -> int:
@@ -98,19 +101,18 @@ def _kept_bytes(trainer: TrainerConfig) -> int:
 def sampler_role(model: ModelSizes, samplers: SamplersConfig, *, encodes: bool) -> Role:
     """encodes: conditions are not in a cache, so the text encoders are loaded too."""
     nbytes = model.compute_bytes * model.parameters + (model.codec if encodes else model.decoder)
-    return _role("sampler", samplers, samplers.count, nbytes)
+    return _role("sampler", "sampler", samplers, samplers.count, nbytes)
 
 
 def encoder_role(model: ModelSizes, preprocess: PreprocessConfig, *, before: bool) -> Role:
     """The encoders of `preprocess`, at work before the trainer or beside it."""
-    name = "encoder (preprocess, before the rest)" if before else "encoder"
-    return _role(name, preprocess, preprocess.encoders, model.codec, before)
+    return _role("encoder", "encoder", preprocess, preprocess.encoders, model.codec, before=before)
 
 
 def judging_role(readers: int = 0) -> Role:
     """The judging actor, and how many tasks at a time read media for it."""
     name, cpus = "judging actor and readers" if readers else "judging actor", JUDGES_CPUS + readers * READER_CPUS
-    return Role(name=name, count=1, num_cpus=cpus, num_gpus=0, nbytes=0)
+    return Role(kind="judging", name=name, count=1, num_cpus=cpus, num_gpus=0, nbytes=0)
 
 
 def judge_roles(judges: JudgesConfig, names: Sequence[str], *, before: bool = False) -> list[Role]:
@@ -118,7 +120,8 @@ def judge_roles(judges: JudgesConfig, names: Sequence[str], *, before: bool = Fa
     roles = []
     for name, judge in judges.to_deploy(names).items():
         nbytes = sum(_weight_bytes(Path(path)) for _, path in local_paths(judge))
-        roles.append(_role(f"judge {name}", judge, judge.max_replicas or judge.replicas, nbytes, before, name))
+        count = judge.max_replicas or judge.replicas
+        roles.append(_role("judge", f"judge {name}", judge, count, nbytes, before=before, judge=name))
     return roles
 
 
@@ -158,7 +161,8 @@ def table(needed: Sequence[Role], available: dict[str, float] | None) -> str:
 
     lines = [f"{'role':<40}{'count':>6}{'CPU':>8}{'GPU':>8}{'GiB each':>10}{'GiB all':>10}"]
     for role in needed:
-        lines.append(line(role.name, *totals([role]), role.count, f"{(role.nbytes + OVERHEAD) / GIB:.2f}"))
+        name = f"{role.name}{' (before the rest)' if role.before else ''}"
+        lines.append(line(name, *totals([role]), role.count, f"{(role.nbytes + OVERHEAD) / GIB:.2f}"))
     lines.append(line("needed at once", *totals([role for role in needed if not role.before])))
     if available is not None:
         free = available.get("memory", 0.0) / GIB

@@ -110,8 +110,7 @@ class Feed:
         return [(None, [rows for _, rows in part]) for part in parts]
 
     def _submit(self, step: int, rank: int) -> list[tuple[ray.ObjectRef, ray.ObjectRef]]:
-        first = (step - 1) * self._trainer.pairs_per_step + rank * self._trainer.pairs_per_rank
-        visits = [self._stream[place] for place in range(first, first + self._trainer.pairs_per_rank)]
+        visits = self._stream.of_rank(self._trainer, step, rank)
         calls, size = [], self._preprocess.batch_size
         for number, encoder in enumerate(self._encoders):
             # A block has one encoder, so that it is read once and not by all of them.

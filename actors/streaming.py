@@ -79,6 +79,11 @@ def stream(dataset: ray.data.Dataset, what: str, timeout_s: float) -> Iterator[d
         thread.join(timeout=STOP_TIMEOUT_S)
 
 
+def _of_a_fault(record: logging.LogRecord) -> bool:
+    """Ray Data takes the stop for a fault of its own, and tells its traceback."""
+    return not requested.is_set()
+
+
 def prepare() -> None:
     """One progress line of ours in place of Ray Data's bars and execution plans; and it stops when asked to."""
     context = ray.data.DataContext.get_current()
@@ -90,4 +95,5 @@ def prepare() -> None:
     # `max_restarts` of a stage's actors has no other place than these arguments in Ray 2.60.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data.exceptions").addFilter(_of_a_fault)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off

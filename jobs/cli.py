@@ -11,6 +11,7 @@ Left out: environment-variable overrides, includes between recipes, sub-commands
 
 import argparse
 import difflib
+import json
 import os
 import sys
 import tomllib
@@ -124,6 +125,12 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
     parser.add_argument("--config", type=Path, metavar="FILE", action="append", help="TOML recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     known, rest = parser.parse_known_args(argv)
+    if odd := [
+        word for word in rest if any("\udc80" <= letter <= "\udcff" for letter in word)
+    ]:  # how Python keeps such bytes
+        raise ConfigError(
+            f"{COMMAND_LINE}: {odd[0]!r} is not UTF-8; write it in a recipe's file, or set the terminal to UTF-8"
+        )
     keys = schema_keys.keys(schema)
     file, *others = known.config or [None]
     if others:
@@ -257,6 +264,8 @@ def _validation_problems(
         where = COMMAND_LINE if any(f"{location}.".startswith(f"{name}.") for name in overridden) else source
         if where != COMMAND_LINE and any(f"{name}.".startswith(f"{location}.") for name in overridden):
             where += " with the command line"  # keys that do not fit together
+        if detail["type"] == "tuple_type":
+            what = f"is a list: write '{json.dumps(str(detail['input']).split(','))}'"
         if detail["type"] in ("model_type", "dict_type"):
             what = f"is a table: give its keys, like --{location}.KEY VALUE or [{location}] in a recipe"
         if isinstance(detail["input"], dict | Section) or not location:

@@ -47,17 +47,19 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         return Geometry(height=height, width=width)
 
     if edit.data is not None:
-        return [
-            *read_prompts(edit.data, edit.fit, geometry, key="edit.data", source_counts=family.source_counts).prompts
-        ]
+        try:
+            found = read_prompts(edit.data, edit.fit, geometry, key="edit.data", source_counts=family.source_counts)
+        except BadInput as error:
+            raise BadInput(error.problems, skippable=False) from error
+        return [*found.prompts]
     path = Path(str(edit.image))
     if not path.is_file():
         raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
-    found = picture_file(path.read_bytes())
-    if isinstance(found, tuple):
-        what, remedy = found
+    picture = picture_file(path.read_bytes())
+    if isinstance(picture, tuple):
+        what, remedy = picture
         raise Refused(f"edit.image = {str(path)!r} {what}; {remedy}")
-    return [prompt_of(path.stem, edit.prompt, [replace(found, path=str(path))], {}, edit.fit, geometry)]
+    return [prompt_of(path.stem, edit.prompt, [replace(picture, path=str(path))], {}, edit.fit, geometry)]
 
 
 def files_of(edit: EditRequestConfig, todo: Sequence[Prompt]) -> dict[tuple[str, int], Path]:

@@ -49,7 +49,7 @@ def checked(recipe: EvaluateRecipe) -> Prompts:
     for problem in found.left_out:
         say(f"left out: {problem}")
     check_prompts(recipe.judges, recipe.reward, recipe.data, found.prompts)
-    deploy.check_sources(recipe.judges, recipe.reward.names)
+    deploy.check_sources(recipe.judges, recipe.serve, recipe.reward.names)
     return found
 
 

@@ -19,7 +19,7 @@ from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.runs.durable import write_durably
-from rlhf.runs.folder import RunFolder, check_place
+from rlhf.runs.folder import RunFolder, made
 from rlhf.types import Encoding, Geometry, Item, Prompt
 
 
@@ -67,7 +67,7 @@ class ExampleSets:
 def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: CheckAll) -> ExampleSets:
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for keys that do not fit."""
     family = load_family(recipe.model)
-    check_place(Path(recipe.data.cache), "data.cache")
+    made(Path(recipe.data.cache), "data.cache")
     geometry = Geometry(height=recipe.model.height, width=recipe.model.width, frames=recipe.model.frames)
     family.latent_shape(geometry)  # refuses a size that the network cannot take
     cache = EncodingCache(recipe.data.cache, fingerprints(family))

@@ -47,14 +47,14 @@ def _share(
     """None: the memory of this role cannot be known beforehand."""
     family = load_family(recipe.model)
     trainable = load_trainable(recipe.trainable, family)
-    if role.name == "trainer rank":
+    if role.kind == "trainer":
         peak = trainer_peak(family, recipe.trainer, trainable, objective, prompt)
         return Share(role=role, peak=peak, remedies=[*cards.trainer_remedies(recipe.trainer, peak)])
-    if role.name == "sampler":
+    if role.kind == "sampler":
         assert isinstance(recipe, OnlineDPORecipe)
         peak, size = sampler_peak(family, trainable, recipe.sampling, prompt), recipe.sampling.batch_size
         return Share(role=role, peak=peak, remedies=[*cards.batch_remedies("sampling.batch_size", size, peak)])
-    if role.name.startswith("encoder"):
+    if role.kind == "encoder":
         size = recipe.preprocess.batch_size
         peak = encoder_peak(family, size, prompt)
         return Share(role=role, peak=peak, remedies=[*cards.batch_remedies("preprocess.batch_size", size, peak)])

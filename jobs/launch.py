@@ -79,6 +79,7 @@ def free_resources(config: ClusterConfig) -> dict[str, float]:
         with cluster(config, "dry-run"):
             return ray.available_resources()
     ray_start.check(ray_start.LOCAL)
+    ray_start.check_store(config.object_store_memory)
     return {
         "CPU": float(config.num_cpus or os.cpu_count() or 1),
         "GPU": float(torch.cuda.device_count()),
@@ -106,8 +107,12 @@ class Started:
     """What is to be undone when the run ends, whatever happened."""
 
 
-def dry_run(run: RunConfig, plan: Plan, config: ClusterConfig) -> None:
-    """Print what each role needs against what is free, and the disk space. Raises Refused. Starts nothing."""
+def dry_run(run: RunConfig, plan: Plan, config: ClusterConfig, recipe: str) -> None:
+    """Print whether a run would be resumed, what each role needs against what is free, and the disk space. Starts nothing.
+
+    recipe: the resolved configuration. Raises Refused.
+    """
+    say(RunFolder.foreseen(run.dir, run.name, recipe, run.resume))
     free = free_resources(config)
     say(placement.table(plan.roles, free))
     check_disk(run, plan)

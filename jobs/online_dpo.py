@@ -55,7 +55,7 @@ def main() -> None:
         say(data.left_out)
     if is_dry:
         check(recipe, data)
-        dry_run(recipe.run, plan(recipe), recipe.cluster)
+        dry_run(recipe.run, plan(recipe), recipe.cluster, resolved_toml(recipe))
     else:
         say(f"results: {run(recipe, data)}")
 
@@ -67,7 +67,7 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)
     check_prompts(recipe.judges, recipe.reward, recipe.data, data.all)
-    deploy.check_sources(recipe.judges, recipe.judge_names)
+    deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 
 
 def plan(recipe: OnlineDPORecipe) -> Plan:

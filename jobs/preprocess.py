@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from actors import placement
 from actors.encoders import encode
+from actors.placement import Role
 from jobs.cli import Say, parse, resolved_toml, run_main, say
-from jobs.launch import cluster
+from jobs.launch import cluster, free_resources
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import EncodingCache, Manifest, read_manifest
 from rlhf.data.fingerprint import fingerprints
@@ -158,6 +160,14 @@ def warn_of_unread(
         log(warning)
 
 
+def check_room(recipe: OnlineDPORecipe, roles: Sequence[Role]) -> None:
+    """Print what encoding needs, if it needs anything; raise NotEnoughResources, with the table, where it does not fit."""
+    if roles:
+        free = free_resources(recipe.cluster)
+        say(placement.table(roles, free))
+        placement.check(roles, free)
+
+
 def main() -> None:
     recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
     data = read_data(recipe.data, recipe.eval, recipe.model)
@@ -165,14 +175,18 @@ def main() -> None:
         say(data.left_out)
     wanted = wanted_encodings(recipe.model, recipe.sampling, data.all)
     todo = missing(cache_place(recipe.model, recipe.data.cache), wanted, read_manifest(recipe.data.cache))
+    sizes = placement.ModelSizes(load_family(recipe.model))
+    roles = [placement.encoder_role(sizes, recipe.preprocess, before=True)] if todo else []
     if is_dry:
         say(resolved_toml(recipe))
         texts = sum(not encoding.sources for encoding in todo.values())
         say(f"{len(data.all)} prompts; to encode: {texts} texts, {len(todo) - texts} pictures")
+        check_room(recipe, roles)
         return
     with cluster(recipe.cluster, namespace="preprocess") if todo else nullcontext():
+        check_room(recipe, roles)
         preprocess(recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache, data.all, say)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "what is encoded stays; the same command encodes the rest")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, worker
@@ -51,6 +52,15 @@ def check(target: str) -> None:
         _check_address(target)
 
 
+def check_store(nbytes: int | None) -> None:
+    """Raise Refused where an object store of `nbytes` cannot be on this machine."""
+    there = psutil.virtual_memory().total
+    if nbytes is not None and nbytes > there:
+        raise Refused(
+            f"cluster.object_store_memory = {nbytes} is more than this machine's memory, {there} bytes; lower it"
+        )
+
+
 def start(target: str, own: Mapping[str, Any], **settings: Any) -> None:
     """Connect to `target`, or start a Ray that listens on loopback. own: settings of one that is started.
 
@@ -58,6 +68,7 @@ def start(target: str, own: Mapping[str, Any], **settings: Any) -> None:
     """
     check(target)
     if target == LOCAL:
+        check_store(own.get("object_store_memory"))
         # Ray's switch for systems with a firewall that asks: this node's address is then loopback's, and whatever Ray starts
         # binds to it. `_node_ip_address="127.0.0.1"` does not do it: Ray replaces that by the machine's own address.
         ray_constants.ENABLE_RAY_CLUSTER = False

@@ -1,4 +1,7 @@
-"""The recipes: one class per job, which puts tables together. No key has its default here but those of the job alone."""
+"""The recipes: one class per job, which puts tables together. No key has its default here but those of the job alone.
+
+`jobs.train_ctr`'s is in `rlhf.rewards.ctr.config`.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -118,7 +121,7 @@ class EditRequestConfig(Section):
     """A JSONL like data.path, instead of one image."""
     out: LocalPath = "edits"
     seed: int = 0
-    variants: int = Field(1, ge=1)
+    variants: int = Field(1, ge=1, le=1000)
     """Edits per prompt, each from noise of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fit: Fit = "crop"

@@ -19,7 +19,7 @@ POLL_S = 5.0
 
 def main() -> None:
     config, is_dry = parse(ServeRecipe, description=__doc__ or "")
-    deploy.check_sources(config.judges, config.judge_names)
+    deploy.check_sources(config.judges, config.serve, config.judge_names)
     needed = placement.judge_roles(config.judges, config.judge_names)
     if is_dry:
         say(resolved_toml(config))

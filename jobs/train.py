@@ -49,7 +49,7 @@ def main() -> None:
         check_cards(recipe, plan(recipe).roles, objective(recipe))
         check(recipe)
         say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())
-        dry_run(recipe.run, plan(recipe), recipe.cluster)
+        dry_run(recipe.run, plan(recipe), recipe.cluster, resolved_toml(recipe))
     else:
         say(f"results: {run(recipe)}")
 
@@ -58,7 +58,7 @@ def check(recipe: TrainRecipe) -> None:
     """What can be refused before the rows are read. Raises Refused."""
     check_model(recipe.model)
     check_optimizer(recipe.trainer.optimizer)
-    deploy.check_sources(recipe.judges, recipe.judge_names)
+    deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 
 
 def objective(recipe: TrainRecipe) -> Objective:

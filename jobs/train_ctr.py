@@ -3,8 +3,8 @@
 Reads a CSV with the columns of FEAST's CTR scripts (every bad row is reported before anything loads), trains on
 `train.ranks` Ray actors of `train.num_cpus` and `train.num_gpus` each, and writes to `output` the checkpoint folder that
 judges.ctr.path takes, with the figures of the held-out rows (metrics.json) and their plots (calibration.png,
-predicted_vs_actual.png) beside the weights. Uses the cluster it finds (a running one, RAY_ADDRESS, cluster.address) or
-starts and ends one of its own.
+predicted_vs_actual.png) beside the weights. Uses a running cluster (cluster.address, RAY_ADDRESS) or starts and
+ends one of its own.
 """
 
 import json
@@ -40,7 +40,14 @@ def train_ctr(config: TrainCTRConfig) -> Path:
     with cluster(config.cluster, "train_ctr"), ExitStack() as stack:
         train = config.train
         check_room(train, ray.cluster_resources())
-        role = Role(name="CTR rank", count=train.ranks, num_cpus=train.num_cpus, num_gpus=train.num_gpus, nbytes=0.0)
+        role = Role(
+            kind="trainer",
+            name="CTR rank",
+            count=train.ranks,
+            num_cpus=train.num_cpus,
+            num_gpus=train.num_gpus,
+            nbytes=0.0,
+        )
         placement = reserve([role], train.timeout_s)
         stack.callback(ray.util.remove_placement_group, placement)
         group = CTRGroup(config, rows, placement)
@@ -78,6 +85,13 @@ def load_rows(config: TrainCTRConfig) -> Rows:
     if problems:
         raise BadInput(problems)
     data, seed = config.data, config.seed
+    if data.eval_path:
+        trained = {click.image for click in groups[0]}
+        if shared := sum(click.image in trained for click in groups[1]):
+            raise Refused(
+                f"{shared} of {len(groups[1])} pictures of data.eval_path = {data.eval_path!r} are in data.path = {data.path!r} "
+                "too: hold out others"
+            )
     train, held_out = groups if data.eval_path else split(groups[0], data.eval_fraction, seed, "data.eval_fraction")
     validation: list[Click] = []
     if data.validation_fraction:
@@ -113,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "nothing was written")

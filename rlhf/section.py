@@ -11,6 +11,8 @@ LOCAL_PATH = "local path"
 
 
 def _possible(path: str) -> str:
+    if not path:
+        raise ValueError("is empty: give a path")
     if "\0" in path or any(len(part.encode()) > 255 for part in path.split("/")):
         raise ValueError("no path can be this: it holds a NUL character, or a name of over 255 bytes")
     return path
@@ -75,5 +77,6 @@ class ClusterConfig(Section):
     """A running cluster ("auto" or host:port; also RAY_ADDRESS). Unset: the job starts one of its own and ends it."""
     card: Annotated[str, AfterValidator(_card)] | None = None
     """Memory of one of its GPUs, e.g. "80GB"; unset: of this machine's."""
-    num_cpus: float | None = None
+    num_cpus: int | None = Field(None, ge=1)
+    """Of a cluster that the job starts; unset: this machine's."""
     object_store_memory: int | None = Field(None, ge=80_000_000)

@@ -251,11 +251,11 @@ class TrainerConfig(Section):
     """Of "piecewise_constant": "1:10,0.1:20,0.01" is the rate × 1 before step 10, × 0.1 before step 20, × 0.01 from there."""
     optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
     """`adafactor` keeps means of the second moment, `adamw_8bit` both moments in 8 bits (resumes on equal ranks only)."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
     """adam_* are read by adamw and adamw_8bit, weight_decay by every optimizer."""
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.01
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["all", "half", "none"] = "all"
     """Blocks that the backward pass computes again in place of keeping them: all, every second one, none."""
@@ -322,6 +322,13 @@ class TrainerConfig(Section):
             )
         if self.lr_scheduler == "piecewise_constant" and rules is None:
             yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'
+        if self.lr_scheduler != "piecewise_constant" and rules is not None:
+            yield f'lr_step_rules = {rules!r} belongs to lr_scheduler = "piecewise_constant", not "{self.lr_scheduler}"'
+        if self.lr_scheduler in ("constant", "piecewise_constant") and self.lr_warmup_steps:
+            yield (
+                f'lr_warmup_steps = {self.lr_warmup_steps}, but lr_scheduler = "{self.lr_scheduler}" knows none: take '
+                '"constant_with_warmup", or set 0'
+            )
         if rules is not None and not _is_step_rules(rules):
             yield f"lr_step_rules = {rules!r} is not factor:step,…,factor with rising steps, {example}"
         if self.lr_scheduler == "polynomial" and self.scaled_learning_rate <= 1e-7:
@@ -351,7 +358,7 @@ class SamplersConfig(Section):
 
 class OnlineSamplersConfig(SamplersConfig):
     max_restarts: int = Field(4, ge=0)
-    """Of one sampler; a further failure ends the run."""
+    """Of one sampler, and of the actor that asks the judges; a further failure ends the run."""
 
 
 class EvalConfig(Section):

@@ -88,7 +88,7 @@ def _submit(judges: JudgesConfig, section: ServeConfig, names: Sequence[str], ru
     ours = judges.to_deploy(names)
     if not ours:
         return Deployed(url="", apps={})  # no Serve is needed
-    check_sources(judges, names)
+    check_sources(judges, section, names)
     secrets = Secrets(token=serve_token(section), api_key=os.environ.get("QWEN_API_KEY"))
     url = _start_serve(section, judges.timeout_s)
     apps = {name: app_name(run_name, name) for name in ours}
@@ -143,7 +143,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     for key, path in local_paths(judge):
         if not os.path.isabs(path):
             raise Refused(f"{name}.{key} = {path!r} is relative; give an absolute path that every node sees")
-    check_sources(judges, [*ours])
+    check_sources(judges, ServeConfig(), [*ours])
     secrets = Secrets(token=serve_token(ServeConfig()), api_key=os.environ.get("QWEN_API_KEY"))
     return build(name, judge, secrets=secrets)
 
@@ -184,23 +184,36 @@ def serve_token(section: ServeConfig) -> str | None:
     return section.token or os.environ.get("RLHF_SERVE_TOKEN") or None
 
 
-def check_sources(judges: JudgesConfig, names: Sequence[str]) -> None:
+def check_sources(judges: JudgesConfig, section: ServeConfig, names: Sequence[str]) -> None:
     """Raise Refused for a checkpoint that is not there or not what it should be, a function that cannot be imported, a url
-    that is none, and where a service would be asked through a proxy that cannot be used.
+    that is none, where a service would be asked through a proxy that cannot be used, and for a serve.host that is none.
     """
     for name in names:
+        if (url := judges[name].address) is None:
+            continue
         try:
-            check_address(judges[name].external or "http://here")
+            check_address(url)
         except ValueError as error:
-            raise Refused(f"{judges.key(name)}.url = {judges[name].external!r} {error}") from error
-    for url in filter(None, (judges[name].address for name in names)):
+            key = "url" if url == judges[name].external else "api_base (also QWEN_API_BASE)"
+            raise Refused(f"{judges.key(name)}.{key} = {url!r} {error}") from error
         if proxy := proxy_of(url):
             proxy.check(url)
-    for name, judge in judges.to_deploy(names).items():
+    ours = judges.to_deploy(names)
+    if ours:
+        _check_host(section)
+    for name, judge in ours.items():
         for key, path in local_paths(judge):
             if not Path(path).exists():
                 raise Refused(f"{judges.key(name)}.{key} = {path!r} does not exist")
         check_judge(judges.key(name), name, judge)
+
+
+def _check_host(section: ServeConfig) -> None:
+    try:
+        socket.getaddrinfo(section.host, section.port)
+    except (OSError, UnicodeError) as error:
+        remedy = "give 127.0.0.1 for this machine alone, or 0.0.0.0 or an address of it for others"
+        raise Refused(f"serve.host = {section.host!r} is no address: {error}; {remedy}") from error
 
 
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:

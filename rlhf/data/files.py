@@ -12,6 +12,7 @@ TABLES = (".parquet", ".arrow")
 """What is looked for in a folder."""
 STATE = "state.json"
 SAVE = "save the data set anew with save_to_disk"
+NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?")
 SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[-_.]?\d*")
 
 
@@ -36,6 +37,7 @@ def find_files(
     named = {file: _split_of(file.relative_to(path)) for file in files}
     splits = sorted({name for name in named.values() if name})
     if not splits:
+        _refuse_gaps(files)
         return files
     chosen = [file for file, name in named.items() if name == split]
     setting = key.replace("path", "split")
@@ -45,7 +47,21 @@ def find_files(
     if unnamed := [file for file, name in named.items() if name is None]:
         what = f"lies beside files of the splits {', '.join(splits)}, but its name says none"
         raise BadInput([whole(file, what, f"move it away, or name it {split}-1.parquet") for file in unnamed])
+    _refuse_gaps(chosen)
     return chosen
+
+
+def _refuse_gaps(files: Sequence[Path]) -> None:
+    """Raise BadInput where files say that there are more of them: NAME-00000-of-00002.parquet alone."""
+    found: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if numbered := NUMBERED.fullmatch(file.stem):
+            found.setdefault((file.parent, numbered[1], int(numbered[3])), set()).add(int(numbered[2]))
+    for (folder, name, count), numbers in found.items():
+        if absent := sorted(set(range(count)) - numbers):
+            what = f"holds {len(numbers)} of {count} files {name}-…-of-{count:05d}; the first that is missing is {absent[0]:05d}"
+            remedy = "download the others, or, where a part is meant, give its files names without -of-"
+            raise BadInput([whole(folder, what, remedy)])
 
 
 def _visible(path: Path, pattern: str) -> list[Path]:
@@ -100,7 +116,7 @@ def _split_of(file: Path) -> str | None:
     data/train-00000-of-00012.parquet, with or without a hash behind it, train.parquet and train_1.parquet, as the hub reads
     them; default/train/0000.parquet, as it converts them; train/data-00000-of-00001.arrow, as `save_to_disk` writes them.
     """
-    numbered = re.fullmatch(r"(.+)-\d+-of-\d+(?:-[0-9a-f]+)?", file.stem)
+    numbered = NUMBERED.fullmatch(file.stem)
     if numbered and numbered[1] != "data":
         return numbered[1]
     for name in (file.stem, *(folder.name for folder in file.parents)):

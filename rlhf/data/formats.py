@@ -76,6 +76,8 @@ def blocks_of(
     name = format_of(file, otherwise)
     kind = FORMATS[name]
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise BadInput([whole(file, "is no file but a pipe or device", "give a file")])
         if is_pointer(file):
             raise BadInput(
                 [whole(file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}")]

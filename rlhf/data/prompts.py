@@ -80,8 +80,9 @@ def read_prompts(
     items, item_problems = read_items(item_metadata)
     # Where the items cannot be read at all, that alone is told, and not of every row that it has none.
     known = None if item_problems and not items else items
-    remedy = f"or set data.prompt_column, now {prompt_column!r}, to the field that holds the instruction"
-    remedy = f'add "{prompt_column}": "Make it brighter." {remedy}'
+    remedy = f'add "{prompt_column}": "Make it brighter."'
+    if key != "edit.data":  # whose rows have one form
+        remedy += f" or set data.prompt_column, now {prompt_column!r}, to the field that holds the instruction"
     fields = (
         Field(name="image_id", unique=True, known=known, known_in=str(item_metadata), example='"10001"'),
         Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),

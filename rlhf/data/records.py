@@ -30,16 +30,20 @@ class Problem:
 
 
 class BadInput(Refused):
-    """The input files cannot be used; the message has one line per problem."""
+    """The input files cannot be used; the message has one line per problem.
 
-    def __init__(self, problems: Sequence[Problem]):
-        self.problems = tuple(problems)
+    skippable: whether the job can go on without bad rows.
+    """
+
+    def __init__(self, problems: Sequence[Problem], skippable: bool = True):
+        self.problems, self.skippable = tuple(problems), skippable
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
-        hint = "" if all(problem.line is None for problem in self.problems) else _SKIP_HINT
+        of_rows = skippable and any(problem.line is not None for problem in self.problems)
+        hint = _SKIP_HINT if of_rows else ""
         super().__init__("\n".join([f"the input has {count}:", *(f"  {p}" for p in self.problems)]) + hint)
 
     def __reduce__(self):
-        return BadInput, (self.problems,)
+        return BadInput, (self.problems, self.skippable)
 
 
 _SKIP_HINT = '\nTo go on without the bad rows set data.on_bad_row = "skip"; they are then listed and recorded.'

@@ -49,6 +49,11 @@ class PairStream:
             crop=(down, across) if data.crop == "random" else CENTRE,
         )
 
+    def of_rank(self, trainer: TrainerConfig, step: int, rank: int) -> list[Visit]:
+        """What a rank trains on in an update; the first step is 1."""
+        start = (step - 1) * trainer.pairs_per_step + rank * trainer.pairs_per_rank
+        return [self[place] for place in range(start, start + trainer.pairs_per_rank)]
+
     @cached_property
     def _count(self) -> int:
         return sum(self.block_sizes)

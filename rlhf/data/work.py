@@ -208,8 +208,7 @@ class OfflineWork:
         """values: rows that encoders made beside the trainer; all others are in the cache."""
         trainer = self._trainer
         first = rank * trainer.pairs_per_rank
-        start = (step - 1) * trainer.pairs_per_step + first
-        visits = [self._stream[place] for place in range(start, start + trainer.pairs_per_rank)]
+        visits = self._stream.of_rank(trainer, step, rank)
         # Copies: what comes out of the object store cannot be written to.
         rows = {
             encoding: {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}

@@ -19,7 +19,9 @@ def load_family(model: ModelTable) -> Family:
     """The family of a recipe's [model]. Raises Refused for a name that is neither in FAMILIES nor can be imported."""
     try:
         make = FAMILIES.get(model.family) or pkgutil.resolve_name(model.family)
-    except Exception as error:  # importing runs the module, which may raise anything
+        if not callable(make):
+            raise TypeError(f"it is a {type(make).__name__}")
+    except (Exception, SystemExit) as error:  # importing runs the module, which may raise anything
         raise Refused(
             f"model.family = {model.family!r} is neither one of {', '.join(FAMILIES)} nor module:NAME of a family that can "
             f"be imported here: {type(error).__name__}: {error}"

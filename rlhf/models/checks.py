@@ -50,7 +50,7 @@ def check_model(model: ModelTable, *, weights: bool = True) -> Family:
             need = replace(need, values={} if accepted else need.values, files=need.files if weights else ())
             _check_config(root / name, need)
             is_denoiser = name == family.denoiser_folder
-            if weights and need.files:
+            if weights and need.is_tokenizer:
                 _check_tokenizer(root / name)
             if need.network is None:
                 continue

@@ -51,6 +51,8 @@ class Need:
     """The class of diffusers or transformers that reads the folder, always given for the denoiser's."""
     files: tuple[tuple[str, ...], ...] = ()
     """Sets of further files, of which one must be there."""
+    is_tokenizer: bool = False
+    """Whether the folder is opened as a tokenizer too."""
 
 
 INDEX_FILE = "model_index.json"
@@ -70,6 +72,7 @@ def tokenizer(kind: str) -> Need:
         file="tokenizer_config.json",
         values={"tokenizer_class": (kind, f"{kind}Fast")},
         files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)),
+        is_tokenizer=True,
     )
 
 
@@ -119,7 +122,8 @@ class Family(Protocol):
     def finish(self, denoiser: nn.Module, device: str) -> None:
         """Fill in what an empty denoiser lacks beside its parameters: buffers and tables that are plain attributes.
 
-        Called once on every denoiser that trains or takes publications. Walk `modules()`: some are wrapped or have copies.
+        Called once on every denoiser that trains, takes publications, or is a frozen side. Walk `modules()`: some are wrapped or
+        have copies.
         """
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> nn.Module:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rlhf.errors import Refused, last_line
-from rlhf.shards.files import is_pointer
+from rlhf.shards.files import SAFETENSORS_NAMES, is_pointer
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
@@ -116,7 +116,7 @@ def _fault(key: str, shapes: Shapes, layers: Mapping[str, nn.Module]) -> str:
     weight: Any = layers[name].weight
     rank, ones = next(iter(shapes[f"{name}.lora_A.weight"]), 0), (1,) * (weight.ndim - 2)
     fits = (rank, *weight.shape[1:]) if half == "A" else (weight.shape[0], rank, *ones)
-    return "" if shapes[key] == fits else f"{key}, has shape {shapes[key]}, but its layer takes {fits}"
+    return "" if shapes[key] == fits and rank else f"{key}, has shape {shapes[key]}, but its layer takes {fits}"
 
 
 def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
@@ -127,7 +127,10 @@ def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
         raise Misfit(file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}")
     try:
         with safe_open(file, "pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no mapping
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  no mapping
+            if odd := [key for key, found in slices.items() if found.get_dtype() not in SAFETENSORS_NAMES]:
+                raise Misfit(file, f"stores {odd[0]} as {slices[odd[0]].get_dtype()}", remedy)
+            return {key: tuple(found.get_shape()) for key, found in slices.items()}
     except (OSError, SafetensorError) as error:
         raise Misfit(file, f"cannot be read as safetensors: {error}", remedy) from error
 

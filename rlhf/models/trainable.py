@@ -103,6 +103,9 @@ class LoRA(Part):
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a side is one more adapter
+        names = [COPY.sub(".", f".{name}") for name, _ in denoiser.named_modules()]
+        if unused := [target for target in self.targets if not any(name.endswith(f".{target}") for name in names)]:
+            raise Refused(f"trainable.targets: no layer's name ends in {', '.join(map(repr, unused))}; leave it out")
         config = PeftConfig(lora_dropout=0.0, **self._settings(denoiser))
         on_meta = next(denoiser.parameters()).is_meta  # or PEFT draws values that nobody reads: 20 s for 12B
         for adapter in (POLICY, *sides):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from string import Formatter
 from typing import Annotated, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import AfterValidator, Field
@@ -22,10 +23,12 @@ def _judge_name(name: str) -> str:
 def check_address(url: str) -> str:
     """`url`. Raises: ValueError where it is no address of an HTTP service."""
     try:
-        found = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        found, parts = httpx.URL(url), urlsplit(url)
+        found.host.encode("idna")  # refuses empty and overlong parts of a name
+        port = parts.port
+    except (httpx.InvalidURL, ValueError) as error:
         raise ValueError(f"is no address: {error}; write http://host:port/path") from error
-    if found.scheme not in ("http", "https") or not found.host:
+    if found.scheme not in ("http", "https") or not found.host or port == 0 or parts.fragment or len(url.split()) != 1:
         raise ValueError("is no address: write http://host:port/path")
     return url
 

@@ -67,7 +67,7 @@ def resolve(key: str, function: str) -> Callable[..., Any]:
     """The function at the import path. Raises: Refused that starts with `key` and says why it cannot be had."""
     try:
         found = pkgutil.resolve_name(function)
-    except Exception as error:  # importing runs the module, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the module, which may raise anything
         raise Refused(
             f"{key}: {type(error).__name__}: {error}; it must be importable on every node: install its package there, "
             "or keep its module in the job's working directory"

@@ -50,7 +50,7 @@ class RewardScale:
     """Reward → its weight w > 0, in the order of the recipe."""
     scaling: Literal["running", "fixed"] = "running"
     window: tuple[Spread, ...] = ()
-    """The last 256 consumed groups, newest last."""
+    """The last 256 consumed groups (of a larger batch all), newest last."""
 
     def observe(self, groups: Sequence[RolloutGroup]) -> "RewardScale":
         """The scale with `groups` as its newest. All of a batch count, even one of more than 256 groups."""

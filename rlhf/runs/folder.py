@@ -6,7 +6,7 @@
 Three things keep two drivers from spoiling one folder. A lock (flock, freed by the kernel when its driver dies) refuses a
 second driver at once. A fenced epoch, raised at every claim and compared at commit, publish and audit append, stops a driver
 that slept while another took over. And a checkpoint counts only with its COMMITTED file, written after everything else is on
-disk. Nothing is ever overwritten: a new run takes the next vN, rows of undone steps move to discarded/.
+disk. Nothing that was trained is ever overwritten: a new run takes the next vN, rows of undone steps move to discarded/.
 
 A step in a file name or metric row is the number of optimizer updates done when it was written; the first is 1.
 Left out: what is inside a checkpoint (`trainer.py`), and copying to remote storage.
@@ -108,10 +108,7 @@ class RunFolder:
         parent = made(Path(root) / name, "run.dir")
         with (parent / "claim.lock").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
-            newest = max((int(p.name[1:]) for p in parent.iterdir() if re.fullmatch(r"v\d+", p.name)), default=0)
-            path = parent / f"v{newest}"
-            if path.exists() and (resume == "never" or (path / "final").exists()):
-                path = parent / f"v{newest + 1}"
+            path = _next(parent, resume)
             path.mkdir(exist_ok=True)
             lock = _lock(path)
             try:
@@ -121,18 +118,23 @@ class RunFolder:
                 raise
 
     @classmethod
+    def foreseen(cls, root: Path | str, name: str, config_toml: str, resume: Literal["auto", "never"] = "auto") -> str:
+        """What `claim` would do, in words. Raises Refused where it would, but for a live driver."""
+        check_place(Path(root) / name, "run.dir")
+        path = _next(Path(root) / name, resume)
+        if not _started(path):
+            return f"would begin in {path}"
+        _refuse_changes(path, config_toml)
+        return f"would go on in {path} from step {max(_checkpoints(path, committed=True), default=0)}"
+
+    @classmethod
     def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
         config = path / "config.toml"
-        started = any(step != 0 for _, step in _rows(path)) or any(path.glob("checkpoint_*/COMMITTED"))
+        started = _started(path)
         if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
-            differ = _differences(tomllib.loads(config.read_text(encoding="utf-8")), tomllib.loads(config_toml))
-            if differ:
-                raise Refused(
-                    "\n  ".join([f"{path} was started with another configuration:", *differ]) + "\n"
-                    'Put the old values back to resume it, or start anew with run.resume = "never" or another run.name.'
-                )
+            _refuse_changes(path, config_toml)
         else:
             write_durably(config, config_toml)
         number = path / "epoch"
@@ -194,15 +196,15 @@ class RunFolder:
 
     def last_committed(self) -> int | None:
         """The newest step with a committed checkpoint; None: there is none yet."""
-        return max(self._checkpoints(committed=True), default=None)
+        return max(_checkpoints(self.path, committed=True), default=None)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` committed checkpoints, and leftovers of saves before the newest one, if any."""
         if keep < 1:
             raise ValueError(f"run.keep_checkpoints = {keep}: at least 1, the newest checkpoint is never removed")
         self.fence.check()
-        committed = sorted(self._checkpoints(committed=True))
-        leftovers = [step for step in self._checkpoints(committed=False) if committed and step < committed[-1]]
+        committed = sorted(_checkpoints(self.path, committed=True))
+        leftovers = [step for step in _checkpoints(self.path, committed=False) if committed and step < committed[-1]]
         for step in committed[:-keep] + leftovers:
             path = self.checkpoint_path(step)
             (path / "COMMITTED").unlink(missing_ok=True)  # first, so that a half-removed checkpoint never counts
@@ -239,11 +241,36 @@ class RunFolder:
                 sync(self.path / folder)
         return moved
 
-    def _checkpoints(self, *, committed: bool) -> Iterator[int]:
-        for path in self.path.glob("checkpoint_*"):
-            step = path.name.removeprefix("checkpoint_")
-            if step.isdigit() and (path / "COMMITTED").exists() == committed:
-                yield int(step)
+
+def _next(parent: Path, resume: str) -> Path:
+    """The folder that a run writes to: the newest vN if it is unfinished and may be resumed, else the one after it."""
+    there = parent.iterdir() if parent.exists() else ()
+    newest = max((int(path.name[1:]) for path in there if re.fullmatch(r"v\d+", path.name)), default=0)
+    path = parent / f"v{newest}"
+    over = path.exists() and (resume == "never" or (path / "final").exists())
+    return parent / f"v{newest + 1}" if over else path
+
+
+def _started(path: Path) -> bool:
+    """Whether a step was done in a run's folder."""
+    return any(step != 0 for _, step in _rows(path)) or any(path.glob("checkpoint_*/COMMITTED"))
+
+
+def _refuse_changes(path: Path, config_toml: str) -> None:
+    """Raise Refused, naming every key, where a resolved configuration is not what a run may go on with."""
+    began = (path / "config.toml").read_text(encoding="utf-8")
+    if differ := _differences(tomllib.loads(began), tomllib.loads(config_toml)):
+        raise Refused(
+            "\n  ".join([f"{path} was started with another configuration:", *differ]) + "\n"
+            'Put the old values back to resume it, or start anew with run.resume = "never" or another run.name.'
+        )
+
+
+def _checkpoints(path: Path, *, committed: bool) -> Iterator[int]:
+    for checkpoint in path.glob("checkpoint_*"):
+        step = checkpoint.name.removeprefix("checkpoint_")
+        if step.isdigit() and (checkpoint / "COMMITTED").exists() == committed:
+            yield int(step)
 
 
 def _sync_tree(path: Path) -> None:

@@ -28,7 +28,6 @@ class BufferManifest:
     """What lies in one flat buffer, and the xxh3-64 of its bytes."""
 
     slices: tuple[Slice, ...]
-    nbytes: int
     checksum: int
 
 
@@ -55,7 +54,7 @@ def _pack_one(shards: Sequence[Shard], size: int) -> tuple[np.ndarray, BufferMan
         start, stop, dtype = shard.start, shard.start + len(shard.rows), shard.rows.dtype
         slices.append(Slice(name=shard.name, dtype=dtype, shape=shard.shape, start=start, stop=stop, offset=offset))
         offset += data.size
-    return buffer, BufferManifest(slices=tuple(slices), nbytes=size, checksum=xxhash.xxh3_64_intdigest(buffer.data))
+    return buffer, BufferManifest(slices=tuple(slices), checksum=xxhash.xxh3_64_intdigest(buffer.data))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The only collectives: process group, FSDP2 sharding, sums over ranks.
+"""Process group, FSDP2 sharding, sums over ranks. (Optimizers whose state is not elementwise sum over ranks themselves.)
 
 Every parameter of a sharded module is a DTensor whose rows (dimension 0) are spread over the ranks, be it one rank, so nothing
 downstream has a special case. Left out: tensor and context parallelism.

@@ -1,8 +1,8 @@
 """Peak memory of a trainer rank, told before anything starts: its real step runs on tensors that have shapes and no data.
 
-The trainer is the one that trains, over a process group that sends nothing; torch's `FSDPMemTracker` counts what is alive. What
-the tracker does not see, the frozen sides that are networks of their own and the average of the weights, is added from its
-shapes. Left out: CUDA's own context, NCCL's buffers and fragmentation (`actors.cards.RESERVE`).
+The trainer is the one that trains, over a process group that sends nothing; torch's `FSDPMemTracker` counts what is alive. The
+average of the weights, which it does not see, is added from its shapes. Left out: CUDA's own context, NCCL's buffers and
+fragmentation (`actors.cards.RESERVE`).
 
 Shapes: B examples, C latent channels.
 """
@@ -102,12 +102,15 @@ def _traced_peak(
         batch = micro_batch(family, objective.roles, prompt, config.train_batch_size)
         trainer.tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
         with trainer.tracker:
-            for rows in _frozen(
-                trainer
-            ):  # which the tracker takes for activations once it sees them: here, and all at once
-                rows.detach()
+            _show(_frozen(trainer))
             trainer.step([batch])
     return Peak(kinds=_kinds(trainer, config))
+
+
+def _show(tensors: Sequence[Tensor]) -> None:
+    """The tracker counts a tensor that it does not know, for an activation, from the first operation on it: see `_kinds`."""
+    for tensor in tensors:
+        tensor.detach()
 
 
 def _frozen(trainer: Trainer) -> list[Tensor]:
@@ -127,7 +130,7 @@ def _kinds(trainer: TracedTrainer, config: TrainerConfig) -> dict[str, int]:
     if config.optimizer == "adamw_8bit":
         kinds["optimizer"] = shard // 4 * 2
     if frozen := sum(rows.untyped_storage().nbytes() for rows in _frozen(trainer)):
-        kinds["activations"] -= frozen
+        kinds["activations"] -= frozen  # for which the tracker took them
         kinds["frozen sides"] = 0 if config.offloads("reference") else frozen
     if config.ema_decay is not None:
         kinds["average"] = 0 if config.offloads("ema") else shard

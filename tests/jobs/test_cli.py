@@ -109,6 +109,29 @@ def test_two_recipes_are_refused(recipe):
         parse(OnlineDPORecipe, ["--config", recipe, "--config", recipe])
 
 
+def test_an_argument_that_is_not_utf_8_is_refused(recipe):
+    with pytest.raises(ConfigError, match=r"command line: 'a\\udcff' is not UTF-8"):
+        parse(OnlineDPORecipe, ["--config", recipe, "--run.name", "a\udcff"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("cluster.num_cpus", "0", "should be greater than or equal to 1"),
+        ("cluster.num_cpus", "1.5", "should be a valid integer"),
+        ("trainer.adam_beta1", "1", "should be less than 1"),
+        ("trainer.adam_beta2", "-0.1", "should be greater than or equal to 0"),
+        ("trainer.weight_decay", "-1", "should be greater than or equal to 0"),
+        ("data.cache", '""', "is empty: give a path"),
+        ("trainable.targets", "to_q,to_k", """is a list: write '["to_q", "to_k"]'"""),
+        ("trainer.lr_step_rules", "1:10,0.1", 'belongs to lr_scheduler = "piecewise_constant"'),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(recipe, key, value, said):
+    [problem] = problems("--config", recipe, f"--{key}", value)
+    assert said in problem
+
+
 def test_a_section_that_is_misspelt_or_no_table_is_told(recipe):
     Path(recipe).write_text(f"{RECIPE}[trainr]\nranks = 2\n")
     assert problems("--config", recipe, "--samplers", "4") == [

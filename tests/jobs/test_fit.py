@@ -30,7 +30,7 @@ PEAK = Peak(
 
 
 def share(nbytes, num_gpus=1.0, count=1, name="sampler", remedies=()):
-    role = Role(name=name, count=count, num_cpus=1, num_gpus=num_gpus, nbytes=0)
+    role = Role(kind="trainer", name=name, count=count, num_cpus=1, num_gpus=num_gpus, nbytes=0)
     return Share(role=role, peak=Peak(kinds={"parameters": int(nbytes)}), remedies=remedies)
 
 
@@ -81,7 +81,8 @@ def test_a_role_that_has_a_card_is_refused_with_the_remedies_that_fit():
 def test_roles_that_share_a_card_are_refused_together():
     """Each of them would fit alone; what is over before they start does not count."""
     before = replace(
-        share(70 * GIB, 0.5), role=Role(name="e", count=1, num_cpus=1, num_gpus=0.5, nbytes=0, before=True)
+        share(70 * GIB, 0.5),
+        role=Role(kind="encoder", name="e", count=1, num_cpus=1, num_gpus=0.5, nbytes=0, before=True),
     )
     shares = [share(40 * GIB, 0.5, name="trainer rank"), share(30 * GIB, 0.4), before]
     cards.check(shares, 74 * GIB)
@@ -134,7 +135,7 @@ def test_a_recipe_is_told_from_json_files_alone_and_refused_where_it_does_not_fi
 def test_a_judge_whose_memory_cannot_be_known_is_named(kontext, tmp_path, capsys):
     model = {"family": "flux_kontext", "height": 48, "width": 32}
     recipe = offline_config(tmp_path, kontext, tmp_path, model=model)
-    judge = Role(name="judge mine", count=1, num_cpus=0.1, num_gpus=0.1, nbytes=0, judge="mine")
+    judge = Role(kind="judge", name="judge mine", count=1, num_cpus=0.1, num_gpus=0.1, nbytes=0, judge="mine")
     judges = recipe.judges.model_copy(update={"python": {"mine": PythonJudgeConfig(function="os:getcwd")}})
     fit.check_cards(recipe.model_copy(update={"judges": judges}), [judge], train.objective(recipe))
     assert "not counted, as their memory cannot be known beforehand: judge mine" in capsys.readouterr().out

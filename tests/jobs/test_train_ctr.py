@@ -83,8 +83,17 @@ def test_without_an_eval_file_products_are_held_out_for_either_use(data, tmp_pat
 def test_keys_that_do_not_fit_the_rows(data, tmp_path):
     from jobs.train_ctr import load_rows
 
-    with pytest.raises(Refused, match=r"data\.validation_fraction = 0\.1: the click log has 1 product"):
+    with pytest.raises(Refused, match=r"data\.validation_fraction = 0\.1 takes whole products .* there are 1 to take"):
         load_rows(recipe(data, tmp_path / "out", path=str(data / "one.csv")))
+
+
+def test_pictures_that_are_trained_on_are_not_held_out(data, tmp_path):
+    from jobs.train_ctr import load_rows
+
+    with pytest.raises(
+        Refused, match=r"32 of 32 pictures of data\.eval_path = .* are in data\.path = .* too: hold out others"
+    ):
+        load_rows(recipe(data, tmp_path / "out", eval_path=str(data / "train.csv")))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from ray import serve
 
 from rlhf.errors import Refused
-from rlhf.rewards.config import JudgesConfig
+from rlhf.rewards.config import JudgesConfig, ServeConfig
 from serve_apps import deploy
 from serve_apps.deploy import DeployError, app_name, check_sources
 from tests.serve_apps.conftest import PORT, config, down, up
@@ -33,11 +33,30 @@ def test_a_missing_checkpoint_is_found_before_anything_starts(models):
         up(config(models, hps={"path": "/no/such/file.pt"}), "missing")
 
 
-@pytest.mark.parametrize("url", ["judges:8000/hpsv2", "http://", "http://host:port/hpsv2", "/hpsv2"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("judges:8000/hpsv2", "http://", "http://host:port/hpsv2", "/hpsv2", "http://h:99999/x", "http://h:0/x"),
+        *("http://h x/y", "http://h/y#z", "http://a..b/x", f"http://{'a' * 70}/x"),
+    ],
+)
 def test_a_url_that_is_none_is_found_before_anything_starts(url):
     with pytest.raises(Refused, match=r"judges\.hps\.url = .* is no address"):
-        check_sources(JudgesConfig(hps={"url": url}), ["hps"])
-    check_sources(JudgesConfig(hps={"url": "https://host:8000/hpsv2"}), ["hps"])
+        check_sources(JudgesConfig(hps={"url": url}), ServeConfig(), ["hps"])
+    check_sources(JudgesConfig(hps={"url": "https://host:8000/hpsv2"}), ServeConfig(), ["hps"])
+
+
+def test_an_address_of_the_environment_is_checked_like_a_recipes(monkeypatch):
+    monkeypatch.setenv("QWEN_API_BASE", "nonsense")
+    with pytest.raises(Refused, match=r"judges\.filter\.api_base \(also QWEN_API_BASE\) = 'nonsense' is no address"):
+        check_sources(JudgesConfig(), ServeConfig(), ["filter"])
+
+
+def test_a_host_that_is_none_is_found_before_anything_starts():
+    judges = JudgesConfig.model_validate({"python": {"one": {"function": "tests.jobs.light:greenness"}}})
+    check_sources(judges, ServeConfig(host="0.0.0.0"), ["one"])
+    with pytest.raises(Refused, match=r"serve\.host = 'nope\.invalid' is no address: .*give 127\.0\.0\.1"):
+        check_sources(judges, ServeConfig(host="nope.invalid"), ["one"])
 
 
 def test_a_proxy_that_cannot_be_used_is_found_before_anything_starts(monkeypatch):
@@ -49,7 +68,7 @@ def test_a_proxy_that_cannot_be_used_is_found_before_anything_starts(monkeypatch
     def check(name, table, url):
         key = "api_base" if name == "filter" else "url"
         judges = JudgesConfig.model_validate({table: {name: {key: url}}} if table else {name: {key: url}})
-        check_sources(judges, [name])
+        check_sources(judges, ServeConfig(), [name])
 
     for name, table in (("hps", None), ("filter", None), ("freshness", "http")):
         with pytest.raises(Refused, match=r"http://judge\.invalid/v1 cannot be asked through the proxy ALL_PROXY = "):

@@ -91,8 +91,8 @@ def split(clicks: Sequence[Click], fraction: float, seed: int, key: str) -> tupl
     products = sorted({click.item for click in clicks}, key=lambda item: seed_from(seed, *vars(item).values()))
     if len(products) < 2:
         raise Refused(
-            f"{key} = {fraction:g}: the click log has {len(products)} product (rows with equal {', '.join(ITEM_COLUMNS)}), "
-            "and products are held out whole; add rows of others, or hold out nothing here"
+            f"{key} = {fraction:g} takes whole products (rows with equal {', '.join(ITEM_COLUMNS)}), and there are "
+            f"{len(products)} to take from; add rows of others, or hold out less here or before"
         )
     held_out = set(products[: min(max(1, round(fraction * len(products))), len(products) - 1)])
     return [click for click in clicks if click.item not in held_out], [c for c in clicks if c.item in held_out]

@@ -41,7 +41,15 @@ def test_jsonl_lines_keep_their_numbers_past_empty_ones_and_across_blocks(tmp_pa
 @pytest.mark.parametrize(
     ("names", "split", "chosen"),
     [
-        (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "train", [0]),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ],
+            "train",
+            [0, 1],
+        ),
         (["data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"], "test", [1]),
         (  # Pick-a-Pic v2's own names
             [
@@ -160,3 +168,13 @@ def test_what_is_no_table_of_pairs_is_refused_with_the_remedy(tmp_path):
     pq.write_table(pa.table({"caption": ["x"], "label_0": [1.0]}), tmp_path / "thin.parquet")
     with pytest.raises(BadInput, match="has no column jpg_0, jpg_1; it has caption, label_0"):
         blocks_of(tmp_path / "thin.parquet")
+
+
+def test_shards_of_which_one_is_missing_are_no_data_set(tmp_path):
+    for name in ("train-00000-of-00003-0a1b", "train-00002-of-00003-0a1b", "test-00000-of-00001-0c"):
+        write_parquet(tmp_path / f"{name}.parquet", ROWS[:1])
+    with pytest.raises(
+        BadInput, match=r"holds 2 of 3 files train-…-of-00003; the first that is missing is 00001; download"
+    ):
+        find_files(tmp_path, "train")
+    assert len(find_files(tmp_path, "test")) == 1

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -176,6 +177,8 @@ def test_a_file_that_is_not_there_or_not_readable_is_a_problem_of_the_file(folde
     unreadable = only(folder / f"folder{ending}", "eval.path")
     if ending not in (".parquet", ".arrow"):
         assert unreadable == "FILE: cannot be read: Is a directory; set eval.path to a readable file"
+    os.mkfifo(folder / f"pipe{ending}")
+    assert only(folder / f"pipe{ending}", "") == "FILE: is no file but a pipe or device; give a file"
     (folder / f"pointer{ending}").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     )

@@ -90,6 +90,14 @@ MISFITS = {
         "is no LoRA: none of its 1 keys names an adapter.* as tuned.denoiser",
     ),
     "no tensors": ({}, "holds no tensors"),
+    "whole numbers": (
+        {name: value.to(torch.int32) for name, value in SOUND.items()},
+        r"stores transformer\..* as I32; give a LoRA for this model",
+    ),
+    "rank 0": (
+        {name: value[:0] if "lora_A" in name else value[:, :0] for name, value in SOUND.items()},
+        "in 0 of 4 keys; .* has shape",
+    ),
 }
 
 

@@ -93,6 +93,7 @@ def package(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text("")
     (folder / "look.py").write_text(SOURCE)
     (folder / "broken.py").write_text("import a_library_not_installed")
+    (folder / "script.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     yield folder
     for name in [name for name in sys.modules if name.split(".")[0] == "my_rewards"]:
@@ -158,6 +159,7 @@ def test_a_callable_object_and_a_method_are_functions_too(package):
         ("no.such:thing", "ModuleNotFoundError: No module named 'no'; it must be importable on every node"),
         ("my_rewards.look:gone", "AttributeError: .*has no attribute 'gone'; it must be importable"),
         ("my_rewards.broken:score", "ModuleNotFoundError: No module named 'a_library_not_installed'"),
+        ("my_rewards.script:score", "SystemExit: 0; it must be importable"),
         ("my_rewards.look:not_a_function", "is int, not a function"),
         ("my_rewards.look:later", "is async; write a plain function"),
         ("my_rewards.look:judge.later", "is async"),

@@ -97,6 +97,26 @@ def test_another_configuration_is_refused_with_both_values(claim, old, new, mess
     assert claim().epoch == 2  # the refused claim left no lock and took no epoch
 
 
+def test_what_a_claim_would_do_is_told_and_nothing_is_made(claim, tmp_path):
+    def foreseen(config=CONFIG, resume="auto"):
+        return RunFolder.foreseen(tmp_path, "demo", config, resume).replace(str(tmp_path), "")
+
+    assert foreseen() == "would begin in /demo/v0" and not any(tmp_path.iterdir())
+    folder = claim()
+    save(folder, 3)
+    trained(folder)
+    before = {*tmp_path.rglob("*")}
+    assert foreseen() == "would go on in /demo/v0 from step 3" and foreseen(resume="never") == "would begin in /demo/v1"
+    with pytest.raises(Refused, match=r"dpo\.beta: was 5000\.0, now 100\.0"):
+        foreseen(CONFIG.replace("beta = 5000.0", "beta = 100.0"))
+    assert {*tmp_path.rglob("*")} == before
+    finish(folder)
+    assert foreseen() == "would begin in /demo/v1"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match=r"run\.dir: the folder .* cannot be made: .*/file is a file"):
+        RunFolder.foreseen(tmp_path / "file", "demo", CONFIG)
+
+
 def test_a_finished_run_leads_to_the_next_version(claim):
     folder = claim()
     assert (finish(folder) / "model").read_text() == "w"
