@@ -94,7 +94,7 @@ def scores_file(judges: JudgesConfig, judge: str, pairs: ExampleSet) -> Path:
     """
     index, settings = _index(pairs), judges[judge]
     source = settings.model_dump_json(exclude=set(JudgeConfig.model_fields))
-    weights = [reward.fingerprint(Path(path)) for _, path in local_paths(settings)]
+    weights = [reward.quick_fingerprint(Path(path)) for _, path in local_paths(settings)]
     if isinstance(settings, PythonJudgeConfig):
         function = str(settings.function)
         weights.append(python.version(python.resolve(judge, function), function))

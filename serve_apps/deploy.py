@@ -27,7 +27,7 @@ from rlhf.names import plain
 from rlhf.rewards import check_judge, python
 from rlhf.rewards.config import JudgeConfig, JudgesConfig, PythonJudgeConfig, ServeConfig, check_address
 from rlhf.rewards.connections import proxy_of
-from rlhf.rewards.protocols import fingerprint
+from rlhf.rewards.protocols import quick_fingerprint
 from rlhf.section import local_paths
 from serve_apps.batcher import options
 from serve_apps.ctr import CTRApp
@@ -218,7 +218,7 @@ def _check_host(section: ServeConfig) -> None:
 
 def _digest(name: str, judge: JudgeConfig, route_prefix: str, secrets: Secrets) -> str:
     """What an app is adopted by: the judge's config, the secrets, and the weights or the code behind it."""
-    weights = [fingerprint(Path(path)) for _, path in local_paths(judge)]
+    weights = [quick_fingerprint(Path(path)) for _, path in local_paths(judge)]
     if isinstance(judge, PythonJudgeConfig):
         weights.append(python.version(python.resolve(name, str(judge.function)), str(judge.function)))
     tokens = [secrets.token, secrets.api_key, getattr(judge, "token", None)]  # which no dump of a config holds

@@ -16,7 +16,7 @@ from PIL import Image
 from rlhf.errors import Refused
 from rlhf.rewards import filters
 from rlhf.rewards.config import FilterJudgeConfig
-from rlhf.rewards.protocols import JudgeError, Sources, fingerprint
+from rlhf.rewards.protocols import JudgeError, Sources, quick_fingerprint
 from rlhf.types import Verdict
 
 TOP_LOGPROBS = 20
@@ -30,7 +30,7 @@ class VLLMFilter:
         """Load the folder `judge.path` into a new engine, in a running event loop: about a minute for a tiny model on a CPU."""
         path = Path(str(judge.path))
         self.judge_config, self.device = judge, "cuda" if judge.num_gpus else "cpu"
-        self.version = f"{path.name}@{fingerprint(path)}"
+        self.version = f"{path.name}@{quick_fingerprint(path)}"
         self._ids = itertools.count()
         if not judge.num_gpus:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

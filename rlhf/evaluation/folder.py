@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from rlhf.errors import Refused
-from rlhf.rewards.protocols import fingerprint
+from rlhf.rewards.protocols import quick_fingerprint
 from rlhf.runs.durable import write_durably
 from rlhf.runs.folder import check_place, made
 from rlhf.tables import EvaluatedModelTable, SamplingTable, WeightsTable
@@ -47,9 +47,9 @@ def painting(
     keys = {f"{name}.{key}": value for name, table in tables.items() for key, value in table.model_dump().items()}
     return keys | {
         "seed": seed,
-        "the weights at model.path": fingerprint(Path(model.path)),
-        "the weights at model.denoiser": fingerprint(Path(model.denoiser)) if model.denoiser else None,
-        "the tuned weights": fingerprint(Path(str(tuned.denoiser or tuned.lora))),
+        "the weights at model.path": quick_fingerprint(Path(model.path)),
+        "the weights at model.denoiser": quick_fingerprint(Path(model.denoiser)) if model.denoiser else None,
+        "the tuned weights": quick_fingerprint(Path(str(tuned.denoiser or tuned.lora))),
         "the prompts": digest.hexdigest(),
     }
 

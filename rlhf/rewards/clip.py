@@ -32,7 +32,7 @@ from rlhf.errors import Refused
 from rlhf.models.checks import check_weights, on_meta
 from rlhf.rewards.config import AestheticJudgeConfig, CLIPJudgeConfig
 from rlhf.rewards.features import cached_texts, existing, forward_rows, read_torch
-from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, picture_of, quick_fingerprint
 from rlhf.shards.files import read_header, read_json, refuse_broken
 
 FOLDER = "a CLIPModel folder of transformers: config.json, model.safetensors and its processor's files"
@@ -56,9 +56,9 @@ class CLIPFeatures:
         self.scale = model.logit_scale.exp().item()
         self.model = model.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         self.texts = cached_texts(self._encode_text)
-        self.version = f"{folder.name}@{fingerprint(folder)}"
+        self.version = f"{folder.name}@{quick_fingerprint(folder)}"
         if judge.processor is not None:
-            self.version += f"+{fingerprint(Path(judge.processor))}"
+            self.version += f"+{quick_fingerprint(Path(judge.processor))}"
 
     @torch.inference_mode()
     def images(self, media: Media, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -189,7 +189,7 @@ class AestheticReward(Reward):
         file = existing("judges.aesthetic.head", judge.head, HEAD)
         # Always fp32: its work is nothing beside the CLIP's, and each of its five products would round.
         self.head = load_head(file, self.features.model.config.projection_dim).to(device)
-        self.version = f"{file.stem}@{fingerprint(file)}+{self.features.version}"
+        self.version = f"{file.stem}@{quick_fingerprint(file)}+{self.features.version}"
 
     @classmethod
     def check(cls, key: str, judge: AestheticJudgeConfig) -> None:

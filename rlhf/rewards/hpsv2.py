@@ -30,7 +30,7 @@ from torchvision.transforms import InterpolationMode
 from rlhf.errors import Refused
 from rlhf.rewards.config import HPSJudgeConfig
 from rlhf.rewards.features import cached_texts, existing, forward_rows, letterbox, read_torch
-from rlhf.rewards.protocols import Items, Media, Reward, Sources, fingerprint, picture_of
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, picture_of, quick_fingerprint
 from rlhf.shards.files import read_header, read_json
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -43,7 +43,7 @@ class HPSv2Reward(Reward):
     def __init__(self, name: str, judge: HPSJudgeConfig, device: str) -> None:
         self.name, self.device = name, device
         file = checkpoint_of(judge)
-        self.version = f"{file.stem}@{fingerprint(file)}"
+        self.version = f"{file.stem}@{quick_fingerprint(file)}"
         self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
         self.model = load_model(file).to(device=device, dtype=self.dtype)
         height, *width = np.ravel(self.model.visual.image_size).tolist()  # one number, or both

@@ -133,7 +133,7 @@ def check_columns(judge: str, columns: Sequence[str], item: Item) -> None:
         raise Refused(f"{reads}; missing: {', '.join(missing)} (there: {there})")
 
 
-def fingerprint(path: Path) -> str:
+def quick_fingerprint(path: Path) -> str:
     """16 hex digits that name the weights at `path` (file or folder): names, sizes, first and last MiB of each file."""
     digest = xxhash.xxh3_64()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

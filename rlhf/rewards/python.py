@@ -23,7 +23,7 @@ from typing import Any
 
 from rlhf.errors import Refused
 from rlhf.rewards.config import PythonJudgeConfig
-from rlhf.rewards.protocols import Items, JudgeError, Media, Reward, Sources, fingerprint, picture_of
+from rlhf.rewards.protocols import Items, JudgeError, Media, Reward, Sources, picture_of, quick_fingerprint
 
 ARGUMENTS = "(images, prompts, sources, items)"
 
@@ -105,9 +105,9 @@ def _fits(found: Callable[..., Any], count: int) -> bool:
 
 
 def version(found: Callable[..., Any], function: str) -> str:
-    """The import path and a fingerprint of the function's source file; of a callable object, its module's file."""
+    """The import path and a quick_fingerprint of the function's source file; of a callable object, its module's file."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:
         file = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
-    return f"{function}@{fingerprint(Path(file)) if file else 'built-in'}"
+    return f"{function}@{quick_fingerprint(Path(file)) if file else 'built-in'}"

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from rlhf.errors import Refused
 from rlhf.rewards.config import CTRJudgeConfig
 from rlhf.rewards.features import forward_rows, letterbox
-from rlhf.rewards.protocols import Items, Media, Reward, Sources, check_columns, fingerprint, picture_of
+from rlhf.rewards.protocols import Items, Media, Reward, Sources, check_columns, picture_of, quick_fingerprint
 from rlhf.shards.files import SafetensorsFolder, read_json, refuse_broken
 from rlhf.types import Item
 
@@ -142,7 +142,7 @@ class CTRReward(Reward):
         """judge.path: a folder written by `save`."""
         folder = Path(str(judge.path))
         model, self.tokenizer = load(folder)
-        self.name, self.device, self.version = name, device, f"{folder.name}@{fingerprint(folder)}"
+        self.name, self.device, self.version = name, device, f"{folder.name}@{quick_fingerprint(folder)}"
         self.rows, self.dtype = judge.padded_rows, getattr(torch, judge.dtype)
         self.model = model.to(device=device, dtype=self.dtype).eval().requires_grad_(False)
 
