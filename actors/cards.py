@@ -13,7 +13,7 @@ import torch
 from actors.placement import GIB, NotEnoughResources, Role
 from rlhf.models.memory import Peak
 from rlhf.section import ClusterConfig
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 
 RESERVE = 1.5 * GIB
 """Of a process on a card: CUDA's context, NCCL's buffers, workspaces and fragmentation."""

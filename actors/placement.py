@@ -22,7 +22,8 @@ from rlhf.models.trainable import Counts
 from rlhf.rewards.config import JudgeConfig, JudgesConfig
 from rlhf.section import local_paths
 from rlhf.shards.files import DIFFUSERS, TRANSFORMERS, weight_files
-from rlhf.tables import PreprocessConfig, SamplersConfig, TrainerConfig
+from rlhf.tables import PreprocessConfig, SamplersConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Geometry, Source
 
 GIB = 2**30

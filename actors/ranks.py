@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf.rewards.ctr.config import CTRTrainConfig
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 
 FETCH_TIMEOUT_S = 300.0
 POLL_S = 0.1

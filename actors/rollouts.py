@@ -25,7 +25,8 @@ from rlhf.rewards.config import JudgesConfig, RewardConfig
 from rlhf.rollouts import buffer, rollout
 from rlhf.rollouts.pairing import RewardScale
 from rlhf.rollouts.state import Judge, RolloutState, Sample, restore, snapshot
-from rlhf.tables import RolloutConfig, SamplingTable, TrainerConfig
+from rlhf.tables import RolloutConfig, SamplingTable
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Candidate, Pair, Prompt, Score
 
 POLL_S = 1.0

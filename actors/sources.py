@@ -12,7 +12,8 @@ from actors.rollouts import Rollouts
 from actors.trainer import Handed, TrainerLost
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples
-from rlhf.tables import ModelTable, PreprocessConfig, TrainerConfig
+from rlhf.tables import ModelTable, PreprocessConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Pair
 
 STEPS_AHEAD = 2

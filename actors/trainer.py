@@ -23,8 +23,9 @@ from rlhf.models import load_family
 from rlhf.models.trainable import Trainable
 from rlhf.runs.folder import Fence
 from rlhf.shards import distributed
-from rlhf.tables import ModelTable, RunConfig, TrainerConfig
+from rlhf.tables import ModelTable, RunConfig
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 
 
 class TrainerLost(RankLost):

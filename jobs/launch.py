@@ -27,7 +27,8 @@ from jobs.cli import say
 from rlhf.models.trainable import Counts
 from rlhf.runs.folder import RunFolder, check_place
 from rlhf.section import ClusterConfig
-from rlhf.tables import RunConfig, TrainerConfig
+from rlhf.tables import RunConfig
+from rlhf.training_tables import TrainerConfig
 from serve_apps import deploy
 
 TRAINER_REBUILDS = 3

@@ -11,6 +11,7 @@ from pydantic import Field
 from rlhf import tables
 from rlhf.rewards.config import JudgesConfig, RewardConfig, ServeConfig
 from rlhf.section import ClusterConfig, LocalPath, Section
+from rlhf.training_tables import TrainableTable, TrainerConfig
 from rlhf.types import Fit
 
 
@@ -30,8 +31,8 @@ class OnlineDPORecipe(Section):
     reward: RewardConfig = RewardConfig()
     judges: JudgesConfig = JudgesConfig()
     dpo: tables.DPOConfig = tables.DPOConfig()
-    trainable: tables.TrainableTable = tables.TrainableTable()
-    trainer: tables.TrainerConfig = tables.TrainerConfig()
+    trainable: TrainableTable = TrainableTable()
+    trainer: TrainerConfig = TrainerConfig()
     samplers: tables.OnlineSamplersConfig = tables.OnlineSamplersConfig()
     eval: tables.EvalConfig = tables.EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -71,8 +72,8 @@ class TrainRecipe(Section):
     data: tables.PairDataConfig
     eval: tables.HeldOutConfig = tables.HeldOutConfig()
     dpo: OfflineDPO = OfflineDPO()
-    trainable: tables.TrainableTable = tables.TrainableTable()
-    trainer: tables.TrainerConfig = tables.TrainerConfig()
+    trainable: TrainableTable = TrainableTable()
+    trainer: TrainerConfig = TrainerConfig()
     preprocess: tables.PreprocessConfig = tables.PreprocessConfig()
     judges: JudgesConfig = JudgesConfig()
     serve: ServeConfig = ServeConfig()

@@ -34,8 +34,8 @@ from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
 from rlhf.models.trainable import load_trainable
-from rlhf.tables import TrainerConfig
 from rlhf.training.optimizers import check_optimizer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import REFERENCE
 from serve_apps import deploy
 

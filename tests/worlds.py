@@ -10,8 +10,9 @@ import torch
 from rlhf.diffusion.objectives import DPO
 from rlhf.models import load_family, tiny
 from rlhf.models.trainable import Trainable, load_trainable
-from rlhf.tables import ModelTable, TrainableTable, TrainerConfig
+from rlhf.tables import ModelTable
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainableTable, TrainerConfig
 from rlhf.types import Batch
 from tests import strange
 

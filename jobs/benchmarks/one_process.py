@@ -19,8 +19,9 @@ from rlhf.models.trainable import Full, Trainable
 from rlhf.runs.folder import RunFolder
 from rlhf.runs.tracking import FileTracker
 from rlhf.shards import distributed
-from rlhf.tables import ModelTable, TrainerConfig
+from rlhf.tables import ModelTable
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 
 Curve = list[tuple[int, float]]
 """(step, what was measured)."""

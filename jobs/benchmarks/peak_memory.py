@@ -24,9 +24,9 @@ from rlhf.diffusion.objectives import DPO
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.trainable import Full, LoRA, Trainable
 from rlhf.shards import distributed
-from rlhf.tables import TrainerConfig
 from rlhf.training.memory import micro_batch, trainer_peak
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Geometry, Prompt, Source
 
 SIZE = Geometry(height=128, width=128)

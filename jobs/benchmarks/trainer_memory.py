@@ -28,8 +28,8 @@ from rlhf.models import FAMILIES
 from rlhf.models.tiny import transformer_config
 from rlhf.models.trainable import Full, Trainable
 from rlhf.shards import buffers, distributed
-from rlhf.tables import TrainerConfig
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import REFERENCE
 
 GIB = 2**30

@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
+from rlhf.tables import HeldOutConfig, PairDataConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import CENTRE, seed_from
 
 

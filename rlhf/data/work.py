@@ -26,7 +26,8 @@ from rlhf.data.records import BadInput, Problem
 from rlhf.data.stream import PairStream, Visit, held_out_visits
 from rlhf.models.family import Family
 from rlhf.runs.folder import Fence
-from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
+from rlhf.tables import HeldOutConfig, PairDataConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt
 
 HELD_OUT_STEP = 0

@@ -30,7 +30,7 @@ from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.models.folder import WEIGHTS_FILE
 from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE
-from rlhf.tables import TrainableTable
+from rlhf.training_tables import TrainableTable
 from rlhf.types import POLICY, seed_from
 
 

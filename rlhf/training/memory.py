@@ -23,9 +23,9 @@ from rlhf.models.family import Family
 from rlhf.models.memory import DEVICE, Peak, empty_condition, without_data
 from rlhf.models.trainable import Trainable
 from rlhf.shards import distributed
-from rlhf.tables import TrainerConfig
 from rlhf.training import optimizers
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import POLICY, Batch, Condition, Prompt
 
 KINDS = {

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, zeros
 from torch.optim import Optimizer
 
 from rlhf.errors import Refused
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 
 
 class Adafactor(Optimizer):

@@ -30,9 +30,9 @@ from rlhf.models.family import Family
 from rlhf.models.trainable import Trainable, owner
 from rlhf.shards import distributed
 from rlhf.shards.files import SafetensorsFolder, Shard, write_sharded
-from rlhf.tables import TrainerConfig
 from rlhf.training import optimizers
 from rlhf.training.average import Average
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import POLICY, Batch, Condition
 
 EMA = "ema"

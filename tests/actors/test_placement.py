@@ -10,7 +10,8 @@ from rlhf.diffusion.objectives import DPO
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.trainable import load_trainable
-from rlhf.tables import EditModelTable, SamplersConfig, TrainableTable, TrainerConfig
+from rlhf.tables import EditModelTable, SamplersConfig
+from rlhf.training_tables import TrainableTable, TrainerConfig
 
 FULL_12B = {
     "_class_name": "FluxTransformer2DModel",

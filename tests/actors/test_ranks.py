@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group
 
 from actors.ranks import Rank, RankGroup, RankLost
 from rlhf.shards import distributed
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 from tests.processes import assert_gone
 
 pytestmark = pytest.mark.slow

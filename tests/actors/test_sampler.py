@@ -19,7 +19,8 @@ from rlhf.models.tiny import write_stable_diffusion
 from rlhf.models.trainable import load_trainable
 from rlhf.shards import buffers
 from rlhf.shards.files import Shard
-from rlhf.tables import ModelTable, SamplingTable, TrainableTable, WeightsTable
+from rlhf.tables import ModelTable, SamplingTable, WeightsTable
+from rlhf.training_tables import TrainableTable
 from rlhf.types import Geometry, Prompt
 
 SAMPLING = SamplingTable(steps=1, batch_size=2)

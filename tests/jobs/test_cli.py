@@ -11,7 +11,7 @@ import tomli_w
 from jobs import schema_keys
 from jobs.cli import OLD_FLAGS, RENAMED, SUBMITTED_JOB, ConfigError, parse, resolved_toml
 from jobs.recipes import EditRecipe, EvaluateRecipe, OnlineDPORecipe, ServeRecipe, TrainRecipe
-from rlhf.tables import TrainableTable
+from rlhf.training_tables import TrainableTable
 
 RECIPE = """
 [model]

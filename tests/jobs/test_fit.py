@@ -12,7 +12,7 @@ from jobs import fit, train
 from rlhf.models.memory import Peak
 from rlhf.rewards.config import PythonJudgeConfig
 from rlhf.section import ClusterConfig
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 from tests.jobs.offline_world import offline_config
 
 PEAK = Peak(

@@ -13,7 +13,7 @@ from rlhf.data.records import BadInput
 from rlhf.data.stream import Visit
 from rlhf.data.work import OnlineWork, RecordedExamples, check_record, is_record, record_size
 from rlhf.runs.folder import Fence, Fenced, RunFolder
-from rlhf.tables import TrainerConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Candidate, Cell, Encoded, Geometry, Pair, Prompt, Score, Source, Verdict
 from tests.rlhf.data.test_work import FAMILY, SIZE, number, value
 

@@ -13,7 +13,8 @@ from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.models.family import Kind, stacked
-from rlhf.tables import HeldOutConfig, PairDataConfig, TrainerConfig
+from rlhf.tables import HeldOutConfig, PairDataConfig
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Encoded, Encoding, Geometry, noise_from
 from tests.rlhf.data.pair_tables import index_of, row, write_jsonl, write_parquet
 

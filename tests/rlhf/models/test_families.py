@@ -27,8 +27,9 @@ from rlhf.models.lora import LORA_FILE, load_modules
 from rlhf.models.trainable import ADAPTER, load_for_sampling, owner
 from rlhf.shards import buffers, distributed
 from rlhf.shards.files import SafetensorsFolder
-from rlhf.tables import ModelTable, SamplingTable, TrainerConfig
+from rlhf.tables import ModelTable, SamplingTable
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import POLICY, REFERENCE, Batch, Geometry, Source, noise_from
 from tests import encoded, worlds
 

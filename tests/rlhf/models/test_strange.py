@@ -23,8 +23,9 @@ from rlhf.models.family import sample_batch
 from rlhf.models.lora import load_modules
 from rlhf.models.trainable import load_for_sampling
 from rlhf.shards import buffers, distributed
-from rlhf.tables import SamplingTable, TrainerConfig
+from rlhf.tables import SamplingTable
 from rlhf.training.trainer import Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import POLICY, REFERENCE, Geometry, Prompt, Source, noise_from
 from tests import strange, worlds
 from tests.encoded import encode_all, tensors_of

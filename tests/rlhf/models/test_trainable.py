@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf.errors import Refused
 from rlhf.models.trainable import Full, LoRA, Modules, Sided, Trainable, load_trainable, owner
-from rlhf.tables import TrainableTable
+from rlhf.training_tables import TrainableTable
 from rlhf.types import POLICY, REFERENCE, seed_from
 from tests import worlds
 

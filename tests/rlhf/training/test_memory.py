@@ -12,8 +12,8 @@ from actors import cards
 from jobs.benchmarks.trainer_memory import write_shapes
 from rlhf.diffusion.objectives import DPO
 from rlhf.models.flux_kontext import FluxKontext
-from rlhf.tables import TrainerConfig
 from rlhf.training.memory import trainer_peak
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import Geometry, Prompt, Source
 from tests import worlds
 

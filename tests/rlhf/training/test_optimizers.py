@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rlhf.errors import Refused
-from rlhf.tables import TrainerConfig
 from rlhf.training.optimizers import OPTIMIZERS, check_optimizer, make_optimizer
+from rlhf.training_tables import TrainerConfig
 from tests.worlds import OPTIMIZER_NAMES, needs_bitsandbytes
 
 SHAPES = {

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from rlhf.diffusion.objectives import DPO
 from rlhf.errors import Refused
 from rlhf.models.trainable import ADAPTER, load_for_sampling, load_trainable
-from rlhf.tables import TrainerConfig
 from rlhf.training.trainer import LossScale, Trainer
+from rlhf.training_tables import TrainerConfig
 from rlhf.types import POLICY, REFERENCE
 from tests import worlds
 from tests.rlhf.training import tabled
