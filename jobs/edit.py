@@ -18,7 +18,7 @@ from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe, EditRequestConfig
 from rlhf.data.instructions import Unread, unread_report
 from rlhf.data.media import picture_file
-from rlhf.data.prompts import prompt_of, read_prompts
+from rlhf.data.prompts import prompt_of, read_prompts, sized
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.evaluation.prompts import weight_problems
@@ -26,7 +26,7 @@ from rlhf.models.checks import check_model
 from rlhf.names import file_names
 from rlhf.runs.folder import check_place, made
 from rlhf.tables import SamplingTable
-from rlhf.types import Geometry, Prompt, seed_from
+from rlhf.types import Prompt, seed_from
 
 
 def prompts(recipe: EditRecipe) -> list[Prompt]:
@@ -41,11 +41,7 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         raise Refused('edit.device = "cuda", but torch finds no GPU here; set "cpu" or "auto"')
     if problems := weight_problems(recipe.tuned, family):
         raise BadInput(problems)
-
-    def geometry(height: int, width: int) -> Geometry:
-        height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
-        return Geometry(height=height, width=width)
-
+    geometry = sized(model, family)
     if edit.data is not None:
         try:
             found = read_prompts(edit.data, edit.fit, geometry, key="edit.data", source_counts=family.source_counts)

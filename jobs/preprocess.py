@@ -20,7 +20,7 @@ from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import EncodingCache, Manifest, read_manifest
 from rlhf.data.fingerprint import fingerprints
 from rlhf.data.instructions import Unread, unread, unread_report
-from rlhf.data.prompts import Prompts, read_prompts
+from rlhf.data.prompts import Prompts, read_prompts, sized
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
 from rlhf.errors import Refused
@@ -29,7 +29,7 @@ from rlhf.models.checks import check_model
 from rlhf.models.family import Family
 from rlhf.runs.folder import check_place
 from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
-from rlhf.types import Encoding, Geometry, Prompt
+from rlhf.types import Encoding, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,10 @@ def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelT
     family = check_model(model)
     check_place(Path(data.cache), "data.cache")
 
-    def geometry(height: int, width: int) -> Geometry:
-        """Of the edit of a source of (H, W) pixels."""
-        height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
-        return Geometry(height=height, width=width, frames=model.frames)
-
     read = partial(
         read_prompts,
         fit=data.fit,
-        geometry=geometry,
+        geometry=sized(model, family, model.frames),
         item_metadata=data.item_metadata,
         prompt_column=data.prompt_column,
         on_bad_row=data.on_bad_row,

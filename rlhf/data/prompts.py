@@ -15,6 +15,8 @@ from pathlib import Path
 from rlhf.data.checks import OnBadRow, check_file, no_rows, refuse
 from rlhf.data.media import PictureFile
 from rlhf.data.records import Field, Problem
+from rlhf.models.family import Family
+from rlhf.tables import EditModelTable
 from rlhf.types import Fit, Geometry, Item, Prompt, Source, seed_from
 
 ITEM_COLUMNS = ("food_name", "food_type", "city_name", "shop_name")
@@ -100,6 +102,16 @@ def read_prompts(
     problems = [*problems, *item_problems]
     refuse(problems, prompts, on_bad_row)
     return Prompts(prompts=tuple(prompts), left_out=tuple(problems))
+
+
+def sized(model: EditModelTable, family: Family, frames: int = 1) -> Sized:
+    """The edit's geometry by a recipe's model.size: the recipe's own, or the family's nearest to each source."""
+
+    def geometry(height: int, width: int) -> Geometry:
+        height, width = family.nearest_size(height, width) if model.size == "auto" else (model.height, model.width)
+        return Geometry(height=height, width=width, frames=frames)
+
+    return geometry
 
 
 def prompt_of(
