@@ -35,6 +35,7 @@ from rlhf.errors import Refused
 from rlhf.models.tiny import write_flux_kontext
 from rlhf.rewards.ctr.config import CTRDataConfig, CTRTrainConfig, TrainCTRConfig
 from rlhf.rewards.tiny import write_hpsv2, write_qwen3_vl
+from rlhf.runs.report import write_report
 from rlhf.section import local_paths
 from rlhf.tables import WeightsTable
 from rlhf.types import seed_from
@@ -146,6 +147,7 @@ def summary(config: OnlineDPORecipe, folder: Path, threshold: float) -> str:
         "filter": f"pass rate {min(rates):.2f} … {max(rates):.2f}; threshold {threshold:.4f}, a quantile of its own answers",
         "held-out": ", ".join(shown),
         "run folder": str(folder),
+        "what it did": str(write_report(folder)),
         "contact sheets": str(folder / "samples"),
         "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
         "pairs trained on": str(folder / "pairs"),

@@ -323,15 +323,16 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resume must leave as it was, by dotted key: the product of SPLIT in place of its factors."""
-    flat = dict(_flat(config))
-    if flat.keys() >= set(SPLIT):
-        flat[" × ".join(SPLIT)] = math.prod([flat.pop(key) for key in SPLIT])
-    return {key: value for key, value in flat.items() if key in MUST_AGREE or not key.startswith(MAY_DIFFER)}
+    found = dict(flat(config))
+    if found.keys() >= set(SPLIT):
+        found[" × ".join(SPLIT)] = math.prod([found.pop(key) for key in SPLIT])
+    return {key: value for key, value in found.items() if key in MUST_AGREE or not key.startswith(MAY_DIFFER)}
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -43,6 +43,11 @@ def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
     assert len(read_pairs(run / "pairs")) == 8 * 8
     assert {path.name for path in (run / "final").iterdir()} == {"transformer", "ema_transformer"}
     assert (run / "samples" / "step_000008.png").stat().st_size > 10_000
+    told = json.loads((run / "report.json").read_text())
+    assert told["finished"] and told["steps"] == 8 and (run / "report.html").is_file()
+    assert {change["name"] for change in told["held_out"]} >= {"policy_hps", "ema_ctr"} and len(
+        told["held_out_sheets"]
+    ) == 3
     # `cmdline` is None of a process that ends meanwhile, or that waits for its parent to collect it.
     running = psutil.process_iter(["pid", "cmdline"])
     left = [p for p in running if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])]

@@ -1,0 +1,23 @@
+"""A run on one page: `python -m jobs.report runs/NAME/v0` writes report.html and report.json into it.
+
+Also of a run that goes on. runs/NAME means its newest vN.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from jobs.cli import run_main, say
+from rlhf.runs.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run, runs/NAME/vN or runs/NAME")
+    folder = parser.parse_args().run.absolute()
+    versions = [path for path in folder.glob("v*") if re.fullmatch(r"v\d+", path.name)]
+    say(str(write_report(max(versions, key=lambda path: int(path.name[1:]), default=folder))))
+
+
+if __name__ == "__main__":
+    run_main(main)
