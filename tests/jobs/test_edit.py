@@ -13,6 +13,7 @@ from jobs import edit as job
 from rlhf.models import load_family
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.tables import ModelTable
+from tests.console import foreign_lines
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -62,9 +63,9 @@ def lora(kontext, file, scale=1.0):
 
 
 def test_one_picture_gives_its_variants_at_the_size_asked_for_and_again_the_same(world, tmp_path):
-    status, out, _ = world("--edit.variants", "2")
+    status, out, error = world("--edit.variants", "2")
     found = pictures(tmp_path / "edits")
-    assert status == 0 and list(found) == ["1_0.png", "1_1.png"]
+    assert status == 0 and list(found) == ["1_0.png", "1_1.png"] and not foreign_lines(out + error)
     assert out.splitlines() == [str(tmp_path / "edits" / name) for name in found]
     assert all(picture.shape == (48, 32, 3) for picture in found.values())
     assert not np.array_equal(*found.values())

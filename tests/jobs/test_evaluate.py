@@ -22,6 +22,7 @@ from rlhf.models.family import sample_batch
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.tables import SamplingTable
 from rlhf.types import Geometry, noise_from
+from tests.console import foreign_lines
 from tests.encoded import condition_of
 from tests.processes import assert_gone
 from tests.rlhf.evaluation.test_page import Page
@@ -78,6 +79,7 @@ def command(path, *options):
 def evaluate(path, *options):
     """The job to its end: (status, stdout, stderr)."""
     done = subprocess.run(command(path, *options), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode or not foreign_lines(done.stdout + done.stderr)
     return done.returncode, done.stdout, done.stderr
 
 

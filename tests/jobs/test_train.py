@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import warnings
 from typing import ClassVar
@@ -27,6 +28,7 @@ from rlhf.models.lora import LORA_FILE
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.shards.files import SafetensorsFolder
 from tests.conftest import SERVE_PORT
+from tests.console import foreign_lines
 from tests.jobs.light import greenness, light_config, metric_rows, run_online, write_photos
 from tests.jobs.offline_world import needs_grocery, offline_config, offline_tables, write_grocery
 from tests.rlhf.data.pair_tables import row, write_jsonl, write_parquet
@@ -314,6 +316,22 @@ def test_broken_rows_stop_the_job_with_their_numbers_or_are_left_out_and_listed(
     assert "left out: 3 problems; going on with 57 pairs" in said and f"{file} row 21" in said
     assert "16 pairs a step = 2 ranks × 4 a micro-batch × 2 accumulated; learning rate 0.001" in said
     assert "trainer rank" in said and "disk: " in said
+
+
+@slow
+def test_the_commands_of_a_sound_run_print_their_own_lines_alone(stable_diffusion, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    trainer = {"ranks": 1, "max_train_steps": 2}
+    tables = offline_tables(tmp_path, stable_diffusion, write_jsonl(tmp_path, 32), eval={"path": None}, trainer=trainer)
+    recipe.write_text(tomli_w.dumps(tables))
+    run = str(tmp_path / "runs/offline")
+    printed = []
+    for job, *words in (("train", "--config", recipe), ("report", run)):
+        command = [sys.executable, "-m", f"jobs.{job}", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0 and not foreign_lines(done.stdout + done.stderr), done.stdout + done.stderr
+        printed.append(done.stdout)
+    assert f"results: {run}/v0" in printed[0] and printed[1] == f"{run}/v0/report.html\n"
 
 
 @slow
