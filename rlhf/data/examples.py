@@ -136,9 +136,17 @@ class PairIndex:
         """What is in it and what was left out, a line per problem."""
         count, others = len(self.table), f"{self.ties} ties, {self.unlabelled} unlabelled"
         lines = [f"{count} pairs in {len(self.blocks)} blocks; without a preference: {others}"]
+        if again := self._repeated():
+            lines.append(f"{again} pairs repeat an earlier one with its caption, or turn it round")
         if self.problems:
             lines.append(f"left out: {len(self.problems)} problems; going on with {count} pairs")
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+
+    def _repeated(self) -> int:
+        """Pairs of the same two pictures and caption as one before, whichever won."""
+        columns = (self.table[name].to_pylist() for name in ("content_0", "content_1", "caption"))
+        pairs = [(*sorted((first, second or "")), caption) for first, second, caption in zip(*columns, strict=True)]
+        return len(pairs) - len(set(pairs))
 
 
 # --- checking ----------------------------------------------------------------------------------------------------------

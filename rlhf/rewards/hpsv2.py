@@ -104,7 +104,11 @@ def load_model(file: Path, device: str = "cpu") -> torch.nn.Module:
     except RuntimeError as error:
         sidecar = file.with_suffix(".json")
         source = f"the config {sidecar.name}" if sidecar.is_file() else "ViT-H-14"
-        raise Refused(f"{file} does not fit {source}: {error}") from error
+        _, *faults = str(
+            error
+        ).splitlines()  # torch's: a line that names the class, then one per kind of fault or tensor
+        shown = "; ".join(fault.strip()[:200] for fault in faults[:3])
+        raise Refused(f"{file} does not fit {source}: {shown}; give {' or '.join(FILES.values())}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -171,6 +171,18 @@ def test_a_pair_of_one_picture_is_none(tmp_path):
         assert [(p.line, p.what) for p in problems] == [(1, "both pictures are the same")] and len(index.table) == 1
 
 
+def test_pairs_that_are_given_again_or_turned_round_are_told(tmp_path):
+    file = write_jsonl(tmp_path, 3)
+    first, second, third = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = first | {"winner": first["loser"], "loser": first["winner"]}
+    other = second | {"prompt": "another text for the same pictures"}
+    file.write_text("\n".join(map(json.dumps, [first, turned, first, second, other, third])))
+    index, _ = check(file)
+    assert "2 pairs repeat an earlier one with its caption, or turn it round" in index.report()
+    file.write_text("\n".join(map(json.dumps, [first, second, other, third])))
+    assert "repeat" not in check(file)[0].report()
+
+
 def test_a_row_has_as_many_sources_as_the_family_takes(tmp_path):
     file = write_jsonl(tmp_path, 4, source=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
