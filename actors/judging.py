@@ -164,16 +164,16 @@ class Read(Generic[K]):
         """One per medium."""
         return [self._answers[place] for place in range(self._count)]
 
-    def cancel(self) -> None:
+    def forget(self) -> None:
+        """Its task ends by itself: where `ray.cancel` meets a task's end, Ray aborts this process (ray-project/ray#54527)."""
         self._judging.waiting.pop(self._reading, None)
-        ray.cancel(self._reading)
 
 
 def judge_all(judging: Judging, reads: Iterable[Read[K]]) -> Generator[Read[K], None, None]:
     """Judge the media of every task, as they come; a few tasks at a time, whose media are in the object store.
 
     What one judge fails on is in the answers. Raises: Refused for a medium that has changed; JudgingFailed for one that cannot
-    be read (in time), and for a judging actor that does not stay alive. Closing the iterator cancels what is not read yet.
+    be read (in time), and for a judging actor that does not stay alive. Closing the iterator forgets what is not read yet.
     """
     todo, running = iter(reads), list[Read[K]]()
     try:
@@ -192,7 +192,7 @@ def judge_all(judging: Judging, reads: Iterable[Read[K]]) -> Generator[Read[K], 
             yield from done
     finally:
         for read in running:
-            read.cancel()
+            read.forget()
 
 
 def handle_ready(waiting: Waiting, timeout_s: float) -> None:

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +32,8 @@ SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job supervisor sets this variable in the driver of a submitted job, and nowhere else."""
 
 COMMAND_LINE = "command line"
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")
+"""How Python keeps the bytes of an argument that are not UTF-8."""
 
 OLD_FLAGS = {
     "pretrained_model_name_or_path": "model.path",
@@ -125,9 +128,7 @@ def parse(schema: type[C], argv: list[str] | None = None, description: str = "")
     parser.add_argument("--config", type=Path, metavar="FILE", action="append", help="TOML recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     known, rest = parser.parse_known_args(argv)
-    if odd := [
-        word for word in rest if any("\udc80" <= letter <= "\udcff" for letter in word)
-    ]:  # how Python keeps such bytes
+    if odd := [word for word in rest if NOT_UTF_8.search(word)]:
         raise ConfigError(
             f"{COMMAND_LINE}: {odd[0]!r} is not UTF-8; write it in a recipe's file, or set the terminal to UTF-8"
         )

@@ -83,11 +83,14 @@ def _refuse_overlap(
     data: DataConfig, evaluation: EvalConfig, training: Sequence[Prompt], held_out: Sequence[Prompt]
 ) -> None:
     """Raise Refused where prompts that are held out are also trained on."""
-    trained = {(prompt.instruction, *(source.content for source in prompt.sources)) for prompt in training}
-    asked = [(prompt.instruction, *(source.content for source in prompt.sources)) for prompt in held_out]
-    if shared := sum(one in trained for one in asked):
+
+    def asked(prompt: Prompt) -> tuple[str, ...]:
+        return prompt.instruction, *(source.content for source in prompt.sources)
+
+    trained = set(map(asked, training))
+    if shared := sum(asked(prompt) in trained for prompt in held_out):
         raise Refused(
-            f"{shared} of {len(asked)} prompts of eval.path = {evaluation.path!r} are in data.path = {data.path!r} too, by "
+            f"{shared} of {len(held_out)} prompts of eval.path = {evaluation.path!r} are in data.path = {data.path!r} too, by "
             "instruction and pictures: hold out others"
         )
 

@@ -194,7 +194,8 @@ def check_sources(judges: JudgesConfig, section: ServeConfig, names: Sequence[st
         try:
             check_address(url)
         except ValueError as error:
-            key = "url" if url == judges[name].external else "api_base (also QWEN_API_BASE)"
+            of_the_api = url == getattr(judges[name], "api_base", None)
+            key = "api_base (also QWEN_API_BASE)" if of_the_api else "url"
             raise Refused(f"{judges.key(name)}.{key} = {url!r} {error}") from error
         if proxy := proxy_of(url):
             proxy.check(url)

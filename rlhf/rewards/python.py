@@ -105,7 +105,7 @@ def _fits(found: Callable[..., Any], count: int) -> bool:
 
 
 def version(found: Callable[..., Any], function: str) -> str:
-    """The import path and a quick_fingerprint of the function's source file; of a callable object, its module's file."""
+    """The import path and a quick fingerprint of the function's source file; of a callable object, its module's file."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(found))
     except TypeError:

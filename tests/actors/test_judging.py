@@ -121,7 +121,7 @@ def test_an_actor_that_is_stopped_is_replaced_and_one_restart_too_many_is_an_err
                 process.kill()
 
 
-def test_what_cannot_be_read_ends_it_with_the_reason_and_cancels_the_rest(judging):
+def test_what_cannot_be_read_ends_it_with_the_reason_and_forgets_the_rest(judging):
     @ray.remote(num_cpus=0, max_retries=0)
     def broken():
         raise OSError("the disk is gone")
