@@ -35,7 +35,7 @@ PROMPT = Prompt(key="", instruction="", sources=(Source(path="", content=""),), 
 
 def _setup(folder: str, batch: int, how: str) -> tuple[FluxKontext, TrainerConfig, Trainable]:
     family = FluxKontext(path=Path(folder), dtype=torch.float32)
-    config = TrainerConfig(ranks=1, train_batch_size=batch, gradient_accumulation_steps=2, ema_decay=0.9)
+    config = TrainerConfig(ranks=1, train_batch_size=batch, gradient_accumulation_steps=1, ema_decay=0.9)
     lora = LoRA(rank=16, alpha=16.0, targets=FluxKontext.lora_targets)
     return family, config, Trainable(parts=(lora if how == "lora" else Full(),))
 
@@ -48,8 +48,8 @@ def allocated(folder: str, batch: int, how: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(family=family, config=config, trainable=trainable, objective=DPO(beta=1.0), mesh=mesh, seed=0)
         for _ in range(2):
-            batches = [micro_batch(family, ("winner", "loser"), PROMPT, batch) for _ in range(2)]
-            trainer.step([replace(one, t=torch.full_like(one.t, 0.5)) for one in batches])
+            one = micro_batch(family, ("winner", "loser"), PROMPT, batch)
+            trainer.step([replace(one, t=torch.full_like(one.t, 0.5))])
     distributed.stop()
     found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())))

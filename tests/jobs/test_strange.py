@@ -154,7 +154,7 @@ def test_more_sources_than_the_family_takes_are_refused(model, tmp_path):
     line = json.loads(Path(recipe.data.path).read_text().splitlines()[0])
     line["source"] = ["pictures/1_0.png", "pictures/1_1.png", "pictures/2_0.png"]
     Path(recipe.data.path).write_text(json.dumps(line))
-    with pytest.raises(Refused, match="has 3 sources; Strange edits one or two"):
+    with pytest.raises(Refused, match=r"pairs\.jsonl:1: source: names 3 pictures, but the model takes 1 to 2"):
         read_example_sets(recipe, ("winner", "loser"), partial(checks.in_threads, print))
 
 
