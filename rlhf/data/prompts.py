@@ -68,26 +68,28 @@ def read_prompts(
     geometry: Sized,
     *,
     item_metadata: str | Path | None = None,
-    prompt_column: str = "prompt",
+    prompt_column: str | None = None,
     on_bad_row: OnBadRow = "stop",
     key: str = "data.path",
     source_counts: range | None = None,
 ) -> Prompts:
     """Read a JSONL or table of prompts (and the item CSV, in which every image_id must then have a row); decode all pictures.
 
-    source_counts: how many pictures a row may have, see `Family`. They must lie, links followed, inside the folder of the
-    file. A file whose name ends in nothing known is read as JSONL. Raises: BadInput with every problem.
+    prompt_column: data.prompt_column; None: the job has no such key, and it is "prompt". source_counts: how many pictures a row
+    may have, see `Family`. They must lie, links followed, inside the folder of the file. A file whose name ends in nothing
+    known is read as JSONL. Raises: BadInput with every problem.
     """
     path = Path(path)
     items, item_problems = read_items(item_metadata)
     # Where the items cannot be read at all, that alone is told, and not of every row that it has none.
     known = None if item_problems and not items else items
-    remedy = f'add "{prompt_column}": "Make it brighter."'
-    if key != "edit.data":  # whose rows have one form
+    column = prompt_column or "prompt"
+    remedy = f'add "{column}": "Make it brighter."'
+    if prompt_column:
         remedy += f" or set data.prompt_column, now {prompt_column!r}, to the field that holds the instruction"
     fields = (
         Field(name="image_id", unique=True, known=known, known_in=str(item_metadata), example='"10001"'),
-        Field(name=prompt_column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
+        Field(name=column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
         Field(name="image", kind="picture paths", counts=source_counts, example='"images/10001.jpg"'),
     )
     records, problems = check_file(path, fields, key=key, otherwise=".jsonl")
@@ -98,7 +100,7 @@ def read_prompts(
         key, images = record.fields["image_id"], record.fields["image"]
         if items is None or key in items:
             item = items[key] if items is not None else {}
-            prompts.append(prompt_of(key, record.fields[prompt_column], images, item, fit, geometry))
+            prompts.append(prompt_of(key, record.fields[column], images, item, fit, geometry))
     problems = [*problems, *item_problems]
     refuse(problems, prompts, on_bad_row)
     return Prompts(prompts=tuple(prompts), left_out=tuple(problems))

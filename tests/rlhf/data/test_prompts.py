@@ -69,8 +69,11 @@ def test_bom_blank_lines_windows_line_ends_and_further_fields_are_fine(folder):
 def test_another_prompt_column(folder):
     photos.write_rows(folder, [{"image_id": "1", "caption": "hello", "image": "images/1.png"}])
     assert read(folder / "train_metadata.jsonl", prompt_column="caption").prompts[0].instruction == "hello"
-    line = only(folder)
+    line = only(folder, prompt_column="prompt")
     assert line.startswith("train_metadata.jsonl:1: prompt: is missing; ") and "data.prompt_column" in line
+    assert only(folder) == 'train_metadata.jsonl:1: prompt: is missing; add "prompt": "Make it brighter."', (
+        "a job without it"
+    )
 
 
 def test_missing_image(folder):
