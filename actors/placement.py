@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 import torch
@@ -32,6 +32,7 @@ OVERHEAD = 1.0 * GIB
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
 """Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
 JUDGES_CPUS = 0.05
+Kind = Literal["trainer", "sampler", "encoder", "judging", "judge"]
 Table = TrainerConfig | SamplersConfig | PreprocessConfig | JudgeConfig
 
 
@@ -39,7 +40,7 @@ Table = TrainerConfig | SamplersConfig | PreprocessConfig | JudgeConfig
 class Role:
     """One kind of process: how many, what each reserves in Ray, and an estimate of the bytes of model state in each."""
 
-    kind: Literal["trainer", "sampler", "encoder", "judging", "judge"]
+    kind: Kind
     name: str
     """For people."""
     count: int
@@ -80,9 +81,11 @@ class ModelSizes:
         self.codec = sum(sizes.values())
 
 
-def _role(kind: Any, name: str, table: Table, count: int, nbytes: float, **more: Any) -> Role:
-    cpus, gpus = table.num_cpus, table.num_gpus
-    return Role(kind=kind, name=name, count=count, num_cpus=cpus, num_gpus=gpus, nbytes=nbytes, **more)
+def _role(
+    kind: Kind, name: str, table: Table, count: int, nbytes: float, *, before: bool = False, judge: str | None = None
+) -> Role:
+    own = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus}
+    return Role(kind=kind, name=name, count=count, nbytes=nbytes, before=before, judge=judge, **own)
 
 
 def trainer_role(model: ModelSizes, trainer: TrainerConfig, counts: Counts) -> Role:
