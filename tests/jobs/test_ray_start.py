@@ -117,7 +117,7 @@ run_main(job)
         ("RAY_ADDRESS", "127.0.0.1:9", "no Ray cluster answers"),
         ("RAY_AUTH_TOKEN_PATH", "/no/token", "Ray's token ("),
         ("RAY_AUTH_MODE", "nonsense", "RAY_AUTH_MODE"),
-        ("OBJECTS", str(10**15), "Ray cannot start: "),
+        ("OBJECTS", str(10**15), "cluster.object_store_memory = 1000000000000000 is more than this machine's memory"),
     ],
 )
 def test_a_job_ends_with_status_2_and_the_words(variable, value, words):
@@ -125,6 +125,22 @@ def test_a_job_ends_with_status_2_and_the_words(variable, value, words):
     command = [sys.executable, "-c", CONNECTS]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+FAILS = """
+import jobs
+from jobs import ray_start
+from jobs.cli import run_main
+
+run_main(lambda: ray_start.start("local", {"num_cpus": 1, "object_store_memory": 1000}))
+"""
+
+
+def test_what_ray_itself_refuses_ends_with_its_words_and_where_its_logs_are():
+    """1,000 bytes of object store: ray.init raises ValueError."""
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "Ray cannot start: ValueError: " in done.stderr and "/session_latest/logs" in done.stderr
 
 
 OPEN = """
