@@ -5,6 +5,8 @@ PYTHON := $(VENV)/bin/python
 # cpu or gpu: which vLLM. An environment that is there keeps its own; naming the other one makes it anew.
 EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 OTHER := $(if $(filter gpu,$(EXTRA)),cpu,gpu)
+# Two processes: most tests wait for a process that starts, and leave a core to another.
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 UV_VERSION := 0.13.8
 # uv from the PATH, or from a small environment of its own
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
@@ -26,10 +28,10 @@ demo: install
 	$(PYTHON) -m jobs.demo
 
 test: install
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: install
-	$(PYTHON) -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports

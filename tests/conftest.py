@@ -17,8 +17,9 @@ import pytest
 
 from tests.ranks import Ranks
 
-SERVE_PORT = int(os.environ.get("TEST_SERVE_PORT", "8123"))
-"""Two test sessions at once need two: Serve's proxies share a port, and requests go to either."""
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+SERVE_PORT = int(os.environ.get("TEST_SERVE_PORT", "8123")) + WORKER
+"""Each test process needs its own: Serve's proxies share a port, and requests go to either."""
 
 
 @pytest.fixture(scope="session")
