@@ -5,8 +5,8 @@ PYTHON := $(VENV)/bin/python
 # cpu or gpu: which vLLM. An environment that is there keeps its own; naming the other one makes it anew.
 EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 OTHER := $(if $(filter gpu,$(EXTRA)),cpu,gpu)
-# Two processes: most tests wait for a process that starts, and leave a core to another.
-PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+# Two processes, of one thread each: most tests wait for a process that starts, and leave a core to another.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 UV_VERSION := 0.13.8
 # uv from the PATH, or from a small environment of its own
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)

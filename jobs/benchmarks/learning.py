@@ -1,167 +1,94 @@
-"""Does online DPO learn, and not only run? Real sampler, pairs, publish, loop and trainer in one process, without Ray.
+"""Does online DPO learn, and not only run? On the miniature world, against the null of shuffled rewards, without Ray.
 
-    python -m jobs.benchmarks.learning --steps 80 --seeds 3 --out learning.png
+    python -m jobs.benchmarks.learning --steps 40 --seeds 3 --out learning
 
-The reward is the warmth of the decoded picture (mean red − mean blue). The null is not the spread over prompts, which is
-far too small, but whole runs in which each pair's rewards are shuffled: those runs move the held-out reward too. A run with
-β's sign flipped must lose what a true run gains.
+The measure is the true click rate of held-out edits at fixed noise, which no judge is given; see `jobs.world.learning`. Full
+training and LoRA with true rewards, and full training with rewards shuffled within each prompt and with β's sign flipped.
 """
 
 import argparse
-import tempfile
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import torch
-import xxhash
 
-from actors.sampler import Sampler, SampleRequest
-from jobs.benchmarks.one_process import FULL, Curve, Handed, OneRank, one_rank, plot, train_in, trainer_table, warmth
-from rlhf.data.audit import candidate_seed
-from rlhf.data.cache import EncodingCache, commit, write_part
-from rlhf.data.encoding import encode_all
-from rlhf.data.fingerprint import fingerprints
-from rlhf.data.media import encode_png
-from rlhf.data.work import OnlineWork
-from rlhf.diffusion.objectives import DPO
-from rlhf.loops.train import Duty
-from rlhf.models import load_family
-from rlhf.models.tiny import write_flux_kontext
-from rlhf.rollouts.pairing import RewardScale, RolloutGroup, make_pair
-from rlhf.runs.folder import RunFolder
-from rlhf.shards import buffers
-from rlhf.tables import EditModelTable, SamplingTable
-from rlhf.training.trainer import Trainer
-from rlhf.types import REFERENCE, Candidate, Encoded, Geometry, Prompt, Score, Source, Verdict, seed_from
+from jobs.one_process import one_rank, plot
+from jobs.world.data import PACKAGE, build
+from jobs.world.learning import Bench, Measured, Mode, Recipe
+from rlhf.training_tables import TrainableTable
 
-Mode = Literal["true", "shuffled", "flipped"]
-HEIGHT, WIDTH, GROUPS, CANDIDATES, HELD_OUT = 48, 32, 12, 4, 16
-BETA, LEARNING_RATE, REFRESH_EVERY = 2000.0, 3e-3, 20
-SAMPLING = SamplingTable(steps=4, batch_size=16)
+HELD_OUT = 96
+RUNS: dict[str, tuple[Mode, Recipe]] = {
+    "true": ("true", Recipe(trainable=TrainableTable())),
+    "true, LoRA": ("true", Recipe(trainable=TrainableTable(kind="lora", rank=8, alpha=8.0), learning_rate=8e-4)),
+    "shuffled": ("shuffled", Recipe(trainable=TrainableTable())),
+    "β flipped": ("flipped", Recipe(trainable=TrainableTable())),
+}
+Runs = dict[str, list[list[tuple[int, Measured]]]]
 
 
-def make_world(folder: Path, count: int) -> tuple[EditModelTable, list[Prompt], EncodingCache]:
-    """A model, `count` prompts on random pictures, of which the last HELD_OUT are never trained on, and their encodings."""
-    model = EditModelTable(path=str(write_flux_kontext(folder / "kontext")), height=HEIGHT, width=WIDTH)
-    family, prompts, geometry = load_family(model), list[Prompt](), Geometry(height=HEIGHT, width=WIDTH)
-    for index in range(count):
-        generator = torch.Generator().manual_seed(index)
-        picture = torch.randint(0, 256, (HEIGHT, WIDTH, 3), generator=generator, dtype=torch.uint8)
-        file, data = folder / f"{index}.png", encode_png(picture.numpy())
-        file.write_bytes(data)
-        source = Source(path=str(file), content=xxhash.xxh3_128_hexdigest(data))
-        prompts.append(Prompt(key=str(index), instruction="make it warm", sources=(source,), geometry=geometry))
-    cache = EncodingCache(folder / "cache", fingerprints(family))
-    wanted = [encoding for prompt in prompts for encoding in family.encodings(prompt)]
-    rows = encode_all(family.load_codec("cpu"), wanted, batch_size=1)
-    keyed = {cache.key(encoding): Encoded(tensors=row) for encoding, row in rows.items()}
-    commit(cache.folder, [write_part(cache.folder, keyed)])
-    return model, prompts, cache
+def all_runs(folder: Path, steps: int, seeds: Mapping[str, int]) -> Runs:
+    """What runs measured at the start and every 20 steps. seeds: name → how many runs of it."""
+    data = build(folder / "data")
+    with one_rank() as mesh:
+        bench = Bench(PACKAGE, data, folder, mesh, HELD_OUT)
+        runs: Runs = {}
+        for name, count in seeds.items():
+            mode, recipe = RUNS[name]
+            runs[name] = [bench.learn(mode, seed, replace(recipe, steps=steps)) for seed in range(count)]
+        return runs
 
 
-class WarmPairs:
-    """The source of work: pairs of what the published policy samples, by their warmth. A run is never resumed."""
-
-    def __init__(self, prompts: Sequence[Prompt], sampler: Sampler, trainer: Trainer, *, seed: int, mode: Mode):
-        self._prompts, self._sampler, self._trainer = prompts, sampler, trainer
-        self._seed, self._mode = seed, mode
-        self._scale, self._shuffle = RewardScale(weights={"warmth": 1.0}), np.random.default_rng(seed)
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def snapshot(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, step: int, saved: Mapping[str, Any] | None) -> None:
-        self.publish(step)
-
-    def publish(self, step: int) -> None:
-        """Make the sampler hold the trainer's weights."""
-        arrays, manifests = zip(*buffers.pack(self._trainer.shards()), strict=True)
-        _, read_back = self._sampler.load(step, manifests, *arrays)
-        assert read_back == tuple(manifest.checksum for manifest in manifests)
-
-    def held_out_warmth(self) -> float:
-        """Of the held-out prompts, always from the same noise."""
-        media, _ = self._sample(self._prompts[-HELD_OUT:], [seed_from("held out", index) for index in range(HELD_OUT)])
-        return float(np.mean(warmth(media)))
-
-    def take(self, step: int) -> list[Handed]:
-        train = self._prompts[:-HELD_OUT]
-        attempts = [(step * GROUPS + index, attempt) for index in range(GROUPS) for attempt in range(CANDIDATES)]
-        prompts = [train[cursor % len(train)] for cursor, _ in attempts]
-        media, latents = self._sample(prompts, [candidate_seed(self._seed, *attempt) for attempt in attempts])
-        rewards = np.reshape(warmth(media), (GROUPS, CANDIDATES))
-        if self._mode == "shuffled":
-            rewards = self._shuffle.permuted(rewards, axis=1)
-        candidates = [
-            Candidate(cursor=cursor, attempt=attempt, version=step, media=None, latents=array)
-            for (cursor, attempt), array in zip(attempts, latents, strict=True)
-        ]
-        groups = [
-            RolloutGroup(
-                cursor=candidates[first].cursor,
-                prompt=prompts[first],
-                candidates=tuple(candidates[first : first + CANDIDATES]),
-                scores=tuple(Score(verdict=Verdict(valid=True), rewards={"warmth": float(x)}) for x in row),
-            )
-            for first, row in zip(range(0, len(candidates), CANDIDATES), rewards, strict=True)
-        ]
-        self._scale = self._scale.observe(groups)
-        pairs = [pair for group in groups if (pair := make_pair(group, self._scale.parts(group)))]
-        return [(pairs, [side.latents for pair in pairs for side in (pair.winner, pair.loser)])]
-
-    def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Each one's uint8 (F, H, W, 3) and latents."""
-        size, results = SAMPLING.batch_size, list[Any]()
-        requests = [
-            SampleRequest(prompt=prompt, noise_seed=seed, slot=index % size)
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        for start in range(0, len(requests), size):
-            results += self._sampler.sample(requests[start : start + size])[1:]
-        return results[::2], results[1::2]
+def gain(run: Sequence[tuple[int, Measured]]) -> tuple[float, float, float]:
+    """Relative change of the mean true rate, first to last measurement, and its 95 % bootstrap interval over prompts."""
+    before, after = run[0][1].true_rate, run[-1][1].true_rate
+    rows = np.random.default_rng(0).integers(len(before), size=(2000, len(before)))
+    drawn = after[rows].mean(1) / before[rows].mean(1) - 1
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(after.mean() / before.mean() - 1), float(low), float(high)
 
 
-def all_curves(steps: int, seeds: int) -> dict[Mode, list[Curve]]:
-    """(step, mean held-out reward at fixed noise) of `seeds` runs in each mode, on one tiny model."""
-    modes: tuple[Mode, ...] = ("true", "shuffled", "flipped")
-    config = trainer_table(batch=GROUPS, learning_rate=LEARNING_RATE, steps=steps)
-    with one_rank() as mesh, tempfile.TemporaryDirectory() as folder:
-        model, prompts, cache = make_world(Path(folder), count=48 + HELD_OUT)
-
-        def learn(mode: Mode, seed: int) -> Curve:
-            run = RunFolder.claim(Path(folder) / "runs", f"{mode}_{seed}", "", resume="never")
-            work = OnlineWork(config, cache, run.path / "pairs", run.fence, seed=seed, save_latents=False)
-            ranks = OneRank(model, config, DPO(beta=-BETA if mode == "flipped" else BETA), work, mesh, seed)
-            sampler = Sampler(model, SAMPLING, "cpu", trainable=FULL, cache=cache)
-            source = WarmPairs(prompts, sampler, ranks.trainer, seed=seed, mode=mode)
-            duties = [
-                Duty(every=REFRESH_EVERY, do=lambda step: ranks.trainer.refresh(REFERENCE)),
-                Duty(every=1, do=source.publish),
-            ]
-            return train_in(run, source, ranks, duties, measure=source.held_out_warmth, every=10)
-
-        return {mode: [learn(mode, seed) for seed in range(seeds)] for mode in modes}
+def table(runs: Runs) -> list[str]:
+    """A line per run: the true rate and its gain, both rewards, and what was kept of the subject, before and after."""
+    lines = []
+    for name, group in runs.items():
+        for seed, run in enumerate(group):
+            (_, first), (_, last) = run[0], run[-1]
+            value, low, high = gain(run)
+            measured = {
+                "true rate": (first.true_rate, last.true_rate),
+                "hps": (first.reward[:, 0], last.reward[:, 0]),
+                "ctr": (first.reward[:, 1], last.reward[:, 1]),
+                "kept": (first.kept, last.kept),
+            }
+            shown = [f"{what} {before.mean():.4f} → {after.mean():.4f}" for what, (before, after) in measured.items()]
+            lines.append(f"{name:>10} {seed}: {value:+.1%} ({low:+.1%} … {high:+.1%})  {'  '.join(shown)}")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("learning.png"))
+    parser.add_argument("--out", type=Path, default=Path("learning"), help="folder for data, runs and the plot")
     arguments = parser.parse_args()
-    curves = all_curves(arguments.steps, arguments.seeds)
-    measure = "held-out warmth (mean red − mean blue)"
-    plot(curves, arguments.out, legend="rewards", measure=measure, title="Online DPO on a tiny Kontext model")
-    moved = {mode: [curve[-1][1] - curve[0][1] for curve in runs] for mode, runs in curves.items()}
-    null = max(abs(change) for change in moved["shuffled"])
-    for mode, values in moved.items():
-        print(f"{mode:>9}: " + "  ".join(f"{value:+.4f} ({value / null:+.1f} × null)" for value in values))
-    print(f"null (largest shuffled change): {null:.4f}; curves: {arguments.out}")
+    runs = all_runs(arguments.out.resolve(), arguments.steps, dict.fromkeys(RUNS, arguments.seeds))
+    print("\n".join(table(runs)))
+    null = max(abs(gain(run)[0]) for run in runs["shuffled"])
+    curves = {
+        name: [[(step, float(measured.true_rate.mean())) for step, measured in run] for run in group]
+        for name, group in runs.items()
+    }
+    file = arguments.out / "learning.png"
+    plot(
+        curves, file, legend="rewards", measure="true click rate of held-out edits", title="Online DPO, miniature world"
+    )
+    (arguments.out / "gains.json").write_text(
+        json.dumps({name: [gain(run)[0] for run in g] for name, g in runs.items()})
+    )
+    print(f"null (largest change of a shuffled run): {null:.1%}; curves: {file}")
 
 
 if __name__ == "__main__":

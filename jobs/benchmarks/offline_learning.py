@@ -27,10 +27,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from actors.checks import check_pairs, in_threads
 from actors.sources import OfflineSource
-from jobs.benchmarks.one_process import Curve, OneRank, one_rank, plot, train_in, trainer_table
 from jobs.cli import resolved_toml
-from jobs.demo.photos import SCENES, photo, relight
+from jobs.one_process import Curve, OneRank, one_rank, plot, train_in, trainer_table
 from jobs.recipes import EvaluateRecipe
+from jobs.world.looks import render, to_uint8
+from jobs.world.photos import SCENES, photo
 from rlhf.data.batches import EncodedExample, batches_of
 from rlhf.data.encoding import encode_all
 from rlhf.data.examples import read_index
@@ -69,11 +70,9 @@ def generated_pairs(folder: Path, count: int, seed: int = 0) -> Path:
     kinds, rows = list(product(SCENES, COLOURS)), []
     for index in range(count):
         scene, colour = kinds[index % len(kinds)]
-        picture = photo(scene, COLOURS[colour], SIDE, SIDE, random) / 255
-        warm, cold = (
-            (relight(picture, light * random.uniform(0.3, 0.6), 1.0 + random.uniform(-0.1, 0.1)) * 255).astype(np.uint8)
-            for light in (1, -1)
-        )
+        picture = torch.from_numpy(photo(scene, COLOURS[colour], SIDE, SIDE, random)).expand(2, -1, -1, -1, -1)
+        looks = [[random.uniform(-0.1, 0.1), light * random.uniform(0.3, 0.6), 1.0, 0.0, 0.0] for light in (1, -1)]
+        warm, cold = to_uint8(render(picture, torch.tensor(looks))).numpy()
         caption = f"a photo of {colour} {scene}"
         rows.append({"jpg_0": encode_png(warm), "jpg_1": encode_png(cold), "label_0": 1.0, "caption": caption})
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +218,7 @@ def evaluation(keep: Path, pairs: Path, seeds: int = 2) -> EvaluateRecipe:
     """The recipe that lets `jobs.evaluate` compare `keep`/base with `keep`/tuned by the warmth of their samples."""
     captions = sorted(set(read_index(pairs).table["caption"].to_pylist()))
     (keep / "prompts.txt").write_text("\n".join(captions) + "\n")
-    judge = {"function": "jobs.benchmarks.one_process:warmth", "num_cpus": 0.1}
+    judge = {"function": "jobs.one_process:warmth", "num_cpus": 0.1}
     return EvaluateRecipe.model_validate(
         {
             "out": str(keep / "evaluation"),

@@ -5,7 +5,9 @@
 diffusers itself open. Weights are random but deterministic in `seed`.
 """
 
+import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -33,17 +36,27 @@ from transformers import (
 TEXT_TOKENS = 24
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer(texts: Sequence[str] = (), tokens: int = TEXT_TOKENS) -> CLIPTokenizer:
+    """Characters, and the words of `texts`."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TEXT_TOKENS)
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator([text for text in texts if text.isascii()], trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    words += [first + second for first, second in merges]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
-    """Latin letters only: like the real T5 it knows no Chinese."""
+def _t5_tokenizer(texts: Sequence[str] = (), tokens: int = TEXT_TOKENS) -> T5Tokenizer:
+    """Latin letters, and the words of `texts`: like the real T5 it knows no Chinese."""
     letters = string.ascii_letters + string.digits + string.punctuation
+    words = {word.strip(string.punctuation) for text in texts if text.isascii() for word in text.split()}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
+    pieces += [(f"▁{word}", -1.0) for word in sorted(words)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=tokens)
 
 
 def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -53,7 +66,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=TEXT_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -76,7 +89,7 @@ def _vae(channels: int, **settings: float | bool) -> AutoencoderKL:
 def transformer_config(
     *, layers: int = 2, single_layers: int = 2, heads: int = 2, head_dim: int = 16, channels: int = 4
 ) -> dict:
-    """Arguments of a small `FluxTransformer2DModel`; `head_dim` must be a multiple of 8."""
+    """Arguments of a small `FluxTransformer2DModel`; `head_dim` must be a multiple of 16: RoPE rotates pairs of channels."""
     return dict(
         patch_size=1,
         in_channels=4 * channels,
@@ -91,18 +104,31 @@ def transformer_config(
     )
 
 
-def write_flux_kontext(folder: Path | str, seed: int = 0, **transformer: int) -> Path:
-    """Write a tiny Kontext folder and return its path. Keyword arguments go to `transformer_config`."""
+def write_flux_kontext(
+    folder: Path | str,
+    seed: int = 0,
+    *,
+    vae: AutoencoderKL | None = None,
+    texts: Sequence[str] = (),
+    tokens: int = TEXT_TOKENS,
+    **transformer: int,
+) -> Path:
+    """Write a tiny Kontext folder and return its path.
+
+    vae: default a random one. texts: whose words are tokens; others are spelled in letters. tokens: of an instruction, at most.
+    Other keyword arguments go to `transformer_config`.
+    """
     folder = Path(folder)
     config = transformer_config(**transformer)
     channels = config["in_channels"] // 4
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    clip_tokenizer, t5_tokenizer = _clip_tokenizer(texts, tokens), _t5_tokenizer(texts, tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = FluxKontextPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             transformer=FluxTransformer2DModel(**config),
-            vae=_vae(
+            vae=vae
+            or _vae(
                 channels, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
             ),
             text_encoder=CLIPTextModel(_clip_config(clip_tokenizer)),

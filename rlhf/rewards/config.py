@@ -45,8 +45,9 @@ SHORTHANDS = {"hps": ("hps",), "hpsv2": ("hps",), "ctr": ("ctr",), "hps_ctr": ("
 
 
 class RewardConfig(Section):
-    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
-    """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}. Unset: those of `type`."""
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """Judge → weight of its reward, e.g. {hps = 1, ctr = 1}; with 0 it is asked and shown, and decides nothing. Unset: those
+    of `type`."""
     type: Literal["hps", "hpsv2", "ctr", "hps_ctr"] | None = None
     """Shorthand for `weights`; with neither: hps_ctr."""
     scaling: Literal["running", "fixed"] = "running"
@@ -58,18 +59,25 @@ class RewardConfig(Section):
 
     @property
     def mix(self) -> dict[str, float]:
-        """Judge → weight."""
-        return self.weights or dict.fromkeys(SHORTHANDS[self.type or "hps_ctr"], 1.0)
+        """Judge → weight, of those that decide."""
+        return {name: weight for name, weight in self._all.items() if weight}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.mix)
+        """Every judge that is asked."""
+        return tuple(self._all)
+
+    @property
+    def _all(self) -> dict[str, float]:
+        return self.weights or dict.fromkeys(SHORTHANDS[self.type or "hps_ctr"], 1.0)
 
     def conflicts(self) -> Iterator[str]:
         if self.weights is not None and self.type is not None:
             yield f'weights = {self.weights} and type = "{self.type}" say the same thing: unset one of them'
         if self.weights == {}:
             yield "weights = {} names no reward; give at least one, e.g. {hps = 1}"
+        elif not self.mix:
+            yield f"weights = {self.weights} are all 0, so nothing would decide; give one reward a weight above 0"
         if self.scaling == "fixed" and len(self.mix) > 1 and set(self.mix) != {"hps", "ctr"}:
             formula = "a formula for hps with ctr (FEAST's train_dpo_flux_kontext.py)"
             yield f'scaling = "fixed" is {formula}, but weights = {self.mix}; use "running"'

@@ -5,6 +5,7 @@ CLIP's cosine and a random VLM's verdict are functions of the pixels, no more. E
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ def write_hpsv2(file: Path, *, seed: int = 0) -> Path:
     return file
 
 
-def write_qwen3_vl(folder: Path, *, seed: int = 0) -> Path:
+def write_qwen3_vl(folder: Path, *, seed: int = 0, least_pixels: int = 32 * 32, texts: Sequence[str] = ()) -> Path:
     """Write a Qwen3-VL folder (config, safetensors, tokenizer, processor, chat template) of ~0.2 M weights.
 
     vLLM's CPU attention wants heads of at least 32 channels. The weights are drawn wider than usual (0.2) so that the
     verdict's probability depends visibly on the picture. Returns `folder`.
+
+    least_pixels: of a picture; smaller ones are enlarged. texts: what else the tokenizer's pieces are learnt from.
     """
-    tokenizer = _build_tokenizer()
-    sizes, half = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}, [0.5] * 3
+    tokenizer = _build_tokenizer(texts)
+    sizes, half = {"shortest_edge": least_pixels, "longest_edge": 256 * 256}, [0.5] * 3
     pictures = transformers.Qwen2VLImageProcessor(patch_size=16, size=sizes, image_mean=half, image_std=half)
     videos = transformers.Qwen3VLVideoProcessor(patch_size=16)
     processor = transformers.Qwen3VLProcessor(pictures, tokenizer, videos, chat_template=CHAT_TEMPLATE)
@@ -78,13 +81,13 @@ def _qwen3_vl_config(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwe
     return transformers.Qwen3VLConfig(text_config=shared | text | heads, vision_config=shared | vision | places, **ids)
 
 
-def _build_tokenizer() -> transformers.Qwen2Tokenizer:
+def _build_tokenizer(texts: Sequence[str]) -> transformers.Qwen2Tokenizer:
     """A byte-level BPE trained on the filter's own prompts: every text has an encoding, PASS and FAIL are one token."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = [SYSTEM_PROMPT, REASON_REQUEST, *VERDICTS * 50, "user\nassistant\nsystem\n"]
+    corpus = [SYSTEM_PROMPT, REASON_REQUEST, *VERDICTS * 50, "user\nassistant\nsystem\n", *texts]
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     model = json.loads(tokenizer.to_str())["model"]

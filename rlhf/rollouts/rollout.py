@@ -95,7 +95,9 @@ def judged(state: RolloutState, ticket: int, score: Score) -> Next:
             return _quarantine(spent, candidate, name, problem)
     spent = _asked(_count(spent, passed=1), "filter")
     for name in names:
-        spent = observe(_asked(spent, name), f"reward/{name}", float(score.rewards[name]))
+        spent = _asked(spent, name)
+    for name, value in score.rewards.items():  # those of weight 0 too
+        spent = observe(spent, f"reward/{name}", float(value))
     return _settle(spent, candidate.cursor, replace(group, valid=(*group.valid, (candidate, score))))
 
 

@@ -70,13 +70,19 @@ class Report:
     """The newest one of pairs."""
 
 
-def write_report(folder: Path) -> Path:
-    """Write report.html and report.json into a run's folder; returns the page. Raises Refused where no run is."""
+def write_report(folder: Path, headline: str = "", facts: Mapping[str, float] | None = None) -> Path:
+    """Write report.html and report.json into a run's folder; returns the page. Raises Refused where no run is.
+
+    headline, facts: what is known of the run beside its folder; the page begins with the one, report.json has both.
+    """
     found, rows = report(folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = "{:.4g}".format
-    page = environment.from_string(TEMPLATE).render(report=found, style=Markup(STYLE), curves=Markup(curves(rows)))
-    write_durably(folder / "report.json", json.dumps(asdict(found), indent=1, allow_nan=False))
+    page = environment.from_string(TEMPLATE).render(
+        report=found, headline=headline, style=Markup(STYLE), curves=Markup(curves(rows))
+    )
+    document = asdict(found) | ({"headline": headline} if headline else {}) | dict(facts or {})
+    write_durably(folder / "report.json", json.dumps(document, indent=1, allow_nan=False))
     write_durably(folder / "report.html", page)
     return folder / "report.html"
 
@@ -195,6 +201,10 @@ img.sheet { width: auto; max-width: 100%; }
 <p>{{ report.steps }} of {{ report.planned }} updates{{ ", finished" if report.finished else "; it is not finished" }}.
 <a href="metrics.jsonl">metrics.jsonl</a>, <a href="config.toml">config.toml</a>, <a href="run.log">run.log</a>,
 <a href="report.json">report.json</a>{% if report.finished %}, <a href="final">final</a>{% endif %}</p>
+
+{% if headline %}
+<p><b>{{ headline }}</b></p>
+{% endif %}
 
 {% macro table(changes, before, after) %}
 <div class="scroll"><table>

@@ -361,7 +361,8 @@ WRONG_JUDGES = {
     "unknown_reward": (["--reward.weights", "{pikscore = 1}"], "did you mean 'pickscore'?"),
     "no_source": (["--reward.weights", "{pickscore = 1}"], "judges.pickscore.path"),
     "half_a_judge": (["--judges.aesthetic.path", "/x"], "the aesthetic score needs both"),
-    "no_weight": (["--reward.weights", "{hps = 0}"], "should be greater than 0"),
+    "no_weight": (["--reward.weights", "{hps = 0}"], "are all 0, so nothing would decide"),
+    "below_0": (["--reward.weights", "{hps = -1}"], "should be greater than or equal to 0"),
     "no_rewards": (["--reward.weights", "{}"], "names no reward"),
     "twice": (["--reward.weights", "{hps = 1}", "--reward.type", "hps"], "unset one of them"),
     "fixed_mix": (

@@ -141,3 +141,8 @@ def test_weights_average_the_seeds_mixture():
     one = group(0, {"hps": 0.25, "ctr": 0.06}, {"hps": 0.50, "ctr": 0.02})
     scale = RewardScale(weights={"ctr": 1.0, "hps": 3.0}, scaling="fixed")
     assert scale.totals(one) == pytest.approx([0.75 * 0.5 + 0.25 * 0.06, 0.75 + 0.25 * 0.02])
+
+
+def test_a_weight_of_0_asks_a_judge_and_decides_nothing():
+    reward = RewardConfig(weights={"hps": 2.0, "shown": 0.0})
+    assert reward.names == ("hps", "shown") and reward.mix == {"hps": 2.0}

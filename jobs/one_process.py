@@ -1,4 +1,4 @@
-"""What the benchmarks of learning share: a trainer of one rank in this process, without Ray, and curves of what it learnt."""
+"""A trainer of one rank in this process, without Ray: for the miniature world, and for benchmarks of what is learnt."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from rlhf.training_tables import TrainerConfig
 
 Curve = list[tuple[int, float]]
 """(step, what was measured)."""
-COLORS = ("tab:green", "tab:gray", "tab:red")
+COLORS = ("tab:green", "tab:gray", "tab:red", "tab:blue")
 FULL = Trainable(parts=(Full(),))
 Handed = tuple[Any, Sequence[Any]]
 """What a source hands the rank for a step: the `handed` and `values` of `Work.batches`."""
@@ -54,13 +54,22 @@ def trainer_table(*, batch: int, learning_rate: float, steps: int) -> TrainerCon
 
 
 class OneRank:
-    """`rlhf.loops.train.Trainer` of all parameters, and the evaluation of what the work holds out."""
+    """`rlhf.loops.train.Trainer`, and the evaluation of what the work holds out."""
 
     def __init__(
-        self, model: ModelTable, config: TrainerConfig, objective: Objective, work: Work, mesh: DeviceMesh, seed: int
+        self,
+        model: ModelTable,
+        config: TrainerConfig,
+        objective: Objective,
+        work: Work,
+        mesh: DeviceMesh,
+        seed: int,
+        trainable: Trainable = FULL,
     ):
         family = load_family(model)
-        self.trainer = Trainer(family=family, config=config, trainable=FULL, objective=objective, mesh=mesh, seed=seed)
+        self.trainer = Trainer(
+            family=family, config=config, trainable=trainable, objective=objective, mesh=mesh, seed=seed
+        )
         self._work = work
         work.open(family)
 
@@ -79,7 +88,10 @@ class OneRank:
         self.trainer.restore(folder)
 
     def export(self, folder: Path) -> None:
-        self.trainer.export(folder / self.trainer.trainable.folder(self.trainer.family))
+        kind = self.trainer.trainable.folder(self.trainer.family)
+        self.trainer.export(folder / kind)
+        if self.trainer.ema:
+            self.trainer.export(folder / f"ema_{kind}", which="ema")
 
 
 def train_in(
@@ -88,11 +100,11 @@ def train_in(
     trainer: OneRank,
     duties: Sequence[Duty] = (),
     *,
-    measure: Callable[[], float] = lambda: 0.0,
+    measure: Callable[[], Any] = lambda: None,
     every: int = 0,
-) -> Curve:
+) -> list[tuple[int, Any]]:
     """The loop in a claimed folder, which it releases. Returns what was measured every so many steps, from the start."""
-    curve: Curve = []
+    curve: list[tuple[int, Any]] = []
     measuring = Duty(every=every, do=lambda step: curve.append((step, measure())), at_start=every > 0)
     tracker = FileTracker(run.path)
     try:

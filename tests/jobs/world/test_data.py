@@ -1,11 +1,12 @@
-"""The generated world is readable by the real readers, has a click log with a truth in it, and is built once."""
+"""The drawn data is readable by the real readers, has a click log with a truth in it, and is built once."""
 
 import csv
 
 import numpy as np
 import pytest
 
-from jobs.demo.world import EVAL, TRAIN, VARIANTS, build, true_rate
+from jobs.world.data import CLICK_TEST, CLICKED, EVAL, LOOKS, PAIRS, SIZE, TRAIN, build
+from jobs.world.truth import true_rate_judge
 from rlhf.data.media import decode_image
 from rlhf.data.prompts import read_prompts
 from rlhf.types import Geometry
@@ -30,36 +31,37 @@ def test_the_real_readers_accept_it(world):
     assert (len(train), len(held_out)) == (TRAIN, EVAL)
     assert not {row.key for row in train} & {row.key for row in held_out}
     assert len({row.sources[0].content for row in (*train, *held_out)}) == TRAIN + EVAL
-    assert len({row.geometry for row in train}) > 1 and "" in {row.instruction for row in train}
+    instructions = {row.instruction for row in train}
+    assert "" in instructions and any(not text.isascii() for text in instructions)
 
 
 def clicks(world, name):
-    with open(world / name, newline="") as stream:
+    with open(world / name, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
 def test_the_click_log_follows_the_true_rate(world):
     rows = clicks(world, "ctr_train.csv")
-    assert len(rows) == TRAIN * (VARIANTS + 1) and len(clicks(world, "ctr_test.csv")) == EVAL * (VARIANTS + 1)
+    assert len(rows) == (CLICKED - CLICK_TEST) * LOOKS and len(clicks(world, "ctr_test.csv")) == CLICK_TEST * LOOKS
     errors = []
-    for row in rows:
+    for row in rows[::5]:
         picture = decode_image((world / row["image_url"]).read_bytes())
         item = {field: row[field] for field in ("food_name", "food_type", "city_name", "shop_name")}
-        rate, impressions = true_rate(picture, item), int(row["impressions"])
+        (rate,), impressions = true_rate_judge([picture], [""], [item]), int(row["impressions"])
         assert float(row["pv_ctr"]) == pytest.approx(int(row["clicks"]) / impressions, abs=1e-6)
         errors.append((int(row["clicks"]) - rate * impressions) / (rate * (1 - rate) * impressions) ** 0.5)
-    assert 0.7 < np.std(errors) < 1.4 and abs(np.mean(errors)) < 0.4  # standard normal, if the log is what it says
+    # Standard normal, if the log is what it says: 476 rows give the mean a deviation of 0.05, and the deviation one of 0.03.
+    assert 0.85 < np.std(errors) < 1.15 and abs(np.mean(errors)) < 0.2
     observed = [float(row["pv_ctr"]) for row in rows]
-    assert 0.02 < np.mean(observed) < 0.12 and np.std(observed) > 0.01
+    assert 0.05 < np.mean(observed) < 0.3 and np.std(observed) > 0.05
 
 
-def test_warmer_and_brighter_is_clicked_more():
-    item = {"food_name": "Lemons", "food_type": "Fruit", "city_name": "", "shop_name": ""}
-    grey = np.full((8, 8, 3), 120, np.uint8)
-    warm = grey + np.array([20, 0, -20]).astype(np.uint8)
-    assert true_rate(warm, item) > true_rate(grey, item) and true_rate(grey + np.uint8(30), item) > true_rate(
-        grey, item
-    )
+def test_pairs_lie_in_the_layout_of_control_and_training_images(world):
+    control, training = (sorted((world / "edits" / name).iterdir()) for name in ("control_images", "training_images"))
+    names = [f"image_{number:03d}" for number in range(1, PAIRS + 1)]
+    assert [file.name for file in control] == [f"{name}.jpg" for name in names]
+    assert [file.name for file in training] == [f"{name}.{end}" for name in names for end in ("png", "txt")]
+    assert decode_image(control[0].read_bytes()).shape == (SIZE, SIZE, 3)
 
 
 def test_it_is_built_once_deterministic_and_leaves_other_things_alone(world, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from jobs.benchmarks.one_process import COLORS, plot
+from jobs.one_process import COLORS, plot
 
 
 def test_every_way_of_training_is_drawn_in_its_colour(tmp_path):

@@ -1,0 +1,172 @@
+"""Build the miniature world's models: python -m jobs.build_world --dir world [--seed 0]
+
+Draws thousands of product photos, and trains from nothing a VAE, a small FLUX.1 Kontext that follows six kinds of
+instructions, an aesthetic judge in HPSv2's format, a click model and a Qwen3-VL that finds broken pictures; then measures each
+on held-out photos. Each part appears whole or not at all, so the same command goes on where it was stopped. No Ray, and
+nothing is downloaded.
+
+    DIR/data/  kontext/  hps/  ctr/  filter/  manifest.json
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+
+import torch
+from diffusers import AutoencoderKL
+
+from jobs.cli import GOES_ON, run_main, say
+from jobs.one_process import one_rank
+from jobs.world import ctr, edits, filter, hps, measure, vae
+from jobs.world.data import Shots, build, random_of, shoot
+from jobs.world.learning import Bench, Recipe
+from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_uint8
+from jobs.world.truth import as_pixels
+from rlhf.models import load_family
+from rlhf.training_tables import TrainableTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is drawn and how long is trained."""
+
+    photos: int = 3000
+    held_out: int = 220
+    vae_steps: int = 6000
+    edits: int = 6144
+    edit_steps: int = 4000
+    hps_steps: int = 4000
+    ctr_epochs: int = 16
+    filter_steps: int = 5000
+    sound: int = 1200
+    """Sound pictures of each of three kinds that the filter learns from."""
+    null_steps: int = 30
+    """Updates of a run on shuffled rewards, as many as of the demo."""
+    null_prompts: int = 96
+
+
+class World:
+    """The parts in `folder`, each built when it is first missing."""
+
+    def __init__(self, folder: Path, seed: int, effort: Effort):
+        self.folder, self.seed, self.effort = folder, seed, effort
+
+    @cached_property
+    def photos(self) -> Shots:
+        say(f"world: drawing {self.effort.photos} photos")
+        return shoot(self.effort.photos, self.seed, "train")
+
+    @cached_property
+    def held_out(self) -> Shots:
+        return shoot(self.effort.held_out, self.seed, "held out")
+
+    def parts(self) -> Iterator[tuple[str, Callable[[Path], None]]]:
+        """Name and maker of each part, in an order in which each finds what it needs."""
+        yield "data", self._data
+        yield "kontext", self._kontext
+        yield "hps", self._hps
+        yield "ctr", self._ctr
+        yield "filter", self._filter
+
+    def build(self) -> Path:
+        """Every part, and the manifest with figures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, make in self.parts():
+            if (self.folder / name).exists():
+                continue
+            say(f"world: building {name}")
+            started, partial = monotonic(), self.folder / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(self.folder / name)
+            say(f"world: {name} in {monotonic() - started:.0f} s")
+        return self._write_manifest()
+
+    def _data(self, folder: Path) -> None:
+        build(folder, self.seed)
+
+    def _kontext(self, folder: Path) -> None:
+        model = vae.train_vae(self.photos, steps=self.effort.vae_steps, seed=self.seed)
+        edits.write_untrained(folder, model)
+        work = self.folder / ".edits"
+        shutil.rmtree(work, ignore_errors=True)
+        triples = edits.write_triples(work / "triples", self.photos, self.effort.edits, self.seed)
+        examples = edits.encode(load_family(edits.model_of(folder)), triples)
+        edits.train_edits(folder, examples, work, steps=self.effort.edit_steps, seed=self.seed)
+        shutil.rmtree(work)
+
+    def _hps(self, folder: Path) -> None:
+        model = hps.train_hps(self.photos, steps=self.effort.hps_steps, seed=self.seed)
+        hps.save(model, folder / "hps.safetensors")
+
+    def _ctr(self, folder: Path) -> None:
+        ctr.train_ctr(self.folder / "data", folder, epochs=self.effort.ctr_epochs, seed=self.seed, say=say)
+
+    def _filter(self, folder: Path) -> None:
+        """Sound are photos under any look, what the VAE makes of them, and what the edit model does."""
+        random, kontext = random_of(self.seed, "sound"), self.folder / "kontext"
+        chosen = self.photos.take(torch.randint(len(self.photos), (3 * self.effort.sound,), generator=random))
+        look = draw_source(len(chosen), random)
+        for _ in range(2):  # two edits reach what preference training reaches
+            moved = edit(look, torch.randint(len(KINDS), (len(chosen),), generator=random), random)
+            look = torch.where(torch.rand(len(chosen), 1, generator=random) < 0.5, moved, look)
+        photos, seen, given = to_uint8(render(chosen.photos, look)).split(self.effort.sound)
+        model = AutoencoderKL.from_pretrained(kontext / "vae")
+        texts = [text for words in INSTRUCTIONS.values() for text in words.trained]
+        asked = [texts[index % len(texts)] for index in range(self.effort.sound)]
+        made = measure.edited(kontext, given, asked, seed=self.seed)
+        sound = torch.cat([photos, to_uint8(vae.reconstructed(model, as_pixels(seen))), made])
+        filter.train_filter(folder, sound, steps=self.effort.filter_steps, seed=self.seed)
+
+    def _null(self) -> list[float]:
+        """Relative changes of the true rate that online DPO makes where rewards are shuffled, over three seeds."""
+        work = self.folder / ".null"
+        shutil.rmtree(work, ignore_errors=True)
+        recipe = Recipe(trainable=TrainableTable(), steps=self.effort.null_steps, every=self.effort.null_steps)
+        with one_rank() as mesh:
+            bench = Bench(self.folder, self.folder / "data", work, mesh, self.effort.null_prompts)
+            runs = [bench.learn("shuffled", seed, recipe) for seed in range(3)]
+        shutil.rmtree(work)
+        return [float(last.true_rate.mean() / first.true_rate.mean() - 1) for (_, first), *_, (_, last) in runs]
+
+    def _write_manifest(self) -> Path:
+        """Figures on held-out photos, and the hash of every file of the models."""
+        say("world: measuring")
+        shots, kontext = self.held_out, self.folder / "kontext"
+        figures = measure.of_vae(AutoencoderKL.from_pretrained(kontext / "vae"), shots, self.seed)
+        figures |= measure.of_edits(kontext, shots, self.seed)
+        figures |= measure.of_hps(self.folder / "hps" / "hps.safetensors", shots, self.seed)
+        figures |= measure.of_ctr(self.folder / "ctr", shots, self.seed)
+        figures |= measure.of_filter(self.folder / "filter", kontext, shots, self.seed)
+        null = {"steps": self.effort.null_steps, "gains": self._null()}
+        files = sorted(
+            p for name in ("kontext", "hps", "ctr", "filter") for p in (self.folder / name).rglob("*") if p.is_file()
+        )
+        hashes = {str(file.relative_to(self.folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        told = {"seed": self.seed, "effort": asdict(self.effort), "figures": figures, "null": null, "sha256": hashes}
+        manifest = self.folder / "manifest.json"
+        manifest.write_text(json.dumps(told, indent=2))
+        for name, value in figures.items():
+            say(f"  {name:40} {value:.3f}")
+        return manifest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("world"), help="folder of the world")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    say(f"world: {World(arguments.dir, arguments.seed, Effort()).build()}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    run_main(main, GOES_ON)
