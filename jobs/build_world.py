@@ -47,7 +47,7 @@ class Effort:
     filter_steps: int = 5000
     sound: int = 1200
     """Sound pictures of each of three kinds that the filter learns from."""
-    null_steps: int = 30
+    null_steps: int = 40
     """Updates of a run on shuffled rewards, as many as of the demo."""
     null_prompts: int = 96
 

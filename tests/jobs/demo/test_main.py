@@ -36,15 +36,15 @@ def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
     run = tmp_path / "demo" / "runs" / "demo" / "v0"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/lr" in row]
-    assert len(steps) == 30
+    assert len(steps) == 40
     assert any(row["filter/pass_rate"] < 1 for row in steps), "the filter passed everything"
     assert all(row["filter/pass_rate"] > 0.5 for row in steps)
     assert {"reward/hps", "reward/ctr", "reward/true_rate", "time/publish", "idle/samplers"} <= steps[-1].keys()
-    assert len(read_pairs(run / "pairs")) == 30 * 8
+    assert len(read_pairs(run / "pairs")) == 40 * 8
     assert {path.name for path in (run / "final").iterdir()} == {"transformer"}
-    assert (run / "samples" / "step_000030.png").stat().st_size > 10_000
+    assert (run / "samples" / "step_000040.png").stat().st_size > 10_000
     told = json.loads((run / "report.json").read_text())
-    assert told["finished"] and told["steps"] == 30 and (run / "report.html").is_file()
+    assert told["finished"] and told["steps"] == 40 and (run / "report.html").is_file()
     assert {change["name"] for change in told["held_out"]} >= {"policy_hps", "policy_ctr", "policy_true_rate"}
     assert set(told["held_out_sheets"]) == {"base", "policy"}
     # It learnt what nothing told it: beyond what shuffled rewards do, and without losing the subject.

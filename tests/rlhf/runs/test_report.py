@@ -72,6 +72,13 @@ def test_the_page_opens_from_the_disk_and_says_it_all(run):
     assert "+0.2" in page and "<td>20 s</td>" in page and "25 %" in page  # 20 of 80 seconds
 
 
+def test_a_headline_comes_first_and_facts_are_beside_the_numbers(run):
+    page = write_report(run, "It <rose> by 20 %.", {"true_rate_gain": 0.2}).read_text()
+    assert "<b>It &lt;rose&gt; by 20 %.</b>" in page and page.index("It &lt;rose") < page.index("<h2>")
+    told = json.loads((run / "report.json").read_text())
+    assert told["true_rate_gain"] == 0.2 and told["headline"] == "It <rose> by 20 %." and told["steps"] == 20
+
+
 def test_without_a_base_the_first_evaluation_is_what_the_last_is_held_against(run):
     rows = [update(1), {"step": 0, "eval/implicit_acc": 0.5}, update(2), {"step": 2, "eval/implicit_acc": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
