@@ -1,4 +1,6 @@
-"""The quality filter of the miniature world: a small Qwen3-VL that answers PASS or FAIL, and names what is broken.
+"""The quality filter of the miniature world: a small Qwen3-VL that answers PASS or FAIL, and after FAIL gives a reason.
+
+The reason is one of five sentences, and in about two of five cases the right one: it is trained less than the verdict.
 
 From the whole prompt it learns nothing at first: its two layers do not find the picture among some two hundred tokens. So it
 begins with what follows `<|vision_start|>` alone, then with random parts of what comes before, and at last with the prompt as
