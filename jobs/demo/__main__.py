@@ -52,11 +52,11 @@ def main() -> None:
         print(summary(config, folder))
 
 
-def _recipe(home: Path, *overrides: str) -> OnlineDPORecipe:
+def _recipe(home: Path) -> OnlineDPORecipe:
     """demo.toml with its `demo/…` paths moved below `home`."""
     shipped = OnlineDPORecipe.model_validate(tomllib.loads(RECIPE.read_text()))
     moved = [f"--{key}={home / Path(path).relative_to('demo')}" for key, path in local_paths(shipped)]
-    return parse(OnlineDPORecipe, ["--config", str(RECIPE), *moved, *overrides]).config
+    return parse(OnlineDPORecipe, ["--config", str(RECIPE), *moved]).config
 
 
 def lay_out(world: Path) -> None:

@@ -11,7 +11,6 @@ losses.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -195,7 +194,3 @@ def reconstructed(vae: AutoencoderKL, given: Tensor) -> Tensor:
 def decibels(one: Tensor, other: Tensor) -> float:
     """Mean peak signal-to-noise ratio of pictures (N, 3, H, W) in 0 … 1."""
     return (-10 * torch.log10((one - other).square().mean((1, 2, 3)))).mean().item()
-
-
-def save(vae: AutoencoderKL, folder: Path) -> None:
-    vae.save_pretrained(folder)
