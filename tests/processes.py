@@ -37,7 +37,10 @@ def _runs(pid: int) -> bool:
 
 
 def listening(root: psutil.Process) -> set[tuple[str, str]]:
-    """(process, address) of every TCP socket that `root` and what it started listen on beyond loopback."""
+    """(process, address) of every TCP socket that `root` and what it started listen on beyond loopback.
+
+    Of a process's name, the 15 characters that Linux keeps: the rest is read from its command line, which an ending one has lost.
+    """
     found = set()
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
@@ -45,5 +48,5 @@ def listening(root: psutil.Process) -> set[tuple[str, str]]:
                 address = ipaddress.ip_address(connection.laddr.ip if connection.laddr else "127.0.0.1")
                 address = getattr(address, "ipv4_mapped", None) or address
                 if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
-                    found.add((process.name(), connection.laddr.ip))
+                    found.add((process.name()[:15], connection.laddr.ip))
     return found

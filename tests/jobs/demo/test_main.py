@@ -32,7 +32,7 @@ def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
     assert "demo finished" in printed and "100% unknown: " in printed
     assert not foreign_lines(printed)
     # README names these sockets, and tests/jobs/test_ray_start.py shows that they ask for the token.
-    assert all(process.startswith("ray::ServeReplica:") for process, _ in open_to_others), open_to_others
+    assert all(process == "ray::ServeRepli" for process, _ in open_to_others), open_to_others
     run = tmp_path / "demo" / "runs" / "demo" / "v0"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/lr" in row]
