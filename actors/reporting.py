@@ -12,11 +12,14 @@ from urllib.parse import quote
 
 import numpy as np
 import ray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from ray.util.metrics import Gauge
 
 from rlhf.data.sources import seen_source
 from rlhf.errors import last_line
-from rlhf.runs.sheets import contact_sheet
+from rlhf.runs.durable import durable
+from rlhf.runs.sheets import Cell, contact_sheet
 from rlhf.runs.tracking import FileTracker
 from rlhf.types import Pair, Prompt, Score
 
@@ -77,16 +80,16 @@ class Reporter:
         self._draw(f"step_{step:06d}", step, rows)
 
     def edits(self, step: int, name: str, prompts: Sequence[Prompt], answers: Sequence[tuple[Any, Any]]) -> None:
-        """samples/eval_NAME_step_NNNNNN.png: source | edit."""
+        """samples/eval_NAME_step_NNNNNN.png: source | the base's edit at the same noise | edit."""
         rows = [(prompt, [(name, *answer)]) for prompt, answer in zip(prompts, answers, strict=True)]
-        self._draw(f"eval_{name}_step_{step:06d}", step, rows[:SHEET_ROWS])
+        self._draw(f"eval_{name}_step_{step:06d}", step, rows[:SHEET_ROWS], held_out=True)
 
-    def _draw(self, name: str, step: int, rows: list[Any]) -> None:
+    def _draw(self, name: str, step: int, rows: list[Any], held_out: bool = False) -> None:
         if self._sheets:
             done, self._sheets = ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0)
             self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
-        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows))
+        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, held_out))
 
     def _collect(self, drawn: list[ray.ObjectRef]) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""
@@ -103,23 +106,42 @@ class Reporter:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def draw_sheet(file: Path, board: Path, step: int, rows: list[Any]) -> None:
-    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, media reference, answer)])."""
+def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], held_out: bool) -> None:
+    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, media reference, answer)]).
+
+    held_out: the base's edits are kept as files, since a run that is resumed samples none, and shown beside later ones.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
+    base = file.parent / "base"
+    base.mkdir(parents=True, exist_ok=True)
     cells = []
-    for prompt, entries in rows:
+    for number, (prompt, entries) in enumerate(rows, start=1):
         caption = f"source {_line(prompt.key)}\n{_line(prompt.instruction)}"
         row = [(seen_source(source, prompt.geometry)[0], caption) for source in prompt.sources]
         for label, media, answer in entries:
             row.append((np.asarray(ray.get(media, timeout=FETCH_TIMEOUT_S))[0], f"{label}\n{describe(answer)}"))
+        if held_out:
+            row = with_base(row, base / f"{number}.png", is_base=step == 0)
         cells.append(row)
-    file.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(cells)
     sheet.save(file)
     shows = file.stem.split("step")[0].strip("_") or "pairs"
     with SummaryWriter(str(board), filename_suffix=f".{file.stem}") as writer:
         writer.add_image(f"samples/{shows}", np.asarray(sheet), step, dataformats="HWC")
+
+
+def with_base(row: list[Cell], kept: Path, is_base: bool) -> list[Cell]:
+    """The row of a held-out prompt with the base's edit before its last picture, or, of the base itself, as it is."""
+    *others, last = row
+    if not is_base:
+        with Image.open(kept) as picture:
+            return [*others, (np.asarray(picture), picture.info["caption"]), last]
+    words = PngInfo()
+    words.add_itxt("caption", last[1])
+    with durable(kept) as partial:
+        Image.fromarray(last[0]).save(partial, format="PNG", pnginfo=words)
+    return row
 
 
 def _line(text: str) -> str:

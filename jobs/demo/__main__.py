@@ -104,7 +104,7 @@ def summary(config: OnlineDPORecipe, folder: Path) -> str:
         "reward (hps, ctr)": f"{last['reward/hps']:.4f}, {last['reward/ctr']:.4f}",
         "filter": f"pass rate {min(rates):.2f} … {max(rates):.2f}",
         "run folder": str(folder),
-        "what it did": str(write_report(folder, headline, facts)),
+        "what it did": str(write_report(folder, headline, facts, {"true_rate": facts["null_gain"]})),
         "contact sheets": str(folder / "samples"),
         "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
         "pairs trained on": str(folder / "pairs"),

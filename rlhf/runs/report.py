@@ -34,7 +34,11 @@ SETTINGS = (
     *("dpo.", "trainer.learning_rate", "trainer.ranks", "trainer.train_batch_size", "trainer.gradient_acc", "run.seed"),
 )
 """How the keys begin that the page shows."""
-HELD_OUT_SHEETS = {"eval_base_": "base", "eval_policy_": "policy", "eval_ema_": "average of the policy"}
+HELD_OUT_SHEETS = {
+    "eval_base_": "base",
+    "eval_policy_": "policy beside base",
+    "eval_ema_": "average of the policy beside base",
+}
 PARTS = {"time/rollout": "waiting for rated edits", "time/train": "training", "time/publish": "publishing weights"}
 
 
@@ -65,21 +69,27 @@ class Report:
     seconds: Mapping[str, float]
     """Of all updates, by what they were spent on."""
     held_out_sheets: Mapping[str, str]
-    """The newest contact sheet of the base, the policy and the average, relative to the run, by what it shows."""
+    """The newest contact sheets, relative to the run, by what they show: the base, until the policy's show it too."""
     pair_sheet: str | None
     """The newest one of pairs."""
 
 
-def write_report(folder: Path, headline: str = "", facts: Mapping[str, float] | None = None) -> Path:
+def write_report(
+    folder: Path,
+    headline: str = "",
+    facts: Mapping[str, float] | None = None,
+    nulls: Mapping[str, float] | None = None,
+) -> Path:
     """Write report.html and report.json into a run's folder; returns the page. Raises Refused where no run is.
 
     headline, facts: what is known of the run beside its folder; the page begins with the one, report.json has both.
+    nulls: by held-out measure, the largest relative change of runs on shuffled rewards, drawn as a band around the base.
     """
     found, rows = report(folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = "{:.4g}".format
     page = environment.from_string(TEMPLATE).render(
-        report=found, headline=headline, style=Markup(STYLE), curves=Markup(curves(rows))
+        report=found, headline=headline, style=Markup(STYLE), curves=Markup(curves(rows, nulls or {}))
     )
     document = asdict(found) | ({"headline": headline} if headline else {}) | dict(facts or {})
     write_durably(folder / "report.json", json.dumps(document, indent=1, allow_nan=False))
@@ -102,6 +112,9 @@ def report(folder: Path) -> tuple[Report, Rows]:
     seconds = {what: sum(row.get(name, 0.0) for row in updates) for name, what in PARTS.items()}
     seconds = {what: value for what, value in seconds.items() if value} | {"all": total}
     sheets = _newest_sheets(folder)
+    held_out_sheets = {what: sheets[kind] for kind, what in HELD_OUT_SHEETS.items() if kind in sheets}
+    if len(held_out_sheets) > 1:
+        held_out_sheets.pop("base", None)
     measured = [int(row["step"]) for row in rows if row["step"] and any(name.startswith("eval/") for name in row)]
     return Report(
         run=str(folder),
@@ -113,7 +126,7 @@ def report(folder: Path) -> tuple[Report, Rows]:
         evaluated=max(measured, default=0),
         training=[*_training(updates)],
         seconds=seconds,
-        held_out_sheets={what: sheets[kind] for kind, what in HELD_OUT_SHEETS.items() if kind in sheets},
+        held_out_sheets=held_out_sheets,
         pair_sheet=sheets.get(""),
     ), rows
 
@@ -148,8 +161,8 @@ def _newest_sheets(folder: Path) -> dict[str, str]:
     return {file.stem.rpartition("step_")[0]: str(file.relative_to(folder)) for file in files}
 
 
-def curves(rows: Rows) -> str:
-    """Small multiples as SVG: each measure that was evaluated, by side, and what updates log."""
+def curves(rows: Rows, nulls: Mapping[str, float]) -> str:
+    """Small multiples as SVG: each measure that was evaluated, by side, and what updates log. nulls: see `write_report`."""
     plots: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -171,6 +184,9 @@ def curves(rows: Rows) -> str:
             steps, values = zip(*points, strict=True)
             if label == "base":
                 axes.axhline(values[0], color="#8a919c", linestyle="--", linewidth=1, label=label)
+                if null := nulls.get(title.removeprefix("held-out ")):
+                    band = (values[0] * (1 - null), values[0] * (1 + null))
+                    axes.axhspan(*band, color="#8a919c", alpha=0.3, linewidth=0, label="shuffled rewards")
             else:
                 axes.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3, label=label or None)
         if any(series):

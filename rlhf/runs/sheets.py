@@ -17,8 +17,12 @@ PIECES = re.compile(r"\s+|[\u2e80-\uffff]|[^\s\u2e80-\uffff]+")
 """Where a line may end: at blanks, and beside every character of a script that has none."""
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]]) -> Image.Image:
-    """Pictures, uint8 (H, W, 3), scaled alike to at most 384 pixels (tiny ones up to 192), each over its caption.
+Cell = tuple[np.ndarray, str]
+"""A picture, uint8 (H, W, 3), and its caption."""
+
+
+def contact_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """Pictures scaled alike to at most 384 pixels (tiny ones up to 192), each over its caption.
 
     A line of a caption that is wider than its picture goes on in the next.
     """

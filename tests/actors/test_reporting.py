@@ -1,6 +1,9 @@
-"""What a contact sheet says of pictures."""
+"""What a contact sheet says of pictures, and what it shows beside held-out edits."""
 
-from actors.reporting import ahead, describe
+import numpy as np
+import pytest
+
+from actors.reporting import ahead, describe, with_base
 from rlhf.rollouts.pairing import RewardScale, make_pair
 from rlhf.types import Score, Verdict
 from tests.rlhf.rollouts.groups import group
@@ -16,3 +19,21 @@ def test_scores_and_failures_are_described():
     score = Score(verdict=Verdict(valid=True, pass_probability=0.93), rewards={"hps": 0.28, "ctr": 0.05})
     assert describe(score) == "PASS p=0.93\nhps 0.2800  ctr 0.0500"
     assert describe(Score(verdict=Verdict(valid=False, reason="two\nspoons"))) == "FAIL\ntwo spoons"
+
+
+def flat(value: int) -> np.ndarray:
+    return np.full((4, 6, 3), value, np.uint8)
+
+
+def test_a_held_out_edit_stands_beside_the_bases_of_the_same_prompt(tmp_path):
+    source, before, after = (flat(1), "photo"), (flat(2), "base\nPASS 三文鱼"), (flat(3), "policy\nPASS")
+    kept = tmp_path / "1.png"
+    assert with_base([source, before], kept, is_base=True) == [source, before]
+    one, (picture, caption), last = with_base([source, after], kept, is_base=False)
+    assert one is source and last is after
+    assert (picture == before[0]).all() and caption == before[1]
+
+
+def test_a_base_that_is_gone_is_no_empty_column(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"1\.png"):
+        with_base([(flat(3), "policy")], tmp_path / "1.png", is_base=False)

@@ -46,7 +46,7 @@ def test_the_demo_runs_through_every_part_and_leaves_nothing_running(tmp_path):
     told = json.loads((run / "report.json").read_text())
     assert told["finished"] and told["steps"] == 40 and (run / "report.html").is_file()
     assert {change["name"] for change in told["held_out"]} >= {"policy_hps", "policy_ctr", "policy_true_rate"}
-    assert set(told["held_out_sheets"]) == {"base", "policy"}
+    assert set(told["held_out_sheets"]) == {"policy beside base"}
     # It learnt what nothing told it: beyond what shuffled rewards do, and without losing the subject.
     assert told["true_rate_tuned"] > told["true_rate_base"] * (1 + 3 * told["null_gain"]), told["headline"]
     assert told["kept_tuned"] > 0.9 * told["kept_base"] and "rose" in told["headline"]

@@ -6,7 +6,7 @@ import pytest
 import tomli_w
 
 from rlhf.errors import Refused
-from rlhf.runs.report import Change, report, write_report
+from rlhf.runs.report import Change, curves, report, write_report
 
 CONFIG = {"trainer": {"max_train_steps": 40, "ranks": 2}, "dpo": {"beta": 500.0}, "reward": {"weights": {"hps": 1.0}}}
 
@@ -51,10 +51,7 @@ def test_the_numbers(run):
     assert reward == Change(name="reward/hps", before=1.5, after=19.5)  # means of steps 1, 2 and of 19, 20
     assert loss.name == "train/loss" and loss.before == pytest.approx(0.685) and loss.after == pytest.approx(0.505)
     assert found.seconds == {"waiting for rated edits": 50.0, "training": 20.0, "all": 80.0}
-    assert found.held_out_sheets == {
-        "base": "samples/eval_base_step_000000.png",
-        "policy": "samples/eval_policy_step_000020.png",
-    }
+    assert found.held_out_sheets == {"policy beside base": "samples/eval_policy_step_000020.png"}
     assert found.pair_sheet == "samples/step_000020.png"
     assert found.settings == {"reward.weights.hps": 1.0, "dpo.beta": 500.0, "trainer.ranks": 2}
 
@@ -77,6 +74,20 @@ def test_a_headline_comes_first_and_facts_are_beside_the_numbers(run):
     assert "<b>It &lt;rose&gt; by 20 %.</b>" in page and page.index("It &lt;rose") < page.index("<h2>")
     told = json.loads((run / "report.json").read_text())
     assert told["true_rate_gain"] == 0.2 and told["headline"] == "It <rose> by 20 %." and told["steps"] == 20
+
+
+def test_a_run_without_an_evaluation_after_the_first_shows_the_base_alone(run):
+    for sheet in run.glob("samples/eval_policy_*"):
+        sheet.unlink()
+    found, _ = report(run)
+    assert found.held_out_sheets == {"base": "samples/eval_base_step_000000.png"}
+
+
+def test_a_null_is_a_band_around_the_base_of_its_measure_alone(run):
+    assert "shuffled rewards" not in write_report(run).read_text()
+    _, rows = report(run)
+    with_band = curves(rows, {"hps": 0.1, "unknown": 0.1})
+    assert with_band.count("shuffled rewards") == 1
 
 
 def test_without_a_base_the_first_evaluation_is_what_the_last_is_held_against(run):
