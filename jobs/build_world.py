@@ -1,11 +1,12 @@
-"""Build the miniature world's models: python -m jobs.build_world --dir world [--seed 0]
+"""Build a miniature world of product photos and models: python -m jobs.build_world --dir world [--seed 0]
 
-Draws thousands of product photos, and trains from nothing a VAE, a small FLUX.1 Kontext that follows six kinds of
-instructions, an aesthetic judge in HPSv2's format, a click model and a Qwen3-VL that finds broken pictures; then measures each
-on held-out photos. Each part appears whole or not at all, so the same command goes on where it was stopped. No Ray, and
-nothing is downloaded.
+Draws thousands of photos, and trains from nothing a VAE, a small FLUX.1 Kontext that follows six kinds of instructions, an
+aesthetic judge in HPSv2's format, a click model and a Qwen3-VL that finds broken pictures; then measures each on held-out
+photos. Takes about an hour on one core. Each part appears whole or not at all, so the same command goes on with the next. No
+Ray, and nothing is downloaded. `jobs.demo` uses a world that was built into its folder world/, in place of the one that comes
+with the package.
 
-    DIR/data/  kontext/  hps/  ctr/  filter/  manifest.json
+    DIR/  what jobs.world.data lists  kontext/  hps/  ctr/  filter/  manifest.json
 """
 
 import argparse
@@ -15,22 +16,28 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic
 
 import torch
 from diffusers import AutoencoderKL
 
-from jobs.cli import GOES_ON, run_main, say
+from jobs.cli import run_main, say
 from jobs.one_process import one_rank
 from jobs.world import ctr, edits, filter, hps, measure, vae
-from jobs.world.data import Shots, build, random_of, shoot
+from jobs.world.data import Shots, random_of, shoot, write_clicks, write_photos
 from jobs.world.learning import Bench, Recipe
 from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_uint8
 from jobs.world.truth import as_pixels
+from rlhf.errors import Refused
 from rlhf.models import load_family
+from rlhf.runs.durable import write_durably
+from rlhf.runs.folder import made
 from rlhf.training_tables import TrainableTable
+
+MODELS = ("kontext", "hps", "ctr", "filter")
+SETTINGS, MANIFEST = "build.json", "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,29 +76,42 @@ class World:
 
     def parts(self) -> Iterator[tuple[str, Callable[[Path], None]]]:
         """Name and maker of each part, in an order in which each finds what it needs."""
-        yield "data", self._data
+        yield "clicks", partial(write_clicks, seed=self.seed)
         yield "kontext", self._kontext
         yield "hps", self._hps
         yield "ctr", self._ctr
         yield "filter", self._filter
 
     def build(self) -> Path:
-        """Every part, and the manifest with figures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Every part, and the manifest with figures. Raises: Refused for a folder of something else, or of another world."""
+        self._begin()
+        if (self.folder / MANIFEST).exists():
+            return self.folder / MANIFEST
+        write_photos(self.folder, self.seed)
         for name, make in self.parts():
             if (self.folder / name).exists():
                 continue
             say(f"world: building {name}")
-            started, partial = monotonic(), self.folder / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            make(partial)
-            partial.rename(self.folder / name)
+            started, unfinished = monotonic(), self.folder / f".{name}.partial"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(self.folder / name)
             say(f"world: {name} in {monotonic() - started:.0f} s")
         return self._write_manifest()
 
-    def _data(self, folder: Path) -> None:
-        build(folder, self.seed)
+    def _begin(self) -> None:
+        """Claim the folder for this seed and effort, unless they did before."""
+        settings = made(self.folder, "--dir") / SETTINGS
+        mine = {"seed": self.seed, "effort": asdict(self.effort)}
+        if settings.is_file():
+            if (there := json.loads(settings.read_text())) != mine:
+                raise Refused(
+                    f"{self.folder} was begun with {there}, not with {mine}: give the same seed, or another --dir"
+                )
+        elif any(self.folder.iterdir()):
+            raise Refused(f"--dir {self.folder} is not empty and was not begun by this command: give another folder")
+        write_durably(settings, json.dumps(mine))
 
     def _kontext(self, folder: Path) -> None:
         model = vae.train_vae(self.photos, steps=self.effort.vae_steps, seed=self.seed)
@@ -108,14 +128,14 @@ class World:
         hps.save(model, folder / "hps.safetensors")
 
     def _ctr(self, folder: Path) -> None:
-        ctr.train_ctr(self.folder / "data", folder, epochs=self.effort.ctr_epochs, seed=self.seed, say=say)
+        ctr.train_ctr(self.folder / "clicks", folder, epochs=self.effort.ctr_epochs, seed=self.seed, say=say)
 
     def _filter(self, folder: Path) -> None:
         """Sound are photos under any look, what the VAE makes of them, and what the edit model does."""
         random, kontext = random_of(self.seed, "sound"), self.folder / "kontext"
         chosen = self.photos.take(torch.randint(len(self.photos), (3 * self.effort.sound,), generator=random))
         look = draw_source(len(chosen), random)
-        for _ in range(2):  # two edits reach what preference training reaches
+        for _ in range(2):  # up to two edits, for looks as far off as those that preference training leads to
             moved = edit(look, torch.randint(len(KINDS), (len(chosen),), generator=random), random)
             look = torch.where(torch.rand(len(chosen), 1, generator=random) < 0.5, moved, look)
         photos, seen, given = to_uint8(render(chosen.photos, look)).split(self.effort.sound)
@@ -132,7 +152,7 @@ class World:
         shutil.rmtree(work, ignore_errors=True)
         recipe = Recipe(trainable=TrainableTable(), steps=self.effort.null_steps, every=self.effort.null_steps)
         with one_rank() as mesh:
-            bench = Bench(self.folder, self.folder / "data", work, mesh, self.effort.null_prompts)
+            bench = Bench(self.folder, self.folder, work, mesh, self.effort.null_prompts)
             runs = [bench.learn("shuffled", seed, recipe) for seed in range(3)]
         shutil.rmtree(work)
         return [float(last.true_rate.mean() / first.true_rate.mean() - 1) for (_, first), *_, (_, last) in runs]
@@ -147,16 +167,13 @@ class World:
         figures |= measure.of_ctr(self.folder / "ctr", shots, self.seed)
         figures |= measure.of_filter(self.folder / "filter", kontext, shots, self.seed)
         null = {"steps": self.effort.null_steps, "gains": self._null()}
-        files = sorted(
-            p for name in ("kontext", "hps", "ctr", "filter") for p in (self.folder / name).rglob("*") if p.is_file()
-        )
+        files = sorted(p for name in MODELS for p in (self.folder / name).rglob("*") if p.is_file())
         hashes = {str(file.relative_to(self.folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        told = {"seed": self.seed, "effort": asdict(self.effort), "figures": figures, "null": null, "sha256": hashes}
-        manifest = self.folder / "manifest.json"
-        manifest.write_text(json.dumps(told, indent=2))
+        content = {"seed": self.seed, "effort": asdict(self.effort), "figures": figures, "null": null, "sha256": hashes}
+        write_durably(self.folder / MANIFEST, json.dumps(content, indent=2))
         for name, value in figures.items():
             say(f"  {name:40} {value:.3f}")
-        return manifest
+        return self.folder / MANIFEST
 
 
 def main() -> None:
@@ -164,9 +181,12 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("world"), help="folder of the world")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.seed < 0:
+        raise Refused(f"--seed {arguments.seed} is below 0")
+    torch.set_num_threads(1)  # these matrices are too small to share
     say(f"world: {World(arguments.dir, arguments.seed, Effort()).build()}")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run_main(main, GOES_ON)
+    run_main(main, "the same command goes on with the first part that is not complete")

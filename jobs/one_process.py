@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf.data.work import Work
 from rlhf.diffusion.objectives import Objective
+from rlhf.errors import Refused
 from rlhf.loops.train import Duty, Source, train
 from rlhf.models import load_family
 from rlhf.models.trainable import Full, Trainable
@@ -31,15 +32,23 @@ Handed = tuple[Any, Sequence[Any]]
 """What a source hands the rank for a step: the `handed` and `values` of `Work.batches`."""
 
 
+def refuse_small(name: str, value: int, least: int) -> None:
+    """Raise Refused for an argument below `least`."""
+    if value < least:
+        raise Refused(f"{name} = {value}: give {least} or more")
+
+
 @contextmanager
 def one_rank() -> Iterator[DeviceMesh]:
     """The mesh of this process alone."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these matrices are too small to share
     mesh = distributed.start(rank=0, world=1, store=dist.HashStore(), device="cpu", timeout_s=600)
     try:
         yield mesh
     finally:
         distributed.stop()
+        torch.set_num_threads(threads)
 
 
 def trainer_table(*, batch: int, learning_rate: float, steps: int) -> TrainerConfig:
@@ -54,7 +63,7 @@ def trainer_table(*, batch: int, learning_rate: float, steps: int) -> TrainerCon
 
 
 class OneRank:
-    """`rlhf.loops.train.Trainer`, and the evaluation of what the work holds out."""
+    """`rlhf.loops.train.Trainer` in this process, which evaluates held-out examples too."""
 
     def __init__(
         self,
@@ -94,6 +103,21 @@ class OneRank:
             self.trainer.export(folder / f"ema_{kind}", which="ema")
 
 
+class NothingHanded:
+    """The driver's half of work that the rank finds itself: `actors.sources.OfflineSource` without Ray."""
+
+    def take(self, step: int) -> None:
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, step: int, saved: Mapping[str, Any] | None) -> None: ...
+
+
 def train_in(
     run: RunFolder,
     source: Source,
@@ -103,12 +127,20 @@ def train_in(
     measure: Callable[[], Any] = lambda: None,
     every: int = 0,
 ) -> list[tuple[int, Any]]:
-    """The loop in a claimed folder, which it releases. Returns what was measured every so many steps, from the start."""
+    """The loop in a claimed folder, which it releases. Returns what was measured every so many steps, from the start to the end.
+
+    Raises: Refused where the last step is none of them.
+    """
+    steps = trainer.trainer.config.max_train_steps
+    if every and steps % every:
+        raise Refused(
+            f"measured every {every} steps, {steps} steps end without a measurement: give a multiple of {every}"
+        )
     curve: list[tuple[int, Any]] = []
     measuring = Duty(every=every, do=lambda step: curve.append((step, measure())), at_start=every > 0)
     tracker = FileTracker(run.path)
     try:
-        train(trainer.trainer.config.max_train_steps, run, source, trainer, tracker, [*duties, measuring])
+        train(steps, run, source, trainer, tracker, [*duties, measuring])
     finally:
         tracker.close()
         run.release()

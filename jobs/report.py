@@ -1,6 +1,6 @@
 """A run on one page: `python -m jobs.report runs/NAME/v0` writes report.html and report.json into it.
 
-Also of a run that goes on. runs/NAME means its newest vN.
+Also for a run still in progress. runs/NAME means its newest vN.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m jobs.benchmarks.learning --steps 40 --seeds 3 --out learning
 
-The measure is the true click rate of held-out edits at fixed noise, which no judge is given; see `jobs.world.learning`. Full
+The measure is the true click rate of held-out edits at fixed noise, which no reward is given; see `jobs.world.learning`. Full
 training and LoRA with true rewards, and full training with rewards shuffled within each prompt and with β's sign flipped.
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.one_process import one_rank, plot
-from jobs.world.data import PACKAGE, build
+from jobs.cli import run_main
+from jobs.one_process import one_rank, plot, refuse_small
+from jobs.world.data import PACKAGE, write_photos
 from jobs.world.learning import Bench, Measured, Mode, Recipe
 from rlhf.training_tables import TrainableTable
 
@@ -31,7 +32,7 @@ Runs = dict[str, list[list[tuple[int, Measured]]]]
 
 def all_runs(folder: Path, steps: int, seeds: Mapping[str, int]) -> Runs:
     """What runs measured at the start and every 20 steps. seeds: name → how many runs of it."""
-    data = build(folder / "data")
+    data = write_photos(folder / "data")
     with one_rank() as mesh:
         bench = Bench(PACKAGE, data, folder, mesh, HELD_OUT)
         runs: Runs = {}
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("learning"), help="folder for data, runs and the plot")
     arguments = parser.parse_args()
+    refuse_small("--seeds", arguments.seeds, 1)
+    refuse_small("--steps", arguments.steps, 20)
     runs = all_runs(arguments.out.resolve(), arguments.steps, dict.fromkeys(RUNS, arguments.seeds))
     print("\n".join(table(runs)))
     null = max(abs(gain(run)[0]) for run in runs["shuffled"])
@@ -92,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

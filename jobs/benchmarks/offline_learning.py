@@ -4,7 +4,7 @@
 
 Photos come under a warm and a cold light, and people click on the warm one. A VAE and then a UNet are fitted to all of them
 (SFT), which gives a base whose samples look a little like photos. DPO then trains on pairs. The measure is the implicit
-accuracy on held-out pairs; the null is not 0.5 ± the spread over pairs, but whole runs on shuffled labels. Everything is
+accuracy on held-out pairs, beside that of runs on shuffled labels: the spread over pairs is too small to judge by. Everything is
 the product's own: index, loop, trainer, objectives, family, sampling; without Ray, in one process.
 """
 
@@ -26,9 +26,8 @@ from diffusers import AutoencoderKL
 from torch.distributed.device_mesh import DeviceMesh
 
 from actors.checks import check_pairs, in_threads
-from actors.sources import OfflineSource
-from jobs.cli import resolved_toml
-from jobs.one_process import Curve, OneRank, one_rank, plot, train_in, trainer_table
+from jobs.cli import resolved_toml, run_main
+from jobs.one_process import Curve, NothingHanded, OneRank, one_rank, plot, refuse_small, train_in, trainer_table
 from jobs.recipes import EvaluateRecipe
 from jobs.world.looks import render, to_uint8
 from jobs.world.photos import SCENES, photo
@@ -43,7 +42,7 @@ from rlhf.diffusion.objectives import DPO, SFT
 from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_stable_diffusion
-from rlhf.runs.folder import RunFolder
+from rlhf.runs.folder import RunFolder, made
 from rlhf.tables import SizedModelTable
 from rlhf.types import Batch, Geometry
 
@@ -65,7 +64,7 @@ COLOURS = {
 
 
 def generated_pairs(folder: Path, count: int, seed: int = 0) -> Path:
-    """The index of photos under two lights, the warmer one preferred: that is what the demo's simulated clicks go to."""
+    """The index of photos under two lights, of which the warmer one is preferred."""
     random = np.random.default_rng(seed)
     kinds, rows = list(product(SCENES, COLOURS)), []
     for index in range(count):
@@ -126,7 +125,7 @@ def make_base(keep: Path, pairs: Path, mesh: DeviceMesh, steps: int) -> Path:
     run = RunFolder.claim(keep / "runs", "base", "", resume="never")
     config = trainer_table(batch=BATCH, learning_rate=LEARNING_RATE, steps=steps)
     work = InMemory(alike, (), seed=0, steps=steps)
-    train_in(run, OfflineSource(), OneRank(model_of(folder), config, SFT(), work, mesh, seed=0))
+    train_in(run, NothingHanded(), OneRank(model_of(folder), config, SFT(), work, mesh, seed=0))
     shutil.rmtree(folder / "unet")
     shutil.copytree(run.path / "final" / "unet", folder / "unet")
     return folder
@@ -208,7 +207,7 @@ def all_curves(
             trainer = OneRank(model_of(folder), config, DPO(beta=BETA), work, mesh, seed)
             run = RunFolder.claim(keep / "runs", f"{labels}_{seed}", "", resume="never")
             measure = partial(trainer.held_out, "implicit_acc")
-            curves[labels].append(train_in(run, OfflineSource(), trainer, measure=measure, every=every))
+            curves[labels].append(train_in(run, NothingHanded(), trainer, measure=measure, every=every))
             if (labels, seed) == ("true", 0):
                 shutil.copytree(run.path / "final" / "unet", keep / "tuned", dirs_exist_ok=True)
         return curves
@@ -241,8 +240,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="Parquet in Pick-a-Pic's columns; default: 264 generated pairs")
     parser.add_argument("--out", type=Path, default=Path("offline_learning"), help="folder for models, plot and pages")
     arguments = parser.parse_args()
-    keep = arguments.out.resolve()
+    refuse_small("--seeds", arguments.seeds, 1)
+    refuse_small("--steps", arguments.steps, 20)
+    keep = made(arguments.out.resolve(), "--out")
     pairs = read_pairs(arguments.pairs, keep) if arguments.pairs else generated_pairs(keep / "data", 264)
+    refuse_small("--pairs: the number of pairs", len(read_index(pairs).table), HELD_OUT + BATCH)
     curves = all_curves(pairs, keep, dpo_steps=arguments.steps, seeds=arguments.seeds)
     measure = "implicit accuracy on held-out pairs (0.5: none)"
     plot(curves, keep / "curves.png", legend="labels", measure=measure, title="Offline DPO, small Stable Diffusion")
@@ -255,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,11 +3,13 @@
     python -m jobs.demo [--dir demo]
 
 Lays out photos that it draws and the models of the miniature world, which come with the package and were trained by
-`jobs.build_world`; deploys the three judges on Ray Serve; and runs online DPO with two samplers and two FSDP ranks. Nothing is
-downloaded. The world's true click rate, which nothing is trained on, says whether the edits got better: `report.html`.
+`jobs.build_world` (a world that this built into DIR/world is taken as it is); deploys the three judges on Ray Serve; and runs
+online DPO with two samplers and two FSDP ranks. Nothing is downloaded. The world's true click rate, which nothing is trained on,
+says whether the edits got better: `report.html`.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -17,18 +19,19 @@ from pathlib import Path
 
 import tomli_w
 
+from jobs.build_world import MANIFEST, MODELS, SETTINGS
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
 from jobs.launch import cluster, dashboard
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
 from jobs.recipes import OnlineDPORecipe
-from jobs.world.data import PACKAGE, build
+from jobs.world.data import PACKAGE, write_photos
 from rlhf.errors import Refused
+from rlhf.runs.folder import check_place
 from rlhf.runs.report import write_report
 from rlhf.section import local_paths
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.toml"
-MODELS = ("kontext", "hps", "ctr", "filter")
 
 
 def main() -> None:
@@ -37,19 +40,17 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the recipe and what would be laid out")
     arguments = parser.parse_args()
     home = arguments.dir.absolute()
-    if home.exists() and not home.is_dir():
-        raise Refused(f"--dir {home} is a file; give a folder")
+    check_place(home, "--dir")
     world, config = home / "world", _recipe(home)
     if arguments.dry_run:
         print(resolved_toml(config))
-        missing = [name for name in ("world.json", *MODELS) if not (world / name).exists()]
-        print(f"to lay out in {world}: {', '.join(missing) or 'nothing'}")
+        print(f"to lay out in {world}, where they are not there yet: photos, {', '.join(MODELS)}")
         return
     say("demo: laying out the miniature world")
-    lay_out(build(world))
+    lay_out(world)
     with cluster(config.cluster, config.run.name):
         folder = run(config, read_data(config.data, config.eval, config.model))
-        print(summary(config, folder))
+        print(summary(config, world, folder))
 
 
 def _recipe(home: Path) -> OnlineDPORecipe:
@@ -60,43 +61,58 @@ def _recipe(home: Path) -> OnlineDPORecipe:
 
 
 def lay_out(world: Path) -> None:
-    """Copy the models that are missing; each folder appears whole or not at all."""
+    """Draw the photos and copy the package's models, unless all are there byte for byte. A world that was built here stays.
+
+    Raises: Refused for one that was not built to its end, and for a folder of something else.
+    """
+    if (world / SETTINGS).is_file():
+        if not (world / MANIFEST).is_file():
+            raise Refused(f"{world} is not built to its end: run `python -m jobs.build_world --dir {world}` again")
+        return
+    write_photos(world)
+    hashes = json.loads((PACKAGE / MANIFEST).read_text())["sha256"]
+    files = {world / file: digest for file, digest in hashes.items()}
+    if all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == files[file] for file in files):
+        return
     for name in MODELS:
-        if not (world / name).exists():
-            partial = world / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(PACKAGE / name, partial)
-            partial.rename(world / name)
+        shutil.rmtree(world / name, ignore_errors=True)
+        shutil.copytree(PACKAGE / name, world / name)
+    shutil.copy(PACKAGE / MANIFEST, world / MANIFEST)
 
 
-def told(rows: Sequence[Mapping[str, float]]) -> tuple[str, dict[str, float]]:
-    """What the world's truth says of a run's held-out edits: a sentence, and its numbers."""
+def told(rows: Sequence[Mapping[str, float]], null: float) -> tuple[str, dict[str, float]]:
+    """What the world's truth says of a run's held-out edits: a sentence, and its numbers.
 
-    def ends(name: str) -> tuple[float, float]:
+    null: the largest relative change of the true rate in runs on shuffled rewards.
+    """
+
+    def ends(name: str) -> tuple[float | None, float | None]:
         before = [row[f"eval/base_{name}"] for row in rows if f"eval/base_{name}" in row]
         after = [row[f"eval/policy_{name}"] for row in rows if f"eval/policy_{name}" in row]
-        return before[0], after[-1]
+        return next(iter(before), None), next(reversed(after), None)
 
     (base, tuned), (kept_base, kept_tuned) = ends("true_rate"), ends("kept")
-    null = max(map(abs, json.loads((PACKAGE / "manifest.json").read_text())["null"]["gains"]))
+    if base is None or tuned is None or kept_base is None or kept_tuned is None:
+        return "No held-out edit passed the filter before or after training: there is nothing to compare.", {}
     better = "rose" if tuned > base * (1 + null) else "fell" if tuned < base * (1 - null) else "hardly moved"
     headline = (
         f"The true click rate of held-out edits, which nothing is trained on, {better}: {base:.3f} → {tuned:.3f} "
-        f"({tuned / base - 1:+.0%}). Runs on shuffled rewards change it by {null:.1%} at most. The edits keep "
-        f"{kept_tuned:.2f} of the subject, {kept_base:.2f} before training."
+        f"({tuned / base - 1:+.0%}). Shuffling the rewards changed it by {null:.1%} at most, in three runs without the filter. "
+        f"The edits keep {kept_tuned:.2f} of the subject, {kept_base:.2f} before training."
     )
     if kept_tuned < 0.9 * kept_base:
-        headline += " So the reward was partly bought with the subject."
+        headline += " They kept less of the subject, which may be part of the gain."
     facts = {"true_rate_base": base, "true_rate_tuned": tuned, "true_rate_gain": tuned / base - 1, "null_gain": null}
     return headline, facts | {"kept_base": kept_base, "kept_tuned": kept_tuned}
 
 
-def summary(config: OnlineDPORecipe, folder: Path) -> str:
+def summary(config: OnlineDPORecipe, world: Path, folder: Path) -> str:
     """Where everything lies, and what the run did. Also writes a recipe for `jobs.edit` with the weights of this run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "train/loss" in row]
+    steps = [row for row in rows if "train/lr" in row]
     first, last, rates = steps[0], steps[-1], [row["filter/pass_rate"] for row in steps]
-    headline, facts = told(rows)
+    null = max(map(abs, json.loads((world / MANIFEST).read_text())["null"]["gains"]))
+    headline, facts = told(rows, null)
     address = f"http://{config.serve.host}:{config.serve.port}"
     lines = {
         "steps": f"{len(steps)}, loss {first['train/loss']:.4f} → {last['train/loss']:.4f}",
@@ -104,7 +120,7 @@ def summary(config: OnlineDPORecipe, folder: Path) -> str:
         "reward (hps, ctr)": f"{last['reward/hps']:.4f}, {last['reward/ctr']:.4f}",
         "filter": f"pass rate {min(rates):.2f} … {max(rates):.2f}",
         "run folder": str(folder),
-        "what it did": str(write_report(folder, headline, facts, {"true_rate": facts["null_gain"]})),
+        "what it did": str(write_report(folder, headline, facts, {"true_rate": null})),
         "contact sheets": str(folder / "samples"),
         "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
         "pairs trained on": str(folder / "pairs"),

@@ -1,10 +1,10 @@
 """The data of the miniature world, drawn and not downloaded: photos, metadata, a click log and pairs of photos before and after.
 
     images/  train_metadata.jsonl  eval_metadata.jsonl  ctr_metadata.csv      what preference training reads
-    clicks/  ctr_train.csv  ctr_test.csv                                      the click log
     edits/control_images/  edits/training_images/                             pairs: source, and target with its instruction
+    clicks/  ctr_train.csv  ctr_test.csv                                      the click log
 
-Impressions and clicks are binomial draws of `truth.true_rate`, which no judge is given. Deterministic in the seed; built once.
+Impressions and clicks are binomial draws of `truth.true_rate`, of which models see no more. Deterministic in the seed.
 """
 
 import csv
@@ -23,11 +23,15 @@ from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_
 from jobs.world.photos import photo
 from jobs.world.truth import PRODUCTS, Product, true_rate
 from rlhf.data.prompts import ITEM_COLUMNS
+from rlhf.errors import Refused
+from rlhf.runs.durable import write_durably
+from rlhf.runs.folder import made
 from rlhf.types import seed_from
 
 PACKAGE = Path(__file__).parent / "package"
 """The models that `jobs.build_world` trained, as they are shipped, with their manifest."""
-FORMAT = 2
+FORMAT = 3
+MARKER = "world.json"
 SIZE = 64
 """Height and width of every photo, in pixels."""
 TRAIN, EVAL, PAIRS = 96, 96, 20
@@ -65,23 +69,28 @@ def random_of(*what: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*what))
 
 
-def build(folder: str | Path, seed: int = 0) -> Path:
-    """Write the data into `folder` unless it is complete there already, and return the folder.
+def write_photos(folder: Path, seed: int = 0) -> Path:
+    """Write photos, metadata and pairs into `folder` unless they are complete there already, and return the folder.
 
-    Other files in the folder are not touched; the marker of a complete folder is written last.
+    Other files are not touched. Raises: Refused where the folder cannot be made, or holds such names of somebody else.
     """
-    folder = Path(folder)
-    marker = folder / "world.json"
-    content = json.dumps({"format": FORMAT, "seed": seed})
-    if marker.is_file() and marker.read_text() == content:
-        return folder
-    marker.unlink(missing_ok=True)
-    for name in ("images", "clicks", "edits"):
+    made(folder, "--dir")
+    marker, names = folder / MARKER, ("images", "edits")
+    content, whole = ({"format": FORMAT, "seed": seed, "complete": complete} for complete in (False, True))
+    if marker.is_file():
+        if marker.read_text() == json.dumps(whole):
+            return folder
+    elif theirs := [name for name in names if (folder / name).exists()]:
+        raise Refused(
+            f"{folder} holds {' and '.join(theirs)}, which would be overwritten, and no {MARKER} says that they are of a "
+            "miniature world: give another folder"
+        )
+    write_durably(marker, json.dumps(content))
+    for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
     _write_prompts(folder, seed)
-    _write_clicks(folder, seed)
     _write_edits(folder / "edits", seed)
-    marker.write_text(content)
+    write_durably(marker, json.dumps(whole))
     return folder
 
 
@@ -104,11 +113,10 @@ def _write_prompts(folder: Path, seed: int) -> None:
     _write_csv(folder / "ctr_metadata.csv", metadata)
 
 
-def _write_clicks(folder: Path, seed: int) -> None:
-    """Each item under looks of which half are edits, as a shop shows them."""
+def write_clicks(folder: Path, seed: int) -> None:
+    """A click log and its pictures, in a folder that is there: each item under looks of which half are edits."""
     shots, random = shoot(CLICKED, seed, "clicks"), random_of(seed, "clicks")
     rows, draws = list[dict[str, object]](), np.random.default_rng(seed_from(seed, "clicks"))
-    (folder / "clicks").mkdir(parents=True)
     shown = list[Tensor]()
     for number in range(LOOKS):
         look = draw_source(len(shots), random)
@@ -117,7 +125,7 @@ def _write_clicks(folder: Path, seed: int) -> None:
     rates = [true_rate(pictures, shots.products) for pictures in shown]
     for index, product in enumerate(shots.products):
         for number, (pictures, rate) in enumerate(zip(shown, rates, strict=True)):
-            file = f"clicks/{index:03d}_{number}.png"
+            file = f"{index:03d}_{number}.png"
             Image.fromarray(pictures[index].numpy()).save(folder / file)
             impressions = int(draws.integers(300, 900))
             clicks = int(draws.binomial(impressions, rate[index].item()))
@@ -134,8 +142,8 @@ def _write_edits(folder: Path, seed: int) -> None:
     sides = (render(shots.photos, look), render(shots.photos, edit(look, kinds, random)))
     sources, targets = (to_uint8(pictures).numpy() for pictures in sides)
     control, training = folder / "control_images", folder / "training_images"
-    for made in (control, training):
-        made.mkdir(parents=True)
+    for side in (control, training):
+        side.mkdir(parents=True)
     for index, kind in enumerate(kinds.tolist()):
         name, texts = f"image_{index + 1:03d}", INSTRUCTIONS[KINDS[kind]].trained
         Image.fromarray(sources[index]).save(control / f"{name}.jpg", quality=95)

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
-from jobs.one_process import OneRank, one_rank, train_in
+from jobs.one_process import NothingHanded, OneRank, one_rank, train_in
 from jobs.world.data import SIZE, Shots, random_of
 from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_uint8
 from rlhf.data.batches import EncodedExample, batches_of
@@ -62,7 +62,10 @@ def write_untrained(folder: Path, vae: AutoencoderKL) -> Path:
 
 
 def write_triples(folder: Path, shots: Shots, count: int, seed: int) -> Path:
-    """A JSONL of `count` edits of the photos: source, target, instruction. Folders are made anew."""
+    """A JSONL of edits of the photos: source, target, instruction. Folders are made anew.
+
+    count: how many, rounded up to a multiple of ENCODED_AT_ONCE.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     random, choose, lines = random_of(seed, "triples"), np.random.default_rng(seed), list[str]()
@@ -83,7 +86,7 @@ def write_triples(folder: Path, shots: Shots, count: int, seed: int) -> Path:
 
 
 def encode(family: Family, edits: Path) -> list[EncodedExample]:
-    """Every edit, checked and encoded as `jobs.train` would; of those that may improve as they like, half without words.
+    """Every edit, checked and encoded as `jobs.train` would; half of the `improve` edits get an empty instruction.
 
     Raises: BadInput.
     """
@@ -117,21 +120,6 @@ class InMemory:
 
     def held_out(self, rank: int) -> list[Batch]:
         return []
-
-
-class NothingHanded:
-    """The driver's half of work that the rank finds itself."""
-
-    def take(self, step: int) -> None:
-        return None
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def snapshot(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, step: int, saved: Any) -> None: ...
 
 
 def train_edits(folder: Path, examples: Sequence[EncodedExample], work: Path, *, steps: int, seed: int) -> None:

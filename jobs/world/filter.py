@@ -1,9 +1,9 @@
 """The quality filter of the miniature world: a small Qwen3-VL that answers PASS or FAIL, and after FAIL gives a reason.
 
-The reason is one of five sentences, and in about two of five cases the right one: it is trained less than the verdict.
+The reason is one of five sentences. It is trained less than the verdict and often names another fault than the picture has.
 
 From the whole prompt it learns nothing at first: its two layers do not find the picture among some two hundred tokens. So it
-begins with what follows `<|vision_start|>` alone, then with random parts of what comes before, and at last with the prompt as
+begins with the prompt from `<|vision_start|>` on, then with random parts of what comes before, and at last with the prompt as
 vLLM gives it. Sound pictures must include what the VAE and the base model make, or the filter learns to tell those from
 renderings.
 
@@ -62,7 +62,7 @@ def doubled(picture: Tensor, random: np.random.Generator) -> Tensor:
 
 
 def garbled(picture: Tensor, random: np.random.Generator) -> Tensor:
-    """Lines of letters that are none, in black or white across the picture."""
+    """Lines of random shapes like letters, in black or white across the picture."""
     broken, tone = picture.clone(), float(random.choice((0, 255)))
     for top in random.choice(np.arange(4, SIZE - 12, 10), size=3, replace=False).tolist():
         for left in range(4, SIZE - 8, 6):

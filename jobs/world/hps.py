@@ -1,9 +1,8 @@
-"""The aesthetic judge of the miniature world: a small model in HPSv2's format, trained on preferences of an imagined public.
+"""The aesthetic judge of the miniature world: a small model in HPSv2's format, trained on simulated preferences.
 
-The public likes contrast and fine detail, dislikes burnt-out light, and wants to see what the instruction asked for. It knows
-nothing of clicks. As people's, its choices between two edits of a photo are not sure: the nearer two are, the more often the
-other is taken. The loss is HPSv2's, cross entropy over the two cosines (Wu et al., arXiv 2306.09341, eq. 2), at a fixed
-temperature.
+What is liked: contrast, fine detail, no burnt-out light, and what the instruction asked for; clicks have no part in it. Of two
+edits of a photo one is chosen with P = σ(SURENESS × difference in liking). The loss is HPSv2's, cross entropy over the two
+cosines (Wu et al., arXiv 2306.09341, eq. 2), at a fixed temperature.
 """
 
 import json
@@ -30,7 +29,7 @@ SURENESS = 3.0
 
 
 def liking(pictures: Tensor, kinds: Tensor) -> Tensor:
-    """How much the public likes uint8 (B, H, W, 3) pictures as answers to instructions of kinds (B,), of deviation about 1."""
+    """How much uint8 (B, H, W, 3) pictures are liked as answers to instructions of kinds (B,), of deviation about 1."""
     shown, pixels = attributes(pictures), as_pixels(pictures)
     grey = (pixels * LUMA).sum(1)
     general = 6 * grey.std((1, 2)) + 0.3 * shown.sharpness - 4 * (pixels > 0.98).float().mean((1, 2, 3))
@@ -61,7 +60,7 @@ def choices(shots: Shots, count: int, random: torch.Generator) -> tuple[Tensor, 
 
 
 def train_hps(shots: Shots, *, steps: int, seed: int) -> open_clip.CLIP:
-    """A model whose cosine of picture and instruction is higher for what the public likes more."""
+    """A model whose cosine of picture and instruction is higher for what is liked more."""
     torch.manual_seed(seed)
     model, random = open_clip.CLIP(**CLIP_CONFIG), random_of(seed, "hps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)

@@ -1,8 +1,8 @@
 """Online DPO on the miniature world in this process, without Ray: real sampler, judges, pairs, publish, loop and trainer.
 
-It answers whether online DPO learns: a run's measure is the true click rate of held-out edits at fixed noise, which no judge is
-given. The null is not the spread over prompts, which is far too small, but whole runs whose rewards are shuffled within each
-prompt: those move the rate too. A run with β's sign flipped must lose what a true run gains.
+It answers whether online DPO learns: a run's measure is the true click rate of held-out edits at fixed noise, which no reward is
+given. It is compared with runs whose rewards are shuffled within each prompt, which move the rate too; the spread over prompts is
+far too small to judge by. A run with β's sign flipped must lose what a true run gains.
 Left out: the filter, and several processes, which the demo has.
 """
 
@@ -48,11 +48,11 @@ SAMPLING = SamplingTable(steps=4, batch_size=16)
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of all held-out edits at fixed noise, each (prompts,)."""
+    """Of all held-out edits at fixed noise, by prompt."""
 
     true_rate: np.ndarray
     reward: np.ndarray
-    """hps and ctr, as they are."""
+    """hps and ctr, as they are: (prompts, 2)."""
     kept: np.ndarray
 
 

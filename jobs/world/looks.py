@@ -61,7 +61,7 @@ KINDS: tuple[Kind, ...] = tuple(INSTRUCTIONS)
 
 
 def draw_source(count: int, random: torch.Generator) -> Tensor:
-    """Looks (B, 5) of photos that were taken without care: dull, dark, blurred, of any warmth."""
+    """Looks (B, 5) of dull, dark and blurred photos, of any warmth."""
     low, high = torch.tensor([[-0.65, -0.8, 0.35, 0.3, 0.0], [0.15, 0.6, 1.05, 1.4, 0.0]])
     return low + torch.rand(count, 5, generator=random) * (high - low)
 

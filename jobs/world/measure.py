@@ -71,7 +71,7 @@ def of_vae(model: AutoencoderKL, shots: Shots, seed: int) -> dict[str, float]:
 
 
 def of_edits(folder: Path, shots: Shots, seed: int) -> dict[str, float]:
-    """Shares of edits that moved what was asked the way that was asked, sharper ones against the VAE's own reconstruction."""
+    """Shares of edits that changed what was asked in the direction asked, sharper ones against the VAE's own reconstruction."""
     given = sources(shots, seed)
     model = AutoencoderKL.from_pretrained(folder / "vae")
     through = to_uint8(vae.reconstructed(model, as_pixels(given)))

@@ -2,9 +2,9 @@
 
 Everything is painted on two canvases at once. They differ in what is behind the product: a wall with things on it and a table
 of wood, stone or cloth, or a plain studio ground. So an edit "clean up the background" has a target. Shading, cast shadows and
-one light make edits visible. Deterministic in the random generator given. Left out: realism.
+one light make edits visible. Deterministic in the random generator given. Not realistic on purpose.
 
-Pictures are fp32 (2, H, W, 3) in 0 … 1: as photographed, and on plain ground. Masks are (H, W).
+Canvases are fp32 (2, H, W, 3) in 0 … 1: as photographed, and on plain ground; `photo` gives them as uint8. Masks are (H, W).
 """
 
 from collections.abc import Callable

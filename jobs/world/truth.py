@@ -1,4 +1,4 @@
-"""What is true in the miniature world and no judge is told: what a picture shows, how often it is clicked, what it kept.
+"""What is true in the miniature world and no reward is trained on: what a picture shows, how often it is clicked, what it kept.
 
 B pictures, H, W size; pictures are uint8 (B, H, W, 3).
 """
@@ -21,7 +21,7 @@ EPSILON = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """What is sold. Its taste, how gladly people click on it whatever its photo, is true and unknown."""
+    """What is sold. `taste`: what it adds to the logit of a click, whatever its photo; no model is given it."""
 
     name: str
     type: str
@@ -106,7 +106,7 @@ def true_rate(pictures: np.ndarray | Tensor, products: Sequence[Product]) -> Ten
     """The probability of a click on each picture of its product, (B,).
 
     It has an optimum of brightness, warmth and vividness, rises with sharpness, falls with clutter, and falls where the middle of
-    the picture has lost the product's own colour: a picture that is all sunshine sells no limes.
+    the picture has lost the product's own colour.
     """
     shown = attributes(pictures)
     logit = -0.9 + torch.tensor([product.taste for product in products])

@@ -91,7 +91,7 @@ def start_linear(vae: AutoencoderKL, given: Tensor) -> None:
         if level < 3:
             last = level == 2
             directions, offset = _components(signal, LATENTS if last else CHANNELS[level] - 2)
-            if last:  # between the components as they are and all of deviation 1
+            if last:  # most of the way to components of deviation 1, where the exponent is −1
                 directions = directions * _at(signal, directions, offset).std((0, 2, 3)).pow(-0.7)[:, None]
             signal = _at(signal, directions, offset)
             patches = directions.unflatten(1, (-1, 2, 2))
@@ -185,7 +185,7 @@ def _read(conv: nn.Conv2d, weight: Tensor) -> None:
 
 
 def reconstructed(vae: AutoencoderKL, given: Tensor) -> Tensor:
-    """What is left of pictures (N, 3, H, W) in 0 … 1 after encoding and decoding."""
+    """Pictures (N, 3, H, W) in 0 … 1, encoded and decoded."""
     with torch.inference_mode():
         parts = [vae.decode(vae.encode(2 * part - 1).latent_dist.mode()).sample for part in given.split(64)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)

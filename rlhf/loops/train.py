@@ -1,7 +1,8 @@
 """The training loop: take work, step, log, then whatever is due.
 
-`source` and `trainer` are Ray actors in a run (`actors/`), objects of one process in tests. The loop holds references, scores
-and counters; no tensor ever lands here. A step is one optimizer update; row and file number s belong to the s-th update.
+`source` and `trainer` stand for Ray actors in a job (`actors/`), or are objects of this process (`jobs.one_process`). The loop
+holds references, scores and counters; no tensor ever lands here. A step is one optimizer update; row and file number s belong to
+the s-th update.
 """
 
 import json

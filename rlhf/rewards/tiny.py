@@ -1,7 +1,7 @@
-"""Tiny checkpoints with random weights in the real formats, built without a network: the judges' test and demo models.
+"""Tiny checkpoints with random weights in the real formats, built without a network: the judges of tests.
 
-They load through exactly the code that loads the real ones (open_clip, vLLM, transformers) and mean nothing: a random
-CLIP's cosine and a random VLM's verdict are functions of the pixels, no more. Equal seeds give equal weights.
+They load through exactly the code that loads the real ones (open_clip, vLLM, transformers). A random CLIP's cosine and a random
+VLM's verdict are functions of the pixels, no more; the miniature world trains them. Equal seeds give equal weights.
 """
 
 import json
@@ -47,7 +47,7 @@ def write_hpsv2(file: Path, *, seed: int = 0) -> Path:
 
 
 def write_qwen3_vl(folder: Path, *, seed: int = 0, least_pixels: int = 32 * 32, texts: Sequence[str] = ()) -> Path:
-    """Write a Qwen3-VL folder (config, safetensors, tokenizer, processor, chat template) of ~0.2 M weights.
+    """Write a Qwen3-VL folder (config, safetensors, tokenizer, processor, chat template) of ~0.6 M weights.
 
     vLLM's CPU attention wants heads of at least 32 channels. The weights are drawn wider than usual (0.2) so that the
     verdict's probability depends visibly on the picture. Returns `folder`.

@@ -1,7 +1,7 @@
 """A run on one page: whether it got better, its curves, where the time went, and its last pictures.
 
-Everything is read from the run's folder, of a run that goes on too, and the page opens from the disk. Means are over held-out
-prompts, or over updates, and have no interval: whether a difference is more than chance is what `jobs.evaluate` measures.
+Everything is read from the run's folder, also while the run is in progress, and the page opens from the disk. Means are over
+held-out prompts, or over updates, without an interval: whether a difference is more than chance is what `jobs.evaluate` measures.
 Left out: several runs side by side, which TensorBoard shows.
 """
 
@@ -69,7 +69,7 @@ class Report:
     seconds: Mapping[str, float]
     """Of all updates, by what they were spent on."""
     held_out_sheets: Mapping[str, str]
-    """The newest contact sheets, relative to the run, by what they show: the base, until the policy's show it too."""
+    """The newest contact sheets, relative to the run, by what they show. The base's own only where there is no other."""
     pair_sheet: str | None
     """The newest one of pairs."""
 
@@ -82,7 +82,7 @@ def write_report(
 ) -> Path:
     """Write report.html and report.json into a run's folder; returns the page. Raises Refused where no run is.
 
-    headline, facts: what is known of the run beside its folder; the page begins with the one, report.json has both.
+    headline, facts: a sentence that the page begins with, and numbers for report.json beside the run's own.
     nulls: by held-out measure, the largest relative change of runs on shuffled rewards, drawn as a band around the base.
     """
     found, rows = report(folder)
@@ -108,6 +108,8 @@ def report(folder: Path) -> tuple[Report, Rows]:
     if not updates:
         raise Refused(f"{folder}: no update was done yet; ask again when its log shows steps")
     config = dict(flat(tomllib.loads(recipe.read_text(encoding="utf-8"))))
+    if "trainer.max_train_steps" not in config:
+        raise Refused(f"{recipe} names no trainer.max_train_steps: only runs that a job wrote have a page")
     total = sum(row["time/step"] for row in updates)
     seconds = {what: sum(row.get(name, 0.0) for row in updates) for name, what in PARTS.items()}
     seconds = {what: value for what, value in seconds.items() if value} | {"all": total}
@@ -235,8 +237,9 @@ img.sheet { width: auto; max-width: 100%; }
 {% if report.held_out and report.evaluated %}
 <h2>Did it get better? Held-out prompts, at noise that never changes</h2>
 {{ table(report.held_out, "before training", "after " ~ report.evaluated ~ " updates") }}
-<p><small>Means over the pictures that passed; pass_rate and judged are shares of all. They have no interval here: to see
-whether a difference is more than chance, and picture by picture, run jobs.evaluate on prompts of its own.</small></p>
+<p><small>Means over the pictures that passed. judged is the share of all pictures that could be judged, pass_rate the share of
+those that passed. They have no interval here: to see whether a difference is more than chance, and picture by picture, run
+jobs.evaluate on prompts of its own.</small></p>
 {% endif %}
 {% if report.training %}
 <h2>While it trained</h2>
@@ -253,7 +256,7 @@ whether a difference is more than chance, and picture by picture, run jobs.evalu
 <td>{{ "{:.0f}".format(100 * seconds / report.seconds["all"]) }} %</td></tr>
 {% endfor %}
 </table></div>
-<p><small>Evaluations, sheets, saving and exports are in “all” alone.</small></p>
+<p><small>Evaluations, sheets, saving and exports between updates are in “all” alone; those after the last in none.</small></p>
 
 {% if report.held_out_sheets %}
 <h2>Held-out edits, the newest</h2>

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from jobs.build_world import Effort, World
+from rlhf.errors import Refused
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SMALL = Effort(
     photos=100,
     held_out=22,
@@ -23,6 +23,8 @@ SMALL = Effort(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_parts_are_built_once_measured_and_named_in_the_manifest(tmp_path):
     world = World(tmp_path / "world", 0, SMALL)
     manifest = json.loads(world.build().read_text())
@@ -38,8 +40,25 @@ def test_parts_are_built_once_measured_and_named_in_the_manifest(tmp_path):
         assert hashlib.sha256((world.folder / file).read_bytes()).hexdigest() == digest
     assert {"kontext/transformer/diffusion_pytorch_model.safetensors", "hps/hps.safetensors"} <= set(hashes)
     before = {file: file.stat().st_mtime_ns for name in ("kontext", "hps") for file in (world.folder / name).rglob("*")}
+    assert World(world.folder, 0, SMALL).build().read_text() == json.dumps(
+        manifest, indent=2
+    )  # and measures nothing anew
     (world.folder / "ctr").rename(tmp_path / "away")
     (world.folder / ".ctr.partial").mkdir()
+    (world.folder / "manifest.json").unlink()
     again = json.loads(World(world.folder, 0, SMALL).build().read_text())
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert again["sha256"] == hashes and again["figures"] == figures
+
+
+def test_another_seed_and_somebody_elses_folder_are_refused(tmp_path):
+    with pytest.raises(Refused, match="is not empty and was not begun by this command"):
+        (tmp_path / "mine.txt").write_text("")
+        World(tmp_path, 0, SMALL).build()
+    folder = tmp_path / "world"
+    World(folder, 0, SMALL)._begin()
+    World(folder, 0, SMALL)._begin()
+    for other in (World(folder, 1, SMALL), World(folder, 0, Effort())):
+        with pytest.raises(Refused, match=r"was begun with .*, not with .*: give the same seed, or another --dir"):
+            other.build()
+    assert [file.name for file in folder.iterdir()] == ["build.json"]

@@ -5,16 +5,24 @@ import csv
 import numpy as np
 import pytest
 
-from jobs.world.data import CLICK_TEST, CLICKED, EVAL, LOOKS, PAIRS, SIZE, TRAIN, build
+from jobs.world.data import CLICK_TEST, CLICKED, EVAL, LOOKS, PAIRS, SIZE, TRAIN, write_clicks, write_photos
 from jobs.world.truth import true_rate_judge
 from rlhf.data.media import decode_image
 from rlhf.data.prompts import read_prompts
+from rlhf.errors import Refused
 from rlhf.types import Geometry
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("world") / "world")
+    return write_photos(tmp_path_factory.mktemp("world") / "world")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clicks")
+    write_clicks(folder, 0)
+    return folder
 
 
 def test_the_real_readers_accept_it(world):
@@ -35,17 +43,17 @@ def test_the_real_readers_accept_it(world):
     assert "" in instructions and any(not text.isascii() for text in instructions)
 
 
-def clicks(world, name):
-    with open(world / name, newline="", encoding="utf-8") as stream:
+def clicks(folder, name):
+    with open(folder / name, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
-def test_the_click_log_follows_the_true_rate(world):
-    rows = clicks(world, "ctr_train.csv")
-    assert len(rows) == (CLICKED - CLICK_TEST) * LOOKS and len(clicks(world, "ctr_test.csv")) == CLICK_TEST * LOOKS
+def test_the_click_log_follows_the_true_rate(log):
+    rows = clicks(log, "ctr_train.csv")
+    assert len(rows) == (CLICKED - CLICK_TEST) * LOOKS and len(clicks(log, "ctr_test.csv")) == CLICK_TEST * LOOKS
     errors = []
     for row in rows[::5]:
-        picture = decode_image((world / row["image_url"]).read_bytes())
+        picture = decode_image((log / row["image_url"]).read_bytes())
         item = {field: row[field] for field in ("food_name", "food_type", "city_name", "shop_name")}
         (rate,), impressions = true_rate_judge([picture], [""], [item]), int(row["impressions"])
         assert float(row["pv_ctr"]) == pytest.approx(int(row["clicks"]) / impressions, abs=1e-6)
@@ -66,13 +74,25 @@ def test_pairs_lie_in_the_layout_of_control_and_training_images(world):
 
 def test_it_is_built_once_deterministic_and_leaves_other_things_alone(world, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in world.rglob("*")}
-    assert build(world) == world
+    assert write_photos(world) == world
     assert {file: file.stat().st_mtime_ns for file in world.rglob("*")} == before
+    write_photos(tmp_path, seed=1)
     (tmp_path / "kontext").mkdir()
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/half.jpg").write_bytes(b"of a build that was cut off")
-    again = build(tmp_path)
+    (tmp_path / "images/half.jpg").write_bytes(b"of photos that were cut off")
+    (tmp_path / "world.json").write_text((tmp_path / "world.json").read_text().replace("true", "false"))
+    again = write_photos(tmp_path)
     for file in world.rglob("*"):
         if file.is_file():
             assert (again / file.relative_to(world)).read_bytes() == file.read_bytes()
     assert (tmp_path / "kontext").is_dir() and not (tmp_path / "images/half.jpg").exists()
+
+
+def test_somebody_elses_files_are_refused_and_stay(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/mine.jpg").write_bytes(b"mine")
+    with pytest.raises(Refused, match=r"holds images, which would be overwritten, and no world\.json"):
+        write_photos(tmp_path)
+    assert [file.name for file in tmp_path.rglob("*")] == ["images", "mine.jpg"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match=r"--dir: the folder .*file/world cannot be made"):
+        write_photos(tmp_path / "file" / "world")

@@ -1,4 +1,4 @@
-"""The edit model begins as the identity's velocity, knows the instructions' words, and learns from checked triples."""
+"""The edit model predicts 0 at first, knows the instructions' words, and learns from checked triples."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The public's liking reads the instruction; what is saved scores as what was trained."""
+"""What is liked depends on the instruction; what is saved scores as what was trained."""
 
 import pytest
 import torch

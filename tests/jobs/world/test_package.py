@@ -25,10 +25,10 @@ def test_every_file_is_the_one_that_was_measured():
     assert max(sizes) < 5_000_000 and sum(sizes) < 20_000_000
 
 
-def test_its_figures_are_what_the_readme_and_the_demo_rely_on():
-    assert FIGURES["vae_db"] > 27
+def test_its_figures_are_those_of_the_readme():
+    assert round(FIGURES["vae_db"], 1) == 38.7
     for kind in measure.ASKED:
-        assert FIGURES[f"follows_{kind}_trained"] >= 0.9
+        assert FIGURES[f"follows_{kind}_trained"] >= 0.98
     assert min(FIGURES[name] for name in ("hps_pair_accuracy", "ctr_pair_accuracy")) >= 0.9
     assert FIGURES["filter_balanced_accuracy"] >= 0.95
     assert FIGURES["subject_kept"] > 0.9 > 0.2 > FIGURES["subject_kept_unrelated"]
@@ -66,6 +66,6 @@ def test_vllm_gives_the_filters_verdicts_with_a_reason_that_it_learnt():
     verdicts = asyncio.run(ask())
     passed, failed = [v.valid for v in verdicts[:60]], [not v.valid for v in verdicts[60:]]
     assert (np.mean(passed) + np.mean(failed)) / 2 >= 0.93
-    # The reasons are of the five that it learnt; which one is right more often than by chance, and often wrong.
+    # The reasons are of the five that it learnt. Which one it is, is not tested: it is often another fault's.
     reasons = [v.reason for v in verdicts if not v.valid]
     assert np.mean([reason in filter.FAULTS for reason in reasons]) > 0.9, reasons

@@ -102,6 +102,9 @@ def test_what_is_no_run_or_has_not_begun_is_refused(run, tmp_path):
         Refused, match=r"is no run: it holds no metrics\.jsonl and config\.toml; give e\.g\. runs/NAME/v0"
     ):
         write_report(tmp_path)
+    (run / "config.toml").write_text("")
+    with pytest.raises(Refused, match=r"names no trainer\.max_train_steps: only runs that a job wrote have a page"):
+        write_report(run)
     (run / "metrics.jsonl").write_text('{"step": 0, "eval/base_hps": 0.25}\n')
     with pytest.raises(Refused, match="no update was done yet"):
         write_report(run)
