@@ -211,7 +211,6 @@ TEMPLATE = """<!DOCTYPE html>
 {{ style }}
 svg { max-width: 100%; height: auto; }
 img.sheet { width: auto; max-width: 100%; }
-.row { max-width: none; align-items: start; }
 </style>
 </head>
 <body>
@@ -260,12 +259,10 @@ jobs.evaluate on prompts of its own.</small></p>
 
 {% if report.held_out_sheets %}
 <h2>Held-out edits, the newest</h2>
-<div class="row">
 {% for what, sheet in report.held_out_sheets.items() %}
 <figure><figcaption>{{ what }}</figcaption>
-<a href="{{ sheet }}"><img src="{{ sheet }}" alt="{{ what }}" loading="lazy"></a></figure>
+<a href="{{ sheet }}"><img class="sheet" src="{{ sheet }}" alt="{{ what }}" loading="lazy"></a></figure>
 {% endfor %}
-</div>
 {% endif %}
 {% if report.pair_sheet %}
 <h2>Pairs that it trained on, the newest</h2>
