@@ -1,7 +1,7 @@
 """Checking files of preference pairs: every picture decoded, in tasks of Ray Data, or in threads where Ray must not start.
 
 The answer is an index in the cache folder, named after the files' sizes and times, so that a data set is decoded for its
-check once. A JSONL is checked every time: its pictures are files of their own, and may be mended without it.
+check once. A JSONL, CSV or folder is checked every time: its pictures are files of their own, and may be mended without it.
 """
 
 import json
@@ -20,9 +20,9 @@ import xxhash
 
 from actors import streaming
 from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, read_index, write_index
-from rlhf.data.files import find_files
+from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
-from rlhf.data.records import BadInput, Problem
+from rlhf.data.records import BadInput, Problem, whole
 from rlhf.tables import PreprocessConfig
 from rlhf.types import Item
 
@@ -48,6 +48,9 @@ def check_pairs(
     BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
     """
     files = find_files(path, split, key)
+    if needs_loser and any(file.is_dir() for file in files):
+        remedy = 'set objective = "sft", or give pairs of a winner and a loser'
+        raise BadInput([whole(path, "holds pictures to learn from, but none that they are preferred to", remedy)])
     blocks, problems = list[Block](), list[Problem]()
     for file in files:
         try:
@@ -59,16 +62,15 @@ def check_pairs(
     places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     about = json.dumps([FORMAT, places, str(source_counts), needs_loser, sorted(items or ())])
     index_file = cache / "pairs" / xxhash.xxh3_128_hexdigest(about.encode()) / "index.arrow"
-    if not index_file.exists() or any(file.suffix == ".jsonl" for file in files):
+    if not index_file.exists() or any(file.suffix not in TABLES for file in files):
         check = partial(check_block, source_counts=source_counts, needs_loser=needs_loser, items=items)
         write_index(index_file, check_all(blocks, check))
     index = read_index(index_file)
     if index.problems and (on_bad_row == "stop" or not len(index.table)):
         raise BadInput(index.problems)
     if not len(index.table):
-        what = f"holds no pair: it has {index.ties} ties, {index.unlabelled} unlabelled rows"
-        remedy = f"set {key} to labelled pairs"
-        raise BadInput([Problem(file=str(path), line=None, field=None, what=what, remedy=remedy)])
+        what = f"holds no example: it has {index.ties} ties, {index.unlabelled} unlabelled rows"
+        raise BadInput([whole(path, what, f"set {key} to labelled pairs or targets")])
     return index_file
 
 

@@ -129,7 +129,8 @@ class DataConfig(Section):
 class PairDataConfig(Section):
     path: LocalPath
     """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
-    out), a JSONL of winner, loser, prompt[, source] (a path or a list of them), or the pairs/ folder of an online run."""
+    out), a JSONL or CSV of winner, loser, prompt[, source][, mask], or the pairs/ folder of an online run. Targets for SFT: any
+    of them, a JSONL or CSV of target, prompt[, source][, mask], or a folder of training_images/ and control_images/."""
     split: str = "train"
     """Of a folder with split-00000-of-….parquet files, those to read."""
     item_metadata: LocalPath | None = None
@@ -146,6 +147,8 @@ class PairDataConfig(Section):
     """Mirror half of the pairs, both pictures (and the source) alike."""
     caption_dropout: float = Field(0.2, ge=0, le=1)
     """Share of pairs that train with the empty caption, which classifier-free guidance needs."""
+    mask_weight: float = Field(2.0, ge=0)
+    """What a latent's squared error is multiplied by where its example has a mask that is white; elsewhere by 1."""
     shuffle: bool = True
     """False: the order of the files, epoch after epoch."""
     shuffle_blocks: int = Field(16, ge=1)

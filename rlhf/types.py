@@ -112,6 +112,8 @@ class Example:
 
     prompt: Prompt
     targets: Mapping[str, Source]
+    mask: Source | None = None
+    """White where it counts more, of the size of what was made; None: everything counts alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

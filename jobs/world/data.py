@@ -1,7 +1,7 @@
 """The data of the miniature world, drawn and not downloaded: photos, metadata, a click log and pairs of photos before and after.
 
     images/  train_metadata.jsonl  eval_metadata.jsonl  ctr_metadata.csv      what preference training reads
-    edits/control_images/  edits/training_images/                             pairs: source, and target with its instruction
+    edits/control_images/  edits/training_images/                             pairs of an edit that the model does not know yet
     clicks/  ctr_train.csv  ctr_test.csv                                      the click log
 
 Impressions and clicks are binomial draws of `truth.true_rate`, of which models see no more. Deterministic in the seed.
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_uint8
+from jobs.world.looks import INSTRUCTIONS, KINDS, SATURATION, draw_source, edit, render, to_uint8
 from jobs.world.photos import photo
 from jobs.world.truth import PRODUCTS, Product, true_rate
 from rlhf.data.prompts import ITEM_COLUMNS
@@ -37,6 +37,8 @@ SIZE = 64
 TRAIN, EVAL, PAIRS = 96, 96, 20
 CLICKED, CLICK_TEST, LOOKS = 440, 44, 6
 """Items of the click log, and pictures of each under different looks."""
+NEW_EDIT = "Take the colours away."
+"""Of the pairs, in words that the edit model's encoder knows."""
 PLACES = (("杭州", "老王小铺"), ("上海", "兰州饭店"), ("北京", "蜀香居"), ("Utrecht", "Corner shop"))
 
 
@@ -138,17 +140,19 @@ def write_clicks(folder: Path, seed: int) -> None:
 
 def _write_edits(folder: Path, seed: int) -> None:
     shots, random = shoot(PAIRS, seed, "edits"), random_of(seed, "edits")
-    look, kinds = draw_source(PAIRS, random), torch.arange(PAIRS) % len(KINDS)
-    sides = (render(shots.photos, look), render(shots.photos, edit(look, kinds, random)))
+    look = draw_source(PAIRS, random)
+    grey = look.clone()
+    grey[:, SATURATION] = 0
+    sides = (render(shots.photos, look), render(shots.photos, grey))
     sources, targets = (to_uint8(pictures).numpy() for pictures in sides)
     control, training = folder / "control_images", folder / "training_images"
     for side in (control, training):
         side.mkdir(parents=True)
-    for index, kind in enumerate(kinds.tolist()):
-        name, texts = f"image_{index + 1:03d}", INSTRUCTIONS[KINDS[kind]].trained
+    for index in range(PAIRS):
+        name = f"image_{index + 1:03d}"
         Image.fromarray(sources[index]).save(control / f"{name}.jpg", quality=95)
         Image.fromarray(targets[index]).save(training / f"{name}.png")
-        (training / f"{name}.txt").write_text(texts[index % len(texts)] + "\n")
+        (training / f"{name}.txt").write_text(NEW_EDIT + "\n")
 
 
 def item_of(product: Product, index: int) -> dict[str, str]:

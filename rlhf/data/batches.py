@@ -82,6 +82,8 @@ class EncodedExample:
     bucket: Hashable
     x0: Mapping[str, Tensor]
     """By role, (C, …) fp32."""
+    mask: Tensor | None = None
+    """(h, w), 0 … 1: how much of each latent lies under its mask; None: it has none."""
 
 
 def t_seed(seed: int, step: int, index: int) -> int:
@@ -93,9 +95,19 @@ def noise_seed(seed: int, step: int, index: int) -> int:
 
 
 def batches_of(
-    family: Family, examples: Sequence[EncodedExample], size: int, *, seed: int, step: int, first_index: int
+    family: Family,
+    examples: Sequence[EncodedExample],
+    size: int,
+    *,
+    seed: int,
+    step: int,
+    first_index: int,
+    mask_weight: float = 1.0,
 ) -> list[Batch]:
-    """Micro-batches of `size` examples of one bucket, each of weight 1; `first_index`: of the first within the step."""
+    """Micro-batches of `size` examples of one bucket, each of weight 1; `first_index`: of the first within the step.
+
+    mask_weight: what a latent's squared error is multiplied by where it lies under a mask; elsewhere by 1.
+    """
     batches, process = list[Batch](), family.process
     for start in range(0, len(examples), size):
         some = examples[start : start + size]
@@ -110,6 +122,17 @@ def batches_of(
                 t=torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices]),
                 noise=torch.stack(noise),
                 weight={role: torch.ones(len(some)) for role in x0},
+                loss_mask=_loss_mask(some, shape, mask_weight),
             )
         )
     return batches
+
+
+def _loss_mask(examples: Sequence[EncodedExample], shape: torch.Size, mask_weight: float) -> dict[str, Tensor]:
+    """By role, (B, 1, …) of latents (C, …); empty where no example has a mask."""
+    if all(example.mask is None for example in examples):
+        return {}
+    whole = torch.zeros(shape[-2:])
+    under = torch.stack([whole if example.mask is None else example.mask for example in examples])
+    weight = 1 + (mask_weight - 1) * under.view(len(examples), *[1] * (len(shape) - 2), *shape[-2:])
+    return dict.fromkeys(examples[0].x0, weight)

@@ -1,7 +1,8 @@
-"""Checked preference pairs: what is wrong with each row, and the index that training draws from.
+"""Checked examples: what is wrong with each row, and the index that training draws from.
 
-Pairs lie in tables with Pick-a-Pic's columns (Parquet, Arrow), or in a JSONL of winner, loser, prompt[, source]. A source is a
-path or a list of paths. Where no loser is needed (SFT), a line may have a winner alone or, with the same meaning, a target.
+Pairs lie in tables with Pick-a-Pic's columns (Parquet, Arrow), or in a JSONL or CSV of winner, loser, prompt[, source][, mask]. A
+source is a path or a list of paths. Where no loser is needed (SFT), a line may have a winner alone or, with the same meaning, a
+target; and a folder of pictures (`layouts`) does. Columns go by the names of other trainers too (`ALIASES`).
 
 Every picture is really decoded before any model loads. The index keeps no pixels: captions, which picture won, where the
 pictures lie, and the hash of their bytes, in one Arrow file that any number of processes map into memory.
@@ -9,6 +10,7 @@ Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pic
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -22,13 +24,14 @@ import xxhash
 
 from rlhf.data import formats
 from rlhf.data.checks import check
-from rlhf.data.formats import Block
+from rlhf.data.files import TABLES
+from rlhf.data.formats import FOLDER, Block
 from rlhf.data.media import PictureFile
-from rlhf.data.records import BadInput, Field, Problem, Record
+from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
 from rlhf.types import Cell, Example, Geometry, Prompt, Source
 
-FORMAT = 4
+FORMAT = 5
 ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
@@ -50,7 +53,23 @@ LINE = (
 )
 TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
 SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
+MASK = Field(name="mask", kind="picture path", required=False)
 IMAGE_ID = Field(name="image_id", required=False, example='"10001"')
+IN_FOLDER = {
+    "prompt": "write it into a file of the same name that ends with .txt",
+    "source": "put it into control_images/ under the same name",
+}
+"""Remedies for what a folder of pictures lacks."""
+ALIASES = {
+    "path_target": "target",
+    "target_image": "target",
+    "control_images": "source",
+    "path_mask": "mask",
+    "control_mask": "mask",
+}
+"""Names that other trainers' data sets use, and ours."""
+CONTROL = re.compile(r"path_control_?(\d*)")
+"""Columns of a CSV that name a source each."""
 TABLE_SOURCE = Field(
     name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
 )
@@ -67,16 +86,30 @@ SCHEMA = pa.schema(
         ("path_1", pa.string()),
         ("source_paths", pa.list_(pa.string())),
         ("source_contents", pa.list_(pa.string())),
+        ("mask_path", pa.string()),
+        ("mask_content", pa.string()),
         ("image_id", pa.string()),
+        ("size", pa.list_(pa.int32())),
+        ("source_sizes", pa.list_(pa.list_(pa.int32()))),
     ]
 )
 
 
 def blocks_of(file: Path) -> list[Block]:
     """The blocks of one file of pairs. Raises: BadInput for a file that is unreadable or lacks a column."""
-    fields = () if file.suffix == ".jsonl" else TABLE
+    fields = TABLE if file.suffix in TABLES and file.is_file() else ()
     give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}"
-    return formats.blocks_of(file, fields, give=f"{give}, or the pairs/ folder of an online run")
+    blocks = formats.blocks_of(file, fields, otherwise=FOLDER, give=f"{give}, or the pairs/ folder of an online run")
+    if file.suffix == ".csv":
+        columns = formats.FORMATS[".csv"].columns(file) or ()
+        names = {ALIASES.get(name, name) for name in columns}
+        if not any(needed <= names for needed in ({"prompt", "target"}, {"prompt", "winner"})):
+            what = f"has the columns {', '.join(columns)}"
+            remedy = (
+                "the first line must name prompt and target (or path_target), or prompt, winner and loser; with commas"
+            )
+            raise BadInput([whole(file, what, remedy)])
+    return blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +140,14 @@ class PairIndex:
                     cell = None if path else Cell(part=block.part, row=row["row"], column=column, number=number)
                     targets[role] = Source(path=path or block.file, cell=cell, content=row[f"content_{side}"])
                 places = zip(row["source_paths"], row["source_contents"], strict=True)
+                mask = row["mask_path"] and Source(path=row["mask_path"], content=row["mask_content"])
                 prompt = Prompt(
                     key=row["image_id"] or str(number),
                     instruction=row["caption"],
                     sources=tuple(Source(path=path, content=content) for path, content in places),
                     geometry=geometry,
                 )
-                yield Example(prompt=prompt, targets=targets)
+                yield Example(prompt=prompt, targets=targets, mask=mask or None)
 
     def relabelled(self, winners: np.ndarray, keep: np.ndarray) -> "PairIndex":
         """The pairs where `keep` (bool) is true, with these winners (int8); both (pairs,)."""
@@ -125,21 +159,21 @@ class PairIndex:
         return replace(self, table=table, sizes=tuple(sizes.tolist()))
 
     def digest(self) -> str:
-        """Of what training sees: pictures, captions and winners, in order, and the blocks that the order is made of."""
+        """Of what training sees: pictures, captions, masks and winners, in order, and the blocks that the order is made of."""
         digest = xxhash.xxh3_128(repr(list(self.sizes)).encode())
-        for name in ("content_0", "content_1", "source_contents", "caption", "winner"):
+        for name in ("content_0", "content_1", "source_contents", "mask_content", "caption", "winner"):
             for chunk in self.table[name].chunks:
                 digest.update("\x1f".join(map(str, chunk.to_pylist())).encode())
         return digest.hexdigest()
 
     def report(self) -> str:
         """What is in it and what was left out, a line per problem."""
-        count, others = len(self.table), f"{self.ties} ties, {self.unlabelled} unlabelled"
-        lines = [f"{count} pairs in {len(self.blocks)} blocks; without a preference: {others}"]
+        count, others = len(self.table), f"; without a preference: {self.ties} ties, {self.unlabelled} unlabelled"
+        lines = [f"{count} examples in {len(self.blocks)} blocks{others if self.ties or self.unlabelled else ''}"]
         if again := self._repeated():
-            lines.append(f"{again} pairs repeat an earlier one with its caption, or turn it round")
+            lines.append(f"{again} examples repeat an earlier one with its caption, or turn it round")
         if self.problems:
-            lines.append(f"left out: {len(self.problems)} problems; going on with {count} pairs")
+            lines.append(f"left out: {len(self.problems)} problems; going on with {count} examples")
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
 
     def _repeated(self) -> int:
@@ -158,15 +192,16 @@ def check_block(
     """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
     `items`, where given, must hold every image_id.
     """
-    is_table = block.format != ".jsonl"
-    fields, target_fields = _fields(is_table, source_counts, needs_loser, items)
+    is_table = block.format in TABLES
+    root = Path(block.file) if block.format == FOLDER else None
+    fields, target_fields = _fields(block.format, source_counts, needs_loser, items)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]
     try:
         records = formats.read_block(block, TABLE if is_table else LINE)
     except BadInput as error:
         records = error.problems
-    for place, record in enumerate(records):
+    for place, record in enumerate(map(_renamed, records)):
         if isinstance(record, Problem):
             problems.append(record)
             continue
@@ -176,40 +211,72 @@ def check_block(
         if is_table and record.fields.get("label_0") in (TIE, str(TIE)):
             ties += 1
             continue
-        values, faults = check(record, target_fields if "target" in record.fields else fields)
+        values, faults = check(record, target_fields if "target" in record.fields else fields, root)
         label = values.get("label_0", 1.0)
         if label not in (0, 1):
             faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
         first, second = (values.get(field.name) for field in (TABLE if is_table else LINE) if "picture" in field.kind)
         if isinstance(first, PictureFile) and isinstance(second, PictureFile) and first.content == second.content:
             faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
+        mask = values.pop("mask", None)
+        pictures = [value for value in values.values() if isinstance(value, PictureFile)]
+        if not faults and mask and (mask.height, mask.width) != (pictures[0].height, pictures[0].width):
+            what = f"is {mask.height} × {mask.width} pixels, but the picture {pictures[0].height} × {pictures[0].width}"
+            faults.append(record.problem("mask", what, "give a mask of the picture's size"))
         if faults:
             problems += faults
             continue
         row = {"block": 0, "row": place, "number": record.number, "image_id": values.get("image_id")}
         row |= {"caption": values["caption" if is_table else "prompt"], "winner": 0 if label == 1 else 1}
-        for side, picture in enumerate(value for value in values.values() if isinstance(value, PictureFile)):
+        for side, picture in enumerate(pictures):
             row |= {f"path_{side}": picture.path, f"content_{side}": picture.content}
         sources = values.get("source", ())
         row |= {"source_paths": [s.path for s in sources], "source_contents": [s.content for s in sources]}
+        row |= {"mask_path": mask and mask.path, "mask_content": mask and mask.content}
+        row |= {"size": _size(pictures[0]), "source_sizes": [_size(source) for source in sources]}
         rows.append(row)
     table, found = pa.Table.from_pylist(rows, schema=SCHEMA), tuple(problems)
     return PairIndex(blocks=(block,), sizes=(len(rows),), table=table, problems=found, ties=ties, unlabelled=unlabelled)
 
 
+def _size(picture: PictureFile) -> tuple[int, int]:
+    return picture.height, picture.width
+
+
+def _renamed(record: Record | Problem) -> Record | Problem:
+    """A record whose columns go by our names, with the columns of a CSV that name a source each as one list."""
+    if isinstance(record, Problem):
+        return record
+    fields = dict(record.fields)
+    numbered = {name: int(found[1] or 0) for name in fields if (found := CONTROL.fullmatch(name))}
+    if numbered:
+        given = [fields.pop(name) for name in sorted(numbered, key=numbered.__getitem__)]
+        fields["control_images"] = [value for value in given if value not in (None, "")]
+    for name in ALIASES.keys() & fields.keys():
+        if (mine := ALIASES[name]) in fields:
+            return record.problem(name, f"says the same as {mine}", "keep one of the two")
+        fields[mine] = fields.pop(name)
+    return replace(record, fields=fields)
+
+
 def _fields(
-    is_table: bool, source_counts: range, needs_loser: bool, items: Collection[str] | None
+    kind: str, source_counts: range, needs_loser: bool, items: Collection[str] | None
 ) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
-    """What a row must have, and what one with a target."""
+    """What a row must have, and what one with a target. kind: of the file, see `formats.FORMATS`."""
     prompt, winner, loser = LINE
     remedy = "give every pair the image_id of an item"
     known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
-    source = TABLE_SOURCE if is_table else replace(SOURCE, counts=source_counts, required=0 not in source_counts)
-    others = (source,) if max(source_counts) else ()
-    others = (*others, IMAGE_ID if items is None else known_id)
-    if is_table or needs_loser:
-        both = (*(TABLE if is_table else LINE), *others)
+    item = IMAGE_ID if items is None else known_id
+    if kind in TABLES:
+        both = (*TABLE, *((TABLE_SOURCE,) if max(source_counts) else ()), item)
         return both, both
+    source = replace(SOURCE, counts=source_counts, required=0 not in source_counts)
+    if kind == FOLDER:  # control pictures that the model does not take are told, not left out
+        prompt, source = (replace(field, remedy=IN_FOLDER[field.name]) for field in (prompt, source))
+        return (), (prompt, TARGET, source, MASK, item)
+    others = (*((source,) if max(source_counts) else ()), MASK, item)
+    if needs_loser:
+        return (*LINE, *others), (*LINE, *others)
     return (prompt, winner, replace(loser, required=False), *others), (prompt, TARGET, *others)
 
 

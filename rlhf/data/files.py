@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.data import layouts
 from rlhf.data.records import BadInput, whole
 
 TABLES = (".parquet", ".arrow")
@@ -17,14 +18,18 @@ SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[
 
 
 def find_files(
-    path: Path, split: str, key: str = "data.path", endings: Sequence[str] = (*TABLES, ".jsonl")
+    path: Path, split: str, key: str = "data.path", endings: Sequence[str] = (*TABLES, ".jsonl", ".csv")
 ) -> list[Path]:
-    """The files of a file or folder, sorted. In a folder whose files name splits, those of `split`.
+    """The files of a file or folder, sorted; a folder of pictures (`layouts`) itself. In a folder whose files name splits,
+    those of `split`.
 
     `endings`: those that a single file may have. Raises: BadInput.
     """
     kinds = f"{', '.join(endings[:-1])} or {endings[-1]}"
-    remedy = f"set {key} to a {kinds} file, or to a folder of {' or '.join(TABLES)} files"
+    remedy = (
+        f"set {key} to a {kinds} file, to a folder of {' or '.join(TABLES)} files, or to one that holds {layouts.TARGETS[0]}/ "
+        f"with pictures and captions, and {layouts.CONTROLS[0]}/"
+    )
     if path.is_file():
         if path.suffix not in endings:
             raise BadInput([whole(path, f"is a {path.suffix or 'nameless'} file", remedy)])
@@ -32,8 +37,10 @@ def find_files(
     if not path.is_dir():
         raise BadInput([whole(path, "no such file or folder", remedy)])
     files = _listed(path)
+    if not files and layouts.is_layout(path):
+        return [path]
     if not files:
-        raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file", remedy)])
+        raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file and no pictures", remedy)])
     named = {file: _split_of(file.relative_to(path)) for file in files}
     splits = sorted({name for name in named.values() if name})
     if not splits:

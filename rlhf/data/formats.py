@@ -1,7 +1,9 @@
-"""The one reader of input rows: JSONL, CSV, Parquet, Arrow (the stream that `datasets` writes), .txt with one text a line.
+"""The one reader of input rows: JSONL, CSV, Parquet, Arrow (the stream that `datasets` writes), .txt with one text a line, and
+folders of pictures (`layouts`).
 
-A file is cut into blocks: a Parquet row group, an Arrow record batch, 64 lines of JSONL or text, 64 rows of CSV. Every block
-can be read alone, by any process that sees the file, so that nobody holds a data set. Rows come out as they are in the file.
+A file is cut into blocks: a Parquet row group, an Arrow record batch, 64 lines of JSONL or text, 64 rows of CSV, 64 stems of a
+folder. Every block can be read alone, by any process that sees the file, so that nobody holds a data set. Rows come out as they
+are in the file.
 """
 
 import csv
@@ -17,11 +19,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf.data import layouts
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.shards.files import is_pointer
 
+FOLDER = "folder"
 ROWS_PER_BLOCK = 64
-"""Of text files. The order of training depends on the sizes of blocks."""
+"""Of text files and folders. The order of training depends on the sizes of blocks."""
 _BOM = b"\xef\xbb\xbf"
 _NOT_UTF8 = "save the file as UTF-8"
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "sep=": 'a line "sep="'}
@@ -32,14 +36,15 @@ class Block:
     """Rows of one file that are read together."""
 
     file: str
+    """Or the folder."""
     format: str
     """A key of `FORMATS`."""
     part: int
     """Row group, record batch, or chunk of rows."""
     first: int
-    """Number of its first row (line) in the file, from 1."""
+    """Number of its first row (line, stem) in the file, from 1."""
     count: int
-    """Rows of a table or CSV, lines of JSONL or text; blank ones are counted."""
+    """Rows of a table or CSV, lines of JSONL or text, stems of a folder; blank ones are counted."""
     offset: int = 0
     """Text files: where its first line begins, in bytes."""
 
@@ -78,7 +83,7 @@ def blocks_of(
     try:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise BadInput([whole(file, "is no file but a pipe or device", "give a file")])
-        if is_pointer(file):
+        if file.is_file() and is_pointer(file):
             raise BadInput(
                 [whole(file, "is a Git LFS pointer, not the file itself", f"run `git lfs pull` in {file.parent}")]
             )
@@ -100,10 +105,11 @@ def blocks_of(
 
 def format_of(file: Path, otherwise: str = "") -> str:
     """A key of FORMATS. Raises: BadInput for a file with another ending, if there is no `otherwise`."""
-    if file.suffix in FORMATS:
+    if file.suffix in FORMATS and not (otherwise == FOLDER and file.is_dir()):
         return file.suffix
     if not otherwise:
-        raise BadInput([whole(file, f"is a {file.suffix or 'nameless'} file", f"give one of {', '.join(FORMATS)}")])
+        endings = ", ".join(name for name in FORMATS if name != FOLDER)
+        raise BadInput([whole(file, f"is a {file.suffix or 'nameless'} file", f"give one of {endings}")])
     return otherwise
 
 
@@ -214,6 +220,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["path"] if value["bytes"] is None else value["bytes"]
     return value
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+
+def _folder_blocks(folder: Path) -> list[Block]:
+    count = layouts.count(folder)
+    return [
+        Block(file=str(folder), format=FOLDER, part=part, first=start + 1, count=min(ROWS_PER_BLOCK, count - start))
+        for part, start in enumerate(range(0, count, ROWS_PER_BLOCK))
+    ]
+
+
+def _folder_rows(block: Block, fields: Sequence[Field]) -> Rows:
+    return layouts.rows(Path(block.file), block.first, block.first + block.count - 1)
 
 
 # --- text files --------------------------------------------------------------------------------------------------------
@@ -364,6 +385,13 @@ FORMATS = {
         blocks=partial(_text_blocks, ".txt", _line_starts),
         rows=partial(_line_rows, lambda line: {"text": line.strip()}),
         add_rows="write one text per line",
+    ),
+    FOLDER: Format(
+        noun="folder of pictures",
+        columns=lambda folder: None,
+        blocks=_folder_blocks,
+        rows=_folder_rows,
+        add_rows="put pictures and their captions into it",
     ),
 }
 """By the ending of a file's name."""

@@ -18,14 +18,14 @@ class Problem:
 
     file: str
     line: int | None
-    """Or row of a table, from 1; None where the file as a whole is meant."""
+    """Or row of a table, from 1; 0 of a file that is a row itself; None where the whole input cannot be used."""
     field: str | None
     what: str
     remedy: str
 
     def __str__(self) -> str:
         table = self.file.endswith((".parquet", ".arrow"))
-        where = self.file if self.line is None else f"{self.file}{' row ' if table else ':'}{self.line}"
+        where = f"{self.file}{' row ' if table else ':'}{self.line}" if self.line else self.file
         return f"{where}: {f'{self.field}: ' if self.field else ''}{self.what}; {self.remedy}"
 
 
@@ -89,6 +89,9 @@ class Record:
     number: int
     """Of the row (line) in its file, from 1."""
     fields: Mapping[str, Any]
+    is_file: bool = False
+    """Whether the row is the file itself, one of many in a folder: `number` is its place there."""
 
     def problem(self, field: str | None, what: str, remedy: str) -> Problem:
-        return Problem(file=self.file, line=self.number, field=field, what=what, remedy=remedy)
+        line = 0 if self.is_file else self.number
+        return Problem(file=self.file, line=line, field=field, what=what, remedy=remedy)

@@ -17,18 +17,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhf.data import audit
 from rlhf.data.batches import EncodedExample, ReadRow, batches_of, latents_from_array
 from rlhf.data.cache import EncodingCache, read_manifest
 from rlhf.data.examples import read_index
 from rlhf.data.records import BadInput, Problem
+from rlhf.data.sources import open_source
 from rlhf.data.stream import PairStream, Visit, held_out_visits
 from rlhf.models.family import Family
 from rlhf.runs.folder import Fence
 from rlhf.tables import HeldOutConfig, PairDataConfig
 from rlhf.training_tables import TrainerConfig
-from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt
+from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt, Source
 
 HELD_OUT_STEP = 0
 """The step whose noise the evaluation uses: training begins at 1."""
@@ -136,7 +138,17 @@ class IndexedExamples:
         rows = [row(encoding) for encoding in self.encodings(visit, example)]
         told = rows[: len(rows) - len(self._roles)]
         x0 = {role: found["latents"].float() for role, found in zip(self._roles, rows[len(told) :], strict=True)}
-        return EncodedExample(rows=told, bucket=self._family.bucket(example.prompt), x0=x0)
+        mask = None
+        if example.mask:
+            shown = replace(example.mask, mirrored=visit.mirrored, crop=visit.crop)
+            mask = share_under(shown, self._geometry, x0[self._roles[0]].shape[-2:])
+        return EncodedExample(rows=told, bucket=self._family.bucket(example.prompt), x0=x0, mask=mask)
+
+
+def share_under(mask: Source, geometry: Geometry, latents: torch.Size) -> Tensor:
+    """How white a mask is over each latent (h, w), 0 … 1. Raises: OSError, Refused for a file that has changed."""
+    grey = torch.from_numpy(open_source(mask, replace(geometry, frames=1))).float().mean(-1) / 255
+    return F.adaptive_avg_pool2d(grey, tuple(latents))[0]
 
 
 class RecordedExamples:
@@ -221,8 +233,18 @@ class OfflineWork:
             return rows[encoding] if encoding in rows else self._cache.row(encoding)
 
         encoded = [self._training.encoded(visit, row) for visit in visits]
-        size = trainer.train_batch_size
-        return batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=first)
+        return self._batches(encoded, step, first)
+
+    def _batches(self, encoded: Sequence[EncodedExample], step: int, first_index: int) -> list[Batch]:
+        return batches_of(
+            self._family,
+            encoded,
+            self._trainer.train_batch_size,
+            seed=self._seed,
+            step=step,
+            first_index=first_index,
+            mask_weight=self._data.mask_weight,
+        )
 
     def held_out(self, rank: int) -> list[Batch]:
         """The first pairs as they are, `eval.draws` times, at noise that never changes."""
@@ -234,8 +256,7 @@ class OfflineWork:
         for draw in range(self._evaluation.draws):
             index = draw * self._evaluation.max_pairs + first
             encoded = [self._held_out.encoded(visit, self._cache.row) for visit in visits[first : first + mine]]
-            size, step = self._trainer.train_batch_size, HELD_OUT_STEP
-            batches += batches_of(self._family, encoded, size, seed=self._seed, step=step, first_index=index)
+            batches += self._batches(encoded, HELD_OUT_STEP, index)
         return batches
 
 

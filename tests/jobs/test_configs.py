@@ -16,7 +16,7 @@ SCHEMAS = {
     "serve.toml": ServeRecipe,
     "evaluate.toml": EvaluateRecipe,
     "evaluate_sd.toml": EvaluateRecipe,
-} | {name: TrainRecipe for name in RECIPES if name.startswith("offline_dpo")}
+} | {name: TrainRecipe for name in RECIPES if name.startswith(("offline_dpo", "sft"))}
 
 
 @pytest.mark.parametrize("name", RECIPES)

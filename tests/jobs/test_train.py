@@ -313,7 +313,7 @@ def test_broken_rows_stop_the_job_with_their_numbers_or_are_left_out_and_listed(
         assert f"{file} row {number}: {what}" in str(error.value)
     dry_run(tmp_path, stable_diffusion, file, eval={"path": None}, data={"on_bad_row": "skip"})
     said = capsys.readouterr().out
-    assert "left out: 3 problems; going on with 57 pairs" in said and f"{file} row 21" in said
+    assert "left out: 3 problems; going on with 57 examples" in said and f"{file} row 21" in said
     assert "16 pairs a step = 2 ranks × 4 a micro-batch × 2 accumulated; learning rate 0.001" in said
     assert "trainer rank" in said and "disk: " in said
 

@@ -178,7 +178,7 @@ def test_pairs_that_are_given_again_or_turned_round_are_told(tmp_path):
     other = second | {"prompt": "another text for the same pictures"}
     file.write_text("\n".join(map(json.dumps, [first, turned, first, second, other, third])))
     index, _ = check(file)
-    assert "2 pairs repeat an earlier one with its caption, or turn it round" in index.report()
+    assert "2 examples repeat an earlier one with its caption, or turn it round" in index.report()
     file.write_text("\n".join(map(json.dumps, [first, second, other, third])))
     assert "repeat" not in check(file)[0].report()
 
@@ -232,3 +232,49 @@ def test_every_row_needs_its_item_where_a_judge_reads_it(tmp_path):
     assert [str(p) for p in problems] == [
         f"{tmp_path / 'pairs.jsonl'}:2: image_id: '1' has no row in data.item_metadata; give every pair the image_id of an item"
     ]
+
+
+# --- names of other trainers -------------------------------------------------------------------------------------------
+
+
+def pictures(folder, *names):
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(png(number))
+
+
+CSV = """path_target,path_control,path_control_1,prompt,path_mask
+t.png,c.png,d.png,two sources,m.png
+t.png,,d.png,one source,
+"""
+LINES = [
+    {"target_image": "t.png", "control_images": ["c.png", "d.png"], "prompt": "two sources", "control_mask": "m.png"},
+    {"target_image": "t.png", "control_images": "d.png", "prompt": "one source", "control_mask": None},
+]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_columns_go_by_the_names_of_other_trainers(tmp_path, ending):
+    pictures(tmp_path, "t.png", "c.png", "d.png", "m.png")
+    file = tmp_path / f"data.{ending}"
+    file.write_text(CSV if ending == "csv" else "\n".join(map(json.dumps, LINES)))
+    index, problems = check(file, source_counts=range(1, 4), needs_loser=False)
+    assert problems == []
+    for row_number, (sources, mask) in enumerate([(("c.png", "d.png"), "m.png"), (("d.png",), None)]):
+        example = example_of(index, row_number)
+        assert [source.path for source in example.prompt.sources] == [str(tmp_path / name) for name in sources]
+        assert {role: source.path for role, source in example.targets.items()} == {"target": str(tmp_path / "t.png")}
+        assert (example.mask and example.mask.path) == (mask and str(tmp_path / mask))
+
+
+def test_a_column_under_two_names_and_a_csv_of_another_kind_are_told(tmp_path):
+    pictures(tmp_path, "t.png")
+    (tmp_path / "a.csv").write_text("target,path_target,prompt\nt.png,t.png,x\n")
+    _, (problem,) = check(tmp_path / "a.csv", needs_loser=False)
+    assert str(problem).endswith("a.csv:2: path_target: says the same as target; keep one of the two")
+
+
+def test_pairs_as_a_csv_of_winner_and_loser(tmp_path):
+    pictures(tmp_path, "w.png", "l.png")
+    (tmp_path / "a.csv").write_text("prompt,winner,loser\nx,w.png,l.png\n")
+    index, problems = check(tmp_path / "a.csv")
+    assert problems == [] and set(example_of(index, 0).targets) == {"winner", "loser"}

@@ -159,9 +159,17 @@ def test_what_is_no_table_of_pairs_is_refused_with_the_remedy(tmp_path):
         find_files(tmp_path / "hub", "train")
     with pytest.raises(BadInput, match=r"no such file or folder; set data.path to a \.parquet"):
         find_files(tmp_path / "absent", "train")
-    (tmp_path / "pairs.csv").write_text("a,b\n")
-    with pytest.raises(BadInput, match=r"is a \.csv file"):
-        find_files(tmp_path / "pairs.csv", "train")
+    (tmp_path / "pairs.tsv").write_text("a\tb\n")
+    with pytest.raises(
+        BadInput, match=r"is a \.tsv file; set data\.path to a .*, or to one that holds training_images/"
+    ):
+        find_files(tmp_path / "pairs.tsv", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"holds no \.parquet or \.arrow file and no pictures"):
+        find_files(tmp_path / "empty", "train")
+    (tmp_path / "pairs.csv").write_text("image,text\n1.png,x\n")
+    with pytest.raises(BadInput, match=r"has the columns image, text; the first line must name prompt and target"):
+        blocks_of(tmp_path / "pairs.csv")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(BadInput, match="is no Parquet file"):
         blocks_of(tmp_path / "broken.parquet")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf.data.checks import check, check_file
-from rlhf.data.formats import FORMATS, ROWS_PER_BLOCK, blocks_of, read_block
+from rlhf.data.formats import FOLDER, FORMATS, ROWS_PER_BLOCK, blocks_of, read_block
 from rlhf.data.records import BadInput, Field, Problem, Record
 from tests.rlhf.data.pair_tables import png
 
@@ -76,7 +76,8 @@ def everything(file: Path, fields=()) -> list[Record | Problem]:
 
 
 def test_every_format_is_tested():
-    assert {*WRITERS, ".txt"} == set(FORMATS)
+    """Folders in test_layouts.py."""
+    assert {*WRITERS, ".txt", FOLDER} == set(FORMATS)
 
 
 # --- the contract of every format --------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
 from rlhf.diffusion.process import RectifiedFlow
+from rlhf.errors import Refused
 from rlhf.models.family import Kind, stacked
 from rlhf.tables import HeldOutConfig, PairDataConfig
 from rlhf.training_tables import TrainerConfig
 from rlhf.types import Encoded, Encoding, Geometry, noise_from
-from tests.rlhf.data.pair_tables import index_of, row, write_jsonl, write_parquet
+from tests.rlhf.data.pair_tables import encoded, index_of, png, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
 KIND = Kind(folders=(), dtype=torch.float32)
@@ -150,6 +151,54 @@ def test_examples_of_two_buckets_are_no_batch(tmp_path):
     first, second = (examples.encoded(visit(i), cache.row) for i in range(2))
     with pytest.raises(AssertionError, match="one bucket"):
         batches_of(FAMILY, [first, replace(second, bucket="other")], 2, seed=0, step=1, first_index=0)
+
+
+def write_masked(folder: Path) -> Path:
+    """Two targets, a.png with a mask of which the left half is white."""
+    folder.mkdir()
+    mask = np.zeros((16, 16, 3), np.uint8)
+    mask[:, :8] = 255
+    for name, content in (("a.png", png(1, 16, 16)), ("b.png", png(2, 16, 16)), ("a_mask.png", encoded(mask))):
+        (folder / name).write_bytes(content)
+    for stem in "ab":
+        (folder / f"{stem}.txt").write_text(stem)
+    return folder
+
+
+def test_a_mask_weighs_the_latents_that_lie_under_it(tmp_path):
+    examples = examples_of(write_masked(tmp_path / "set"), roles=("target",))
+    cache = filled(tmp_path / "cache", examples)
+    masked, mirrored, plain = (examples.encoded(v, cache.row) for v in (visit(0), visit(0, mirrored=True), visit(1)))
+    assert (
+        masked.mask.tolist() == [[1, 0], [1, 0]] and mirrored.mask.tolist() == [[0, 1], [0, 1]] and plain.mask is None
+    )
+    (batch,) = batches_of(FAMILY, [masked, mirrored, plain], 3, seed=0, step=1, first_index=0, mask_weight=3.0)
+    weights = batch.loss_mask["target"]
+    assert weights.shape == (3, 1, 2, 2) and set(batch.loss_mask) == {"target"}
+    assert weights[:, 0].tolist() == [[[3, 1], [3, 1]], [[1, 3], [1, 3]], [[1, 1], [1, 1]]]
+    (batch,) = batches_of(FAMILY, [plain], 1, seed=0, step=1, first_index=0, mask_weight=3.0)
+    assert batch.loss_mask == {}
+
+
+def test_a_mask_that_changed_after_the_check_is_refused(tmp_path):
+    examples = examples_of(write_masked(tmp_path / "set"), roles=("target",))
+    cache = filled(tmp_path / "cache", examples)
+    (tmp_path / "set/a_mask.png").write_bytes(png(3, 16, 16))
+    with pytest.raises(Refused, match=r"a_mask\.png changed since it was checked"):
+        examples.encoded(visit(0), cache.row)
+
+
+def test_offline_work_uses_the_weight_of_the_recipe(tmp_path):
+    examples = examples_of(write_masked(tmp_path / "set"), roles=("target",))
+    place = ExamplesPlace(path=tmp_path / "set.index", geometry=SIZE)
+    data = PairDataConfig(path="x", hflip=False, caption_dropout=0, shuffle=False, mask_weight=5.0)
+    trainer = TrainerConfig(train_batch_size=2, gradient_accumulation_steps=1)
+    held_out = HeldOutConfig(path="x", max_pairs=2, draws=1)
+    cache = filled(tmp_path / "cache", examples)
+    one = OfflineWork(trainer, data, held_out, cache, place, place, roles=("target",), seed=0)
+    one.open(FAMILY)
+    for (batch,) in (one.batches(1, 0, None, ()), one.held_out(0)):
+        assert batch.loss_mask["target"][:, 0].tolist() == [[[5, 1], [5, 1]], [[1, 1], [1, 1]]]
 
 
 def work(tmp_path: Path, ranks: int, batch: int) -> OfflineWork:

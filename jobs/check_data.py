@@ -1,0 +1,90 @@
+"""What is in a data set of `jobs.train`, and everything that is wrong with it: python -m jobs.check_data PATH [--split train]
+
+Every picture is decoded; no model is loaded, no cluster started and nothing is written. With a problem the status is 2.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from actors.checks import in_threads
+from jobs.cli import run_main, say
+from rlhf.data.examples import PairIndex, blocks_of, check_block
+from rlhf.data.files import TABLES, find_files
+from rlhf.data.formats import Block
+from rlhf.data.records import BadInput, Problem, whole
+from rlhf.data.work import is_record, record_size
+
+SHOWN = 8
+"""Different sizes that are listed."""
+ANY_NUMBER = range(1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="what data.path of jobs.train may be: a file or a folder")
+    parser.add_argument("--split", default="train", help="of a folder with files of several splits")
+    arguments = parser.parse_args()
+    check_data(arguments.path.absolute(), arguments.split)
+
+
+def check_data(path: Path, split: str) -> None:
+    """Print what is there. Raises: BadInput with every problem."""
+    if is_record(path):
+        say(f"the record of an online run: {record_size(path)} pairs with their latents")
+        return
+    blocks, problems = list[Block](), list[Problem]()
+    for file in find_files(path, split, "PATH"):
+        try:
+            blocks += blocks_of(file)
+        except BadInput as error:
+            problems += error.problems
+    parts = in_threads(say, blocks, _check) if blocks else []
+    problems += [problem for part in parts for problem in part.problems]
+    if any(len(part.table) for part in parts):
+        for line in described(parts):
+            say(line)
+    elif not problems:
+        problems.append(whole(path, "holds no example", "give a data set with rows"))
+    if problems:
+        raise BadInput(problems, skippable=False)
+
+
+def _check(block: Block) -> PairIndex:
+    """As a family would that takes any number of control pictures; tables of pairs have none."""
+    counts = range(1) if block.format in TABLES else ANY_NUMBER
+    return check_block(block, source_counts=counts, items=None, needs_loser=False)
+
+
+def described(parts: Sequence[PairIndex]) -> Iterator[str]:
+    """Lines about the examples that are good, of which there are some."""
+    rows = pa.concat_tables([part.table for part in parts]).to_pylist()
+    pairs = sum(row["content_1"] is not None for row in rows)
+    yield f"{pairs} pairs of a winner and a loser, {len(rows) - pairs} targets"
+    if undecided := sum(part.ties + part.unlabelled for part in parts):
+        yield f"{undecided} rows that prefer neither picture, which are left out"
+    captions = Counter(row["caption"] for row in rows)
+    yield f"captions: {len(captions)} different, up to {max(map(len, captions))} characters"
+    yield f"control pictures of an example: {_counted(len(row['source_paths']) for row in rows)}"
+    yield f"masks: {sum(row['mask_path'] is not None for row in rows)}"
+    yield f"sizes (height × width): {_counted(_size(row['size']) for row in rows)}"
+    if any(row["source_sizes"] for row in rows):
+        yield f"sizes of control pictures: {_counted(_size(size) for row in rows for size in row['source_sizes'])}"
+
+
+def _size(size: list[int]) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def _counted(values: Iterable[object]) -> str:
+    """Each value with how often it is there, the most frequent first."""
+    counts = Counter(values).most_common()
+    others = [f"{len(counts) - SHOWN} others"] if len(counts) > SHOWN else []
+    return ", ".join([*(f"{value} ({count})" for value, count in counts[:SHOWN]), *others])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,75 @@
+"""Fine-tuning as a newcomer does it: the world's twenty pairs, the shipped recipe, and edits with the LoRA that comes out."""
+
+import json
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from actors.checks import in_threads
+from jobs import edit, train
+from jobs.cli import parse
+from jobs.demo.__main__ import lay_out
+from jobs.example_sets import read_example_sets
+from jobs.recipes import TrainRecipe
+from jobs.world.data import NEW_EDIT
+from jobs.world.truth import attributes
+from rlhf.errors import Refused
+from tests.jobs.test_configs import FOLDER
+
+EDITS = 24
+
+
+def recipe(home, **changes):
+    """sft_demo.toml with its `demo/…` paths below `home`."""
+    paths = {"model.path": "world/kontext", "data.path": "world/edits", "data.cache": "cache", "run.dir": "runs"}
+    moved = {key: home / path for key, path in paths.items()} | changes
+    arguments = ["--config", str(FOLDER / "sft_demo.toml"), *(f"--{key}={value}" for key, value in moved.items())]
+    return parse(TrainRecipe, arguments).config
+
+
+def checked(config):
+    """As a dry run does."""
+    return read_example_sets(config, train.objective(config).roles, partial(in_threads, print))
+
+
+def edited(world, out, monkeypatch, *options):
+    """Held-out photos edited by `jobs.edit`, uint8 (EDITS, H, W, 3)."""
+    lines = (world / "eval_metadata.jsonl").read_text().splitlines()[:EDITS]
+    rows = [json.loads(line) | {"prompt": NEW_EDIT} for line in lines]
+    (world / "new_edit.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"model.path": world / "kontext", "model.height": 64, "model.width": 64, "sampling.steps": 4}
+    given |= {"edit.data": world / "new_edit.jsonl", "edit.out": out, "edit.device": "cpu"}
+    monkeypatch.setattr(sys, "argv", ["edit", *(f"--{key}={value}" for key, value in given.items()), *options])
+    edit.main()
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_lora_learns_from_twenty_pairs_to_take_the_colours_away(cluster, tmp_path, monkeypatch):
+    """Seen: the base keeps the vividness of photos that it was not trained on, and the LoRA halves it."""
+    world = tmp_path / "world"
+    lay_out(world)
+    run = train.run(recipe(tmp_path))
+    losses = [row["train/loss"] for line in (run / "metrics.jsonl").open() if "train/loss" in (row := json.loads(line))]
+    assert len(losses) == 300 and np.mean(losses[-50:]) < 0.7 * np.mean(losses[:10])
+    base = edited(world, tmp_path / "base", monkeypatch)
+    tuned = edited(world, tmp_path / "tuned", monkeypatch, f"--tuned.lora={run / 'final' / 'lora'}")
+    before, after = (attributes(pictures).vividness.numpy() for pictures in (base, tuned))
+    assert after.mean() < 0.75 * before.mean() and (after < before).mean() > 0.9
+
+
+def test_preferences_cannot_be_learnt_from_a_folder_of_targets(tmp_path):
+    lay_out(tmp_path / "world")
+    with pytest.raises(Refused, match=r'world/edits: holds pictures to learn from, but none .*; set objective = "sft"'):
+        checked(recipe(tmp_path, objective="dpo"))
+
+
+def test_a_caption_that_is_missing_is_told_before_anything_starts(tmp_path):
+    lay_out(tmp_path / "world")
+    (tmp_path / "world/edits/training_images/image_003.txt").unlink()
+    with pytest.raises(Refused, match=r"image_003\.png: prompt: is missing; write it into a file of the same name"):
+        checked(recipe(tmp_path))
