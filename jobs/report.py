@@ -14,9 +14,13 @@ from rlhf.runs.report import write_report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME/vN or runs/NAME")
-    folder = parser.parse_args().run.absolute()
+    say(str(write_report(newest(parser.parse_args().run.absolute()))))
+
+
+def newest(folder: Path) -> Path:
+    """The newest vN in runs/NAME; any other folder itself."""
     versions = [path for path in folder.glob("v*") if re.fullmatch(r"v\d+", path.name)]
-    say(str(write_report(max(versions, key=lambda path: int(path.name[1:]), default=folder))))
+    return max(versions, key=lambda path: int(path.name[1:]), default=folder)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 diffusers loads the keys that it knows and passes over the rest, down to none: a file in another program's layout would give the
 base model's pictures. So every key is held against the denoiser's layers first, by the file's header alone. Read are files in
-the diffusers layout, `transformer.NAME.lora_A.weight` with its `lora_B` (families with a UNet: `unet.`). Left out: other layouts,
-DoRA, biases of adapters, adapters of text encoders.
+the diffusers layout, `transformer.NAME.lora_A.weight` with its `lora_B` (families with a UNet: `unet.`), and for FLUX those of
+other programs (`lora_layouts`). Left out: DoRA, biases of adapters, adapters of text encoders.
 """
 
 import json
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from rlhf.errors import Refused, last_line
+from rlhf.models import lora_layouts
 from rlhf.shards.files import SAFETENSORS_NAMES, is_pointer
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
@@ -61,6 +62,12 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     file, example = path / LORA_FILE if path.is_dir() else path, f"{prefix}.NAME.lora_A.weight"
     remedy = f"give a LoRA for this model in the diffusers layout ({example} and lora_B), e.g. RUN/final/lora"
     shapes = _shapes(file, remedy)
+    if shapes and lora_layouts.is_read(shapes, denoiser):
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        try:
+            shapes = {key: tuple(t.shape) for key, t in lora_layouts.to_diffusers(empty, denoiser, prefix).items()}
+        except lora_layouts.Unreadable as error:
+            raise Misfit(file, f"does not fit: {error}", remedy) from error
     if not shapes:
         raise Misfit(file, "holds no tensors", remedy)
     if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
@@ -141,6 +148,9 @@ def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
     file = path / LORA_FILE if path.is_dir() else path
     if (path / MODULES_FILE).is_file():
         load_modules(denoiser, path)
+    if lora_layouts.is_read(_shapes(file, REWRITE), denoiser):
+        denoiser.load_lora_adapter(lora_layouts.to_diffusers(load_file(file), denoiser, prefix), prefix=prefix)
+        return
     try:
         # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
         denoiser.load_lora_adapter(str(file), weight_name=file.name, prefix=prefix)
@@ -148,6 +158,28 @@ def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
         raise Misfit(
             file, f"does not load, its header does not fit its tensors: {last_line(error)}", REWRITE
         ) from error
+
+
+def read_lora(denoiser: nn.Module, path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors in diffusers' layout, with alpha / rank multiplied into lora_B. Raises Misfit.
+
+    The denoiser may be on the meta device.
+    """
+    check_lora(path, denoiser, prefix)
+    file = path / LORA_FILE if path.is_dir() else path
+    tensors = load_file(file)
+    if lora_layouts.is_read(tensors, denoiser):
+        return lora_layouts.to_diffusers(tensors, denoiser, prefix)
+    with safe_open(file, "pt") as opened:
+        settings = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    alpha, alphas = settings.get(f"{prefix}.lora_alpha"), settings.get(f"{prefix}.alpha_pattern") or {}
+    if settings.get(f"{prefix}.use_rslora") or settings.get(f"{prefix}.use_dora"):
+        raise Misfit(file, "is scaled by rsLoRA or DoRA, which is not read", REWRITE)
+    for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
+        layer = key.removeprefix(f"{prefix}.").removesuffix(".lora_B.weight")
+        rank = tensors[key].shape[1]
+        tensors[key] = tensors[key] * ((alphas.get(layer, alpha) or rank) / rank)
+    return tensors
 
 
 def check_modules(folder: Path, denoiser: nn.Module) -> None:

@@ -34,12 +34,27 @@ KOHYA = partial(adapter, "double_blocks_0_img_attn_qkv", a=".lora_down.weight", 
 MISFITS = {
     "ComfyUI": (
         adapter("double_blocks.0.img_attn.qkv", prefix="diffusion_model."),
-        r"2 of 2 keys that are not read: 2 in ComfyUI's layout \(diffusion_model.…\); the first is 'diffusion_model\.",
+        r"does not fit: diffusion_model\..*lora_A.weight and its other half have the shapes \(4, 32\) and \(32, 4\), for 96",
     ),
-    "PEFT": (adapter(LAYER, prefix="base_model.model."), r"2 in PEFT's layout \(base_model.model.…\)"),
-    "kohya": (
-        KOHYA(prefix="lora_unet_") | {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(4.0)},
-        r"3 of 3 keys that are not read: 3 in kohya's layout \(lora_unet_…\)",
+    "PEFT, of a layer that is not there": (
+        adapter("transformer_blocks.57.attn.to_q", prefix="base_model.model."),
+        r"does not fit: base_model\.model\.transformer_blocks\.57\..* names no adapter of a layer of this Flux",
+    ),
+    "kohya, another width": (
+        KOHYA(prefix="lora_unet_", size=96) | {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(4.0)},
+        r"in 3 of 6 keys; .*to_k.lora_A.weight, has shape \(4, 96\), but its layer takes \(4, 32\)",
+    ),
+    "kohya, half a pair": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(4, 32)},
+        r"does not fit: lora_unet_.*lora_down.weight lacks its other half",
+    ),
+    "kohya with a text encoder": (
+        KOHYA(prefix="lora_unet_") | KOHYA(prefix="lora_te1_"),
+        r"4 of 4 keys that are not read: 4 in kohya's layout",
+    ),
+    "LoHa": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": torch.ones(4, 32)},
+        r"does not fit: lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a names no adapter",
     ),
     "kohya's text encoder": (KOHYA(prefix="lora_te1_"), "2 in kohya's layout"),
     "Black Forest Labs": (adapter("double_blocks.0.processor.qkv_lora", prefix=""), "2 in Black Forest Labs' layout"),
