@@ -63,6 +63,7 @@ def main() -> None:
 def check(recipe: OnlineDPORecipe, data: Data) -> None:
     """What can be refused before anything starts. Raises Refused."""
     family = load_family(recipe.model)
+    load_trainable(recipe.trainable, family).begun(family)
     check_optimizer(recipe.trainer.optimizer)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)

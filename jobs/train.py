@@ -56,7 +56,8 @@ def main() -> None:
 
 def check(recipe: TrainRecipe) -> None:
     """What can be refused before the rows are read. Raises Refused."""
-    check_model(recipe.model)
+    family = check_model(recipe.model)
+    load_trainable(recipe.trainable, family).begun(family)
     check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 

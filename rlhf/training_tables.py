@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.section import Section
+from rlhf.section import LocalPath, Section
 
 
 class TrainableTable(Section):
@@ -18,6 +18,8 @@ class TrainableTable(Section):
     """Of LoRA, whose update is scaled by alpha / rank; unset: 16."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
     """Of LoRA: module name endings; unset: the family's attention and MLP projections."""
+    start: LocalPath | None = None
+    """Of LoRA: a file, or a folder such as RUN/final/lora, whose adapters are trained further; of this rank. Unset: new ones."""
     patterns: tuple[str, ...] = ()
     """Whole modules by their dotted names; `*` matches anything, e.g. "transformer_blocks.*.attn"."""
 
@@ -29,7 +31,7 @@ class TrainableTable(Section):
         return values
 
     def conflicts(self) -> Iterator[str]:
-        for key in ("rank", "alpha", "targets"):
+        for key in ("rank", "alpha", "targets", "start"):
             if self.kind != "lora" and (value := getattr(self, key)) is not None:
                 yield f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
         if self.kind == "modules" and not self.patterns:

@@ -119,16 +119,16 @@ def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str
             B = (B.double() * (adapter.alpha.double() / len(A))).to(B.dtype)
         B = _halves_swapped(B) if name == SHIFT_FIRST else B
         for part, part_rows in zip(parts, B.split(rows), strict=True):
+            if len(parts) > 1 and not A.is_meta and not part_rows.any():
+                continue  # a part of a fused layer that was not trained
             made[f"{prefix}.{part}.lora_A.weight"], made[f"{prefix}.{part}.lora_B.weight"] = _used(A, part_rows)
     return made
 
 
 def _used(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rank that B does not use: what `from_diffusers` stacked comes apart again. At least one is left."""
-    if A.is_meta:
+    """Without the rank that B does not use, if it uses any: what `from_diffusers` stacked comes apart again."""
+    if A.is_meta or not (used := B.ne(0).any(0)).any():
         return A, B
-    used = B.ne(0).any(0)
-    used[0] |= not used.any()
     return A[used], B[:, used]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.models.folder import WEIGHTS_FILE
-from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE
+from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE, read_lora
 from rlhf.training_tables import TrainableTable
 from rlhf.types import POLICY, seed_from
 
@@ -46,6 +47,7 @@ class Export:
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
+DOWN = "lora_A.weight"
 ADAPTER, COPY = re.compile(r"(\.lora_[AB]\.)([^.]+)\."), re.compile(r"\.sided\.([^.]+)\.")
 """In a parameter's name: PEFT's two matrices, or a copy inside a `Sided`, and the side that it belongs to."""
 
@@ -99,7 +101,32 @@ class LoRA(Part):
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    begin: Path | None = None
+    """A LoRA whose adapters are trained further."""
     label: ClassVar[str | None] = "lora"
+
+    def begun(self, family: Family) -> dict[str, Tensor]:
+        """The adapters of `begin`, fp32, as LAYER.lora_A.weight and lora_B. Raises Refused where they are not this LoRA's."""
+        if self.begin is None:
+            return {}
+        file, prefix = f"trainable.start = {str(self.begin)!r}", f"{family.denoiser_folder}."
+        if (self.begin / MODULES_FILE).is_file():
+            raise Refused(
+                f"{file} holds whole modules beside its LoRA, which are not read here: give the LoRA of another run"
+            )
+        read = read_lora(family.empty_denoiser(torch.float32), self.begin, family.denoiser_folder)
+        tensors = {key.removeprefix(prefix): tensor.float() for key, tensor in read.items()}
+        ranks = {key.removesuffix(f".{DOWN}"): len(tensor) for key, tensor in tensors.items() if key.endswith(DOWN)}
+        endings = tuple(f".{target}" for target in self.targets)
+        if others := [layer for layer in ranks if not f".{layer}".endswith(endings)]:
+            what = f"adapts {len(others)} layers that trainable.targets do not name, the first is {others[0]}"
+            raise Refused(f"{file} {what}: add their endings to trainable.targets")
+        if odd := sorted({rank for rank in ranks.values() if rank != self.rank}):
+            raise Refused(f"{file} is of rank {odd[0]}, but trainable.rank = {self.rank}: set it to the file's")
+        # In the file alpha is the rank; here alpha / rank is multiplied in at every step.
+        return {
+            key: tensor if key.endswith(DOWN) else tensor * (self.rank / self.alpha) for key, tensor in tensors.items()
+        }
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a side is one more adapter
@@ -257,17 +284,26 @@ class Trainable:
         named = ((*owner(name), parameter) for name, parameter in denoiser.named_parameters())
         return {name: parameter for whose, name, parameter in named if whose == side or not self.twins}
 
-    def start(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        """What an adapter begins with on every side, fp32 and whole: A uniform in ±1/sqrt(in) (PEFT's Kaiming choice), B zero.
+    def start(self, name: str, shape: Sequence[int], seed: int, begun: Mapping[str, Tensor]) -> Tensor | None:
+        """What an adapter begins with on every side, fp32 and whole: its values in `begun` or, of a new one, A uniform in
+        ±1/sqrt(in) (PEFT's Kaiming choice) and B zero.
 
         None: the parameter is in the checkpoint.
         """
         if not ADAPTER.search(name):
             return None
+        if (key := ADAPTER.sub(r"\1", name)) in begun:
+            return begun[key]
         if ".lora_B." in name:
             return torch.zeros(tuple(shape))
         generator = torch.Generator().manual_seed(seed_from(seed, owner(name)[1]))
         return torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
+
+    def begun(self, family: Family) -> dict[str, Tensor]:
+        """The adapters that a file gives, see `LoRA.begun`. Raises Refused."""
+        return {
+            key: value for part in self.parts if isinstance(part, LoRA) for key, value in part.begun(family).items()
+        }
 
     @contextmanager
     def using(self, denoiser: nn.Module, side: str) -> Iterator[None]:
@@ -317,7 +353,9 @@ def load_trainable(table: TrainableTable, family: Family) -> Trainable:
         parts.append(Full())
     if table.kind == "lora":
         assert table.rank is not None and table.alpha is not None
-        parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=tuple(table.targets or family.lora_targets)))
+        begin = Path(table.start) if table.start else None
+        targets = tuple(table.targets or family.lora_targets)
+        parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=targets, begin=begin))
     if table.patterns:
         parts.append(Modules(patterns=table.patterns))
     return Trainable(parts=tuple(parts))

@@ -128,11 +128,11 @@ class Trainer:
     @torch.no_grad()
     def _fill(self, denoiser: nn.Module) -> None:
         """This rank's rows of the checkpoint, and what adapters begin with."""
-        checkpoint = SafetensorsFolder(self.family.denoiser_path)
+        checkpoint, begun = SafetensorsFolder(self.family.denoiser_path), self.trainable.begun(self.family)
         for name, parameter in denoiser.named_parameters():
             rows, first = parameter.to_local(), distributed.first_row(parameter)
             last = first + len(rows)
-            whole = self.trainable.start(name, parameter.shape, self.seed)
+            whole = self.trainable.start(name, parameter.shape, self.seed, begun)
             if whole is not None:
                 rows.copy_(whole[first:last])
             elif len(rows):

@@ -5,13 +5,17 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from rlhf.errors import Refused
+from rlhf.models.lora import MODULES_FILE
+from rlhf.models.lora_layouts import from_diffusers
 from rlhf.models.trainable import Full, LoRA, Modules, Sided, Trainable, load_trainable, owner
 from rlhf.training_tables import TrainableTable
 from rlhf.types import POLICY, REFERENCE, seed_from
 from tests import worlds
+from tests.rlhf.models.test_lora_layouts import adapters
 
 
 class Block(nn.Module):
@@ -87,7 +91,7 @@ def test_every_parameter_has_a_place_in_the_plain_checkpoint_or_a_start(parts):
     plain = dict(Net().named_parameters())
     found = set()
     for name, parameter in net.named_parameters():
-        start = trainable.start(name, parameter.shape, 3)
+        start = trainable.start(name, parameter.shape, 3, {})
         if start is None:
             _, stored = owner(name)
             assert plain[stored].shape == parameter.shape
@@ -110,12 +114,12 @@ def test_an_adapter_starts_with_values_that_its_name_decides():
     trainable, net = added(lora("attn"))
     for name, parameter in net.named_parameters():
         if ".lora_B." in name:
-            assert not trainable.start(name, parameter.shape, 7).any()
+            assert not trainable.start(name, parameter.shape, 7, {}).any()
         elif ".lora_A." in name:
             policy = name.replace(f".{REFERENCE}.", f".{POLICY}.")
             generator = torch.Generator().manual_seed(seed_from(7, policy))
             expected = torch.empty(2, 4).uniform_(-1, 1, generator=generator) / 2
-            assert torch.equal(trainable.start(name, parameter.shape, 7), expected)
+            assert torch.equal(trainable.start(name, parameter.shape, 7, {}), expected)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "full"])
@@ -125,7 +129,7 @@ def test_a_call_goes_to_the_side_in_use_and_after_it_to_the_policy(case):
     x = torch.randn(3, 4)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            start = trainable.start(name, parameter.shape, 7)
+            start = trainable.start(name, parameter.shape, 7, {})
             if start is not None:
                 parameter.copy_(start)
         before = net(x)
@@ -240,3 +244,53 @@ def test_counts(kontext):
         assert 0 < counts.trained < whole and counts.side_bytes == 2 * 4 * counts.trained
         base = whole if how == "lora" else whole - worlds.trainable("modules", family).counts(family, ()).trained
         assert counts.frozen_bytes == 2 * base
+
+
+# --- a LoRA that goes on from a file -----------------------------------------------------------------------------------
+
+
+def written(folder, denoiser, layout="diffusers", rank=4, chosen=lambda name: name.endswith((".to_q", ".proj_mlp"))):
+    tensors = adapters(denoiser, rank=rank, chosen=chosen)
+    file = folder / f"{layout}.safetensors"
+    save_file(tensors if layout == "diffusers" else from_diffusers(tensors, denoiser, "transformer", layout), file)
+    return file, {key.removeprefix("transformer."): value for key, value in tensors.items()}
+
+
+def begun(family, file, **settings):
+    table = TrainableTable(kind="lora", start=str(file), **{"rank": 4, "alpha": 8.0} | settings)
+    trainable = load_trainable(table, family)
+    return trainable, trainable.begun(family)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya"])
+def test_a_lora_goes_on_from_a_file_of_any_layout(kontext, tmp_path, layout):
+    family = worlds.family(kontext, torch.float32)
+    file, tensors = written(tmp_path, family.load_denoiser("cpu"), layout)
+    trainable, found = begun(family, file)
+    assert found.keys() == tensors.keys()
+    for key, value in tensors.items():  # alpha / rank is 2 here and 1 in the file
+        assert torch.equal(found[key], value / 2 if "lora_B" in key else value)
+    layer = "transformer_blocks.1.attn.to_q"
+    for side in (POLICY, REFERENCE):
+        name = f"{layer}.lora_B.{side}.weight"
+        assert torch.equal(trainable.start(name, (32, 4), 0, found), tensors[f"{layer}.lora_B.weight"] / 2)
+    new = trainable.start("transformer_blocks.1.attn.to_k.lora_B.policy.weight", (32, 4), 0, found)
+    assert not new.any(), "a layer that the file does not adapt begins anew"
+
+
+def test_a_file_that_is_not_this_lora_s_is_refused(kontext, tmp_path):
+    family = worlds.family(kontext, torch.float32)
+    file, _ = written(tmp_path, family.load_denoiser("cpu"))
+    with pytest.raises(
+        Refused, match=r"trainable.start = .* is of rank 4, but trainable.rank = 8: set it to the file's"
+    ):
+        begun(family, file, rank=8)
+    with pytest.raises(Refused, match=r"adapts 4 layers that trainable.targets do not name, .*: add their endings"):
+        begun(family, file, targets=["attn.to_k", "proj_mlp"])
+    with pytest.raises(Refused, match=r"nothing\.safetensors does not exist"):
+        begun(family, tmp_path / "nothing.safetensors")
+    save_file({"modules": torch.ones(1)}, tmp_path / MODULES_FILE)
+    with pytest.raises(Refused, match="holds whole modules beside its LoRA, which are not read here"):
+        begun(family, tmp_path)
+    with pytest.raises(ValueError, match='belongs to LoRA, but kind = "full"'):
+        TrainableTable(start=str(file))

@@ -2,19 +2,21 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlhf.diffusion.objectives import DPO
 from rlhf.errors import Refused
 from rlhf.models.trainable import ADAPTER, load_for_sampling, load_trainable
 from rlhf.training.trainer import LossScale, Trainer
-from rlhf.training_tables import TrainerConfig
+from rlhf.training_tables import TrainableTable, TrainerConfig
 from rlhf.types import POLICY, REFERENCE
 from tests import worlds
+from tests.rlhf.models.test_lora_layouts import adapters
 from tests.rlhf.training import tabled
 
 HOW = pytest.mark.parametrize("how", worlds.TRAINABLES)
@@ -638,3 +640,32 @@ def test_schedules_that_lack_what_they_need_say_so():
     with pytest.raises(ValueError, match="1e-08 is not above it"):
         TrainerConfig(lr_scheduler="polynomial", learning_rate=1e-8)
     assert TrainerConfig(lr_scheduler="piecewise_constant", lr_step_rules="0.5").lr_step_rules == "0.5"
+
+
+def goes_on(mesh, path, file):
+    """Predictions of a trainer whose LoRA begins with a file, of its reference, and of a plain model with the file; the loss."""
+    family = worlds.family(path, torch.float32)
+    trainable = load_trainable(TrainableTable(kind="lora", rank=4, alpha=8.0, start=file), family)
+    config = TrainerConfig(learning_rate=1e-3, gradient_checkpointing="none")
+    trainer = Trainer(family=family, config=config, trainable=trainable, objective=DPO(beta=10.0), mesh=mesh, seed=7)
+    batch = worlds.pairs(2, seed=9)
+    with torch.no_grad():
+        policy, reference = (
+            trainer.predict(batch.x0["winner"], batch.t, batch.condition, s) for s in (POLICY, REFERENCE)
+        )
+        plain, base = (
+            family.predict(family.load_denoiser("cpu", lora=lora), batch.x0["winner"], batch.t, batch.condition)
+            for lora in (Path(file), None)
+        )
+    return policy, reference, plain, base, trainer.step([batch])["loss"]
+
+
+def test_a_lora_goes_on_from_a_file(two_ranks, kontext, tmp_path):
+    denoiser = worlds.family(kontext, torch.float32).load_denoiser("cpu")
+    tensors = adapters(denoiser, rank=4, chosen=lambda name: ".attn." in name)
+    save_file({key: value / 8 for key, value in tensors.items()}, tmp_path / "begin.safetensors")
+    for policy, reference, plain, base, loss in two_ranks.run(goes_on, kontext, str(tmp_path / "begin.safetensors")):
+        assert torch.equal(policy, reference) and loss == pytest.approx(math.log(2), abs=1e-7)
+        # alpha / rank is a power of two, which rounds nothing; sums of 160 values may come in another order, through 4 blocks.
+        bound = 4 * 160 * torch.finfo(torch.float32).eps * plain.abs().max()
+        assert (policy - plain).abs().max() <= bound < (policy - base).abs().max()
