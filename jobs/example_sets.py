@@ -32,6 +32,11 @@ class ExampleSet:
     """What lies there; None: the record of an online run."""
     items: Mapping[str, Item] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """How many examples there are."""
+        return len(self.index.table) if self.index is not None else record_size(self.place.path)
+
     def prompts(self) -> Iterator[Prompt]:
         """Every prompt, in order."""
         if self.index is None:
@@ -112,7 +117,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
 
 def refuse_too_few(recipe: TrainRecipe, held_out: ExampleSet) -> None:
     """Raise Refused where what is held out does not fill one batch of every rank."""
-    count = len(held_out.index.table) if held_out.index is not None else record_size(held_out.place.path)
+    count = held_out.count
     if not held_out_visits(recipe.eval, recipe.trainer, count):
         need = recipe.trainer.ranks * recipe.trainer.train_batch_size
         raise Refused(

@@ -47,6 +47,11 @@ class OnlineDPORecipe(Section):
     def conflicts(self) -> Iterator[str]:
         yield from _without_items("the reward", self.reward.names, self.judges, self.data.item_metadata)
         yield from self.reward.unfilled(self.data.item_metadata)
+        if self.trainer.epochs is not None:
+            yield (
+                f"trainer.epochs = {self.trainer.epochs} belongs to jobs.train; online, prompts are sampled anew in every epoch: "
+                "leave it out and set trainer.max_train_steps"
+            )
         if self.model.size == "auto" and self.trainer.train_batch_size != 1:
             yield (
                 f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '

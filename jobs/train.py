@@ -6,6 +6,7 @@ Checks every row, lets a judge relabel the pairs if `data.choice_model` names on
 trainer ranks, and runs the loop of `rlhf.loops.train`. The same command goes on where a stopped run left off.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -48,7 +49,9 @@ def main() -> None:
         check_model(recipe.model, weights=False)
         check_cards(recipe, plan(recipe).roles, objective(recipe))
         check(recipe)
-        say(read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say)).report())
+        examples = read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say))
+        say(examples.report())
+        recipe = ended_by_epochs(recipe, examples)
         dry_run(recipe.run, plan(recipe), recipe.cluster, resolved_toml(recipe))
     else:
         say(f"results: {run(recipe)}")
@@ -60,6 +63,20 @@ def check(recipe: TrainRecipe) -> None:
     load_trainable(recipe.trainable, family).begun(family)
     check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
+
+
+def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
+    """The recipe with as many updates as `trainer.epochs` takes, if that is less. The last update may begin another epoch."""
+    trainer = recipe.trainer
+    if trainer.epochs is None:
+        return recipe
+    count = examples.training.count
+    steps = math.ceil(trainer.epochs * count / trainer.pairs_per_step)
+    say(
+        f"{trainer.epochs} epochs of {count} examples are {steps} updates; trainer.max_train_steps = {trainer.max_train_steps}"
+    )
+    fewer = trainer.model_copy(update={"max_train_steps": min(steps, trainer.max_train_steps)})
+    return recipe.model_copy(update={"trainer": fewer})
 
 
 def objective(recipe: TrainRecipe) -> Objective:
@@ -88,6 +105,7 @@ def run(recipe: TrainRecipe) -> Path:
         stack.enter_context(cluster(recipe.cluster, namespace=recipe.run.name))  # the check needs it, and no folder yet
         examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))
         say(examples.report())
+        recipe = ended_by_epochs(recipe, examples)
         started = stack.enter_context(launch(recipe.run, needed, recipe.cluster, resolved_toml(recipe)))
         say(batch_in_words(recipe.trainer))
         folder, labelled = started.folder, Labelled(examples=examples)

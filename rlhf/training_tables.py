@@ -56,6 +56,9 @@ class TrainerConfig(Section):
     effective_batch_size: int | None = Field(None, ge=1)
     """Pairs of one update over all ranks; gradient_accumulation_steps then follows from it."""
     max_train_steps: int = Field(1000, ge=1)
+    """Updates."""
+    epochs: int | None = Field(None, ge=1)
+    """Of `jobs.train`: how often every example is trained on; the run ends with these or max_train_steps, whichever is less."""
     learning_rate: float = Field(1e-5, gt=0)
     scale_lr: bool = False
     """Multiply learning_rate by pairs_per_step (Diffusion-DPO's --scale_lr)."""

@@ -57,6 +57,14 @@ def test_the_two_runs_of_diffusion_dpo(name, accumulated, warmup, optimizer):
     assert config.data.caption_dropout == 0.2 and config.data.hflip and config.dpo.reference_refresh_every == 0
 
 
+def test_epochs_are_no_measure_of_an_online_run():
+    recipe = ["--config", str(FOLDER / "online_dpo_hps.toml"), "--trainer.epochs", "3"]
+    with pytest.raises(
+        ConfigError, match=r"trainer\.epochs = 3 belongs to jobs\.train; .*set trainer\.max_train_steps"
+    ):
+        parse(OnlineDPORecipe, recipe)
+
+
 def test_the_effective_batch_gives_the_accumulation_or_says_what_would():
     recipe = ["--config", str(FOLDER / "offline_dpo_sd15.toml"), "--trainer.ranks"]
     assert parse(TrainRecipe, [*recipe, "8"]).config.trainer.gradient_accumulation_steps == 64

@@ -62,6 +62,19 @@ def test_a_lora_learns_from_twenty_pairs_to_take_the_colours_away(cluster, tmp_p
     assert after.mean() < 0.75 * before.mean() and (after < before).mean() > 0.9
 
 
+@pytest.mark.parametrize(("epochs", "most", "steps"), [(None, 300, 300), (1, 300, 5), (3, 300, 15), (100, 300, 300)])
+def test_epochs_and_steps_end_a_run_whichever_are_less(tmp_path, epochs, most, steps):
+    lay_out(tmp_path / "world")
+    limits = {"trainer.max_train_steps": most} | ({"trainer.epochs": epochs} if epochs else {})
+    config = recipe(tmp_path, **limits)  # 20 examples, 4 a step
+    ended = train.ended_by_epochs(config, checked(config))
+    assert ended.trainer.max_train_steps == steps
+    assert ended.model_copy(update={"trainer": config.trainer}) == config
+    half = recipe(tmp_path, **limits | {"trainer.train_batch_size": 3})  # 20 are no multiple of 3
+    if epochs == 1:
+        assert train.ended_by_epochs(half, checked(half)).trainer.max_train_steps == 7
+
+
 def test_preferences_cannot_be_learnt_from_a_folder_of_targets(tmp_path):
     lay_out(tmp_path / "world")
     with pytest.raises(Refused, match=r'world/edits: holds pictures to learn from, but none .*; set objective = "sft"'):
