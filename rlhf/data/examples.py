@@ -204,39 +204,48 @@ def check_block(
     for place, record in enumerate(map(_renamed, records)):
         if isinstance(record, Problem):
             problems.append(record)
-            continue
-        if is_table and record.fields.get("has_label") is False:
+        elif is_table and record.fields.get("has_label") is False:
             unlabelled += 1
-            continue
-        if is_table and record.fields.get("label_0") in (TIE, str(TIE)):
+        elif is_table and record.fields.get("label_0") in (TIE, str(TIE)):
             ties += 1
-            continue
-        values, faults = check(record, target_fields if "target" in record.fields else fields, root)
-        label = values.get("label_0", 1.0)
-        if label not in (0, 1):
-            faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
-        first, second = (values.get(field.name) for field in (TABLE if is_table else LINE) if "picture" in field.kind)
-        if isinstance(first, PictureFile) and isinstance(second, PictureFile) and first.content == second.content:
-            faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
-        mask = values.pop("mask", None)
-        pictures = [value for value in values.values() if isinstance(value, PictureFile)]
-        if not faults and mask and (mask.height, mask.width) != (pictures[0].height, pictures[0].width):
-            what = f"is {mask.height} × {mask.width} pixels, but the picture {pictures[0].height} × {pictures[0].width}"
-            faults.append(record.problem("mask", what, "give a mask of the picture's size"))
-        if faults:
+        else:
+            row, faults = _row(record, target_fields if "target" in record.fields else fields, root)
             problems += faults
-            continue
-        row = {"block": 0, "row": place, "number": record.number, "image_id": values.get("image_id")}
-        row |= {"caption": values["caption" if is_table else "prompt"], "winner": 0 if label == 1 else 1}
-        for side, picture in enumerate(pictures):
-            row |= {f"path_{side}": picture.path, f"content_{side}": picture.content}
-        sources = values.get("source", ())
-        row |= {"source_paths": [s.path for s in sources], "source_contents": [s.content for s in sources]}
-        row |= {"mask_path": mask and mask.path, "mask_content": mask and mask.content}
-        row |= {"size": _size(pictures[0]), "source_sizes": [_size(source) for source in sources]}
-        rows.append(row)
+            rows += [] if faults else [{"block": 0, "row": place, **row}]
     table, found = pa.Table.from_pylist(rows, schema=SCHEMA), tuple(problems)
     return PairIndex(blocks=(block,), sizes=(len(rows),), table=table, problems=found, ties=ties, unlabelled=unlabelled)
+
+
+def _row(record: Record, fields: Sequence[Field], root: Path | None) -> tuple[dict[str, Any], list[Problem]]:
+    """A record as a row of the index, but for its place; and what is wrong with it, where the row is no good."""
+    values, faults = check(record, fields, root)
+    label, mask, sources = values.get("label_0", 1.0), values.pop("mask", None), values.get("source", ())
+    pictures = [value for value in values.values() if isinstance(value, PictureFile)]
+    if label not in (0, 1):
+        faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
+    if len(pictures) == 2 and pictures[0].content == pictures[1].content:
+        faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
+    if not faults and mask and _size(mask) != _size(pictures[0]):
+        mine, its = (f"{one.height} × {one.width}" for one in (mask, pictures[0]))
+        what, remedy = f"is {mine} pixels, but the picture {its}", "give a mask of the picture's size"
+        faults.append(record.problem("mask", what, remedy))
+    if faults:
+        return {}, faults
+    row = {
+        "number": record.number,
+        "image_id": values.get("image_id"),
+        "caption": values["caption" if "caption" in values else "prompt"],
+        "winner": 0 if label == 1 else 1,
+        "source_paths": [source.path for source in sources],
+        "source_contents": [source.content for source in sources],
+        "source_sizes": [_size(source) for source in sources],
+        "mask_path": mask and mask.path,
+        "mask_content": mask and mask.content,
+        "size": _size(pictures[0]),
+    }
+    for side, picture in enumerate(pictures):
+        row |= {f"path_{side}": picture.path, f"content_{side}": picture.content}
+    return row, []
 
 
 def _size(picture: PictureFile) -> tuple[int, int]:
