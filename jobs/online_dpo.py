@@ -34,6 +34,7 @@ from rlhf.data.cache import EncodingCache
 from rlhf.data.prompts import PromptStream
 from rlhf.data.work import OnlineWork
 from rlhf.diffusion.objectives import DPO
+from rlhf.diffusion.process import with_times
 from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
@@ -64,6 +65,7 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
     """What can be refused before anything starts. Raises Refused."""
     family = load_family(recipe.model)
     load_trainable(recipe.trainable, family).begun(family)
+    with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     check_optimizer(recipe.trainer.optimizer)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)

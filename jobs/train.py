@@ -31,6 +31,7 @@ from jobs.recipes import TrainRecipe
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples, OfflineWork
 from rlhf.diffusion.objectives import DPO, SFT, Objective
+from rlhf.diffusion.process import with_times
 from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
@@ -61,6 +62,7 @@ def check(recipe: TrainRecipe) -> None:
     """What can be refused before the rows are read. Raises Refused."""
     family = check_model(recipe.model)
     load_trainable(recipe.trainable, family).begun(family)
+    with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 

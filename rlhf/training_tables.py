@@ -55,6 +55,10 @@ class TrainerConfig(Section):
     gradient_accumulation_steps: int = Field(4, ge=1)
     effective_batch_size: int | None = Field(None, ge=1)
     """Pairs of one update over all ranks; gradient_accumulation_steps then follows from it."""
+    timesteps: Literal["uniform", "logit_normal", "mode"] | None = None
+    """How training times are drawn, see `rlhf.diffusion.process.RectifiedFlow`; unset: the family's way (FLUX: logit_normal)."""
+    timestep_shift: float | Literal["tokens"] = 1.0
+    """Moves them towards noise (above 1) or data; "tokens": by the size of the target, as in sampling."""
     max_train_steps: int = Field(1000, ge=1)
     """Updates."""
     epochs: int | None = Field(None, ge=1)
@@ -135,6 +139,8 @@ class TrainerConfig(Section):
         return self.learning_rate * (self.pairs_per_step if self.scale_lr else 1)
 
     def conflicts(self) -> Iterator[str]:
+        if self.timestep_shift != "tokens" and not 0 < self.timestep_shift < math.inf:
+            yield f'timestep_shift = {self.timestep_shift}: give a number above 0, or "tokens"'
         whole, rules, example = self.effective_batch_size, self.lr_step_rules, 'e.g. "1:10,0.1:20,0.01"'
         if whole not in (None, self.pairs_per_step):
             yield f"effective_batch_size = {whole}: write it as a whole number, like 2048"

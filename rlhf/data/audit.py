@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from rlhf.data.batches import latents_from_array, noise_seed, t_seed
-from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
 from rlhf.runs.durable import durable
 from rlhf.types import Candidate, Cell, Geometry, Pair, Prompt, Score, Source, seed_from
@@ -74,7 +73,7 @@ def write_pairs(
     file: Path,
     pairs: Sequence[Pair],
     encoding_keys: Sequence[Sequence[str]],
-    process: Process,
+    times: Sequence[float],
     *,
     seed: int,
     step: int,
@@ -83,10 +82,10 @@ def write_pairs(
 ) -> None:
     """Write this rank's pairs of one step, whole or not at all.
 
-    encoding_keys: of each pair, the cache keys of what its prompt was encoded to.
+    encoding_keys: of each pair, the cache keys of what its prompt was encoded to. times: their training times.
     """
     rows = []
-    for index, (pair, keys) in enumerate(zip(pairs, encoding_keys, strict=True), first_index):
+    for index, (pair, keys, t) in enumerate(zip(pairs, encoding_keys, times, strict=True), first_index):
         prompt = pair.prompt
         rows.append(
             {
@@ -99,7 +98,7 @@ def write_pairs(
                 "encoding_keys": list(keys),
                 **asdict(prompt.geometry),
                 "margin": pair.margin,
-                "t": process.draw_t(t_seed(seed, step, index)),
+                "t": t,
                 "t_seed": t_seed(seed, step, index),
                 "noise_seed": noise_seed(seed, step, index),
                 "latents_shape": list(pair.winner.latents.shape),

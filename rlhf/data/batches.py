@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.types import Batch, Condition, Encoding, Prompt, noise_from, seed_from
@@ -102,25 +103,28 @@ def batches_of(
     seed: int,
     step: int,
     first_index: int,
+    process: Process | None = None,
     mask_weight: float = 1.0,
 ) -> list[Batch]:
     """Micro-batches of `size` examples of one bucket, each of weight 1; `first_index`: of the first within the step.
 
-    mask_weight: what a latent's squared error is multiplied by where it lies under a mask; elsewhere by 1.
+    process: which draws t; None: the family's own. mask_weight: what a latent's squared error is multiplied by where it lies
+    under a mask; elsewhere by 1.
     """
-    batches, process = list[Batch](), family.process
+    batches, process = list[Batch](), process or family.process
     for start in range(0, len(examples), size):
         some = examples[start : start + size]
         indices = range(first_index + start, first_index + start + len(some))
         x0 = {role: torch.stack([example.x0[role] for example in some]) for role in some[0].x0}
         shape = next(iter(x0.values())).shape[1:]
-        noise = [noise_from(noise_seed(seed, step, index), shape) for index in indices]
+        noise = torch.stack([noise_from(noise_seed(seed, step, index), shape) for index in indices])
+        tokens = family.tokens(noise)
         batches.append(
             Batch(
                 x0=x0,
                 condition=family.condition([one.rows for one in some], _only({one.bucket for one in some})),
-                t=torch.tensor([process.draw_t(t_seed(seed, step, index)) for index in indices]),
-                noise=torch.stack(noise),
+                t=torch.tensor([process.draw_t(t_seed(seed, step, index), tokens) for index in indices]),
+                noise=noise,
                 weight={role: torch.ones(len(some)) for role in x0},
                 loss_mask=_loss_mask(some, shape, mask_weight),
             )

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf.data import audit
-from rlhf.data.batches import EncodedExample, ReadRow, batches_of, latents_from_array
+from rlhf.data.batches import EncodedExample, ReadRow, batches_of, latents_from_array, t_seed
 from rlhf.data.cache import EncodingCache, read_manifest
 from rlhf.data.examples import read_index
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sources import open_source
 from rlhf.data.stream import PairStream, Visit, held_out_visits
+from rlhf.diffusion.process import with_times
 from rlhf.models.family import Family
 from rlhf.runs.folder import Fence
 from rlhf.tables import HeldOutConfig, PairDataConfig
@@ -72,6 +73,7 @@ class OnlineWork:
 
     def open(self, family: Family) -> None:
         self._family = family
+        self._process = with_times(family.process, self._trainer.timesteps, self._trainer.timestep_shift)
 
     def batches(self, step: int, rank: int, handed: Sequence[Pair], values: Sequence[np.ndarray]) -> list[Batch]:
         """handed: the rank's pairs; values: the latents of each one's winner and loser, in order."""
@@ -83,7 +85,12 @@ class OnlineWork:
             self._pairs / f"step_{step:06d}.rank_{rank}.parquet",
             pairs,
             [[self._cache.key(encoding) for encoding in family.encodings(pair.prompt)] for pair in pairs],
-            family.process,
+            [
+                self._process.draw_t(
+                    t_seed(self._seed, step, index), family.tokens(torch.empty(1, *pair.winner.latents.shape))
+                )
+                for index, pair in enumerate(pairs, first)
+            ],
             seed=self._seed,
             step=step,
             first_index=first,
@@ -98,9 +105,8 @@ class OnlineWork:
             )
             for pair in pairs
         ]
-        return batches_of(
-            family, examples, self._trainer.train_batch_size, seed=self._seed, step=step, first_index=first
-        )
+        size, process = self._trainer.train_batch_size, self._process
+        return batches_of(family, examples, size, seed=self._seed, step=step, first_index=first, process=process)
 
     def held_out(self, rank: int) -> list[Batch]:
         return []
@@ -213,6 +219,7 @@ class OfflineWork:
     def open(self, family: Family) -> None:
         training, held_out = self._places
         self._family = family
+        self._process = with_times(family.process, self._trainer.timesteps, self._trainer.timestep_shift)
         self._training = training.open(family, self._roles)
         self._held_out = held_out.open(family, self._roles) if held_out else None
         self._stream = PairStream(block_sizes=self._training.block_sizes, data=self._data, seed=self._seed)
@@ -243,6 +250,7 @@ class OfflineWork:
             seed=self._seed,
             step=step,
             first_index=first_index,
+            process=self._process,
             mask_weight=self._data.mask_weight,
         )
 

@@ -100,7 +100,7 @@ class DDPM:
         signal, sigma = self._scales(t, x0)
         return signal * noise - sigma * x0
 
-    def draw_t(self, seed: int) -> float:
+    def draw_t(self, seed: int, tokens: int) -> float:
         count = len(self.alphas_cumprod)
         return (torch.randint(count, (), generator=torch.Generator().manual_seed(seed)).item() + 1) / count
 

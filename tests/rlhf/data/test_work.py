@@ -11,7 +11,7 @@ from rlhf.data.batches import batches_of, noise_seed, t_seed
 from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
-from rlhf.diffusion.process import RectifiedFlow
+from rlhf.diffusion.process import RectifiedFlow, with_times
 from rlhf.errors import Refused
 from rlhf.models.family import Kind, stacked
 from rlhf.tables import HeldOutConfig, PairDataConfig
@@ -36,6 +36,9 @@ class Plain:
 
     def target(self, source, geometry):
         return Encoding(kind="picture", sources=(source,), geometries=(geometry,))
+
+    def tokens(self, latents):
+        return latents.shape[-2] * latents.shape[-1]
 
     def unguided(self, prompt):
         return replace(prompt, instruction="")
@@ -140,7 +143,7 @@ def test_a_batch_has_the_noise_of_its_indices(tmp_path):
     cache = filled(tmp_path / "cache", examples)
     encoded = [examples.encoded(visit(i), cache.row) for i in (0, 2)]
     (batch,) = batches_of(FAMILY, encoded, 2, seed=5, step=3, first_index=4)
-    assert batch.t.tolist() == [pytest.approx(RectifiedFlow().draw_t(t_seed(5, 3, index))) for index in (4, 5)]
+    assert batch.t.tolist() == [pytest.approx(RectifiedFlow().draw_t(t_seed(5, 3, index), 1)) for index in (4, 5)]
     assert torch.equal(batch.noise, torch.stack([noise_from(noise_seed(5, 3, i), (4, 2, 2)) for i in (4, 5)]))
     assert {role: tensor.tolist() for role, tensor in batch.weight.items()} == {role: [1, 1] for role in PAIR}
 
@@ -220,6 +223,17 @@ def test_an_update_has_the_same_examples_and_noise_however_it_is_split(tmp_path)
     assert [len(batch.t) for batch in (*whole, *parts)] == [4, 1, 1, 1, 1]
     assert torch.equal(torch.cat([batch.noise for batch in parts]), whole[0].noise)
     assert torch.equal(torch.cat([batch.x0["winner"] for batch in parts]), whole[0].x0["winner"])
+
+
+def test_training_times_are_those_of_the_recipe(tmp_path):
+    places = work(tmp_path, 1, 4)
+    own = places.batches(2, 0, None, [])[0].t
+    places._trainer = places._trainer.model_copy(update={"timesteps": "uniform", "timestep_shift": "tokens"})
+    places.open(FAMILY)
+    (batch,) = places.batches(2, 0, None, [])
+    process = with_times(RectifiedFlow(), "uniform", "tokens")
+    assert batch.t.tolist() == [pytest.approx(process.draw_t(t_seed(3, 2, index), 4)) for index in range(4)]
+    assert not torch.equal(batch.t, own)
 
 
 def test_what_is_held_out_is_always_the_same(tmp_path):

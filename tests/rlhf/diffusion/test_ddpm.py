@@ -67,8 +67,8 @@ def test_no_noise_is_left_at_time_0():
 
 def test_training_times_are_uniform_over_the_timesteps_and_depend_on_the_seed_alone():
     process = ddpm(num_train_timesteps=10)
-    times = [process.draw_t(seed) for seed in range(5000)]
-    assert times[7] == process.draw_t(7)
+    times = [process.draw_t(seed, 1) for seed in range(5000)]
+    assert times[7] == process.draw_t(7, 1)
     assert set(times) == {k / 10 for k in range(1, 11)}
     assert all(abs(times.count(t) / 5000 - 0.1) < 0.02 for t in set(times))
 

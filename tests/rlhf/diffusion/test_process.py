@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from rlhf.diffusion.process import RectifiedFlow
+from rlhf.diffusion.ddpm import DDPM
+from rlhf.diffusion.process import RectifiedFlow, with_times
+from rlhf.errors import Refused
 
 PROCESS = RectifiedFlow()
 TABLE = [1, 0.9791, 0.9562, 0.9311, 0.9034, 0.8727, 0.8386, 0.8003, 0.7571, 0.7080]
@@ -34,8 +36,44 @@ def test_the_ends_are_data_and_noise():
 
 
 def test_training_times_are_logit_normal_and_depend_on_the_seed_alone():
-    times = torch.tensor([PROCESS.draw_t(seed) for seed in range(4000)], dtype=torch.float64)
+    times = torch.tensor([PROCESS.draw_t(seed, 256) for seed in range(4000)], dtype=torch.float64)
     logits = torch.logit(times)
-    assert PROCESS.draw_t(7) == PROCESS.draw_t(7)
+    assert PROCESS.draw_t(7, 256) == PROCESS.draw_t(7, 9999)
     assert logits.mean().abs() < 0.05
     assert (logits.std() - 1).abs() < 0.05
+
+
+def drawn(times, shift=1.0, tokens=256):
+    process = with_times(PROCESS, times, shift)
+    return torch.tensor([process.draw_t(seed, tokens) for seed in range(4000)], dtype=torch.float64)
+
+
+def test_other_times_follow_their_formulas():
+    """Each as a function of the same uniform numbers, whose quantiles are known: 4000 draws know them to 0.02."""
+    uniform = drawn("uniform")
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(uniform.quantile(quantiles), quantiles, atol=0.025, rtol=0)
+    u = uniform
+    torch.testing.assert_close(drawn("mode"), 1 - u - 1.29 * (torch.cos(torch.pi / 2 * u) ** 2 - 1 + u))
+    assert drawn("mode").min() >= 0 and drawn("mode").max() <= 1
+    for name in ("uniform", "logit_normal", "mode", None):
+        t = drawn(name)
+        torch.testing.assert_close(drawn(name, 3.0), 3 * t / (1 + 2 * t))
+        assert drawn(name, 3.0).mean() > t.mean() > drawn(name, 0.5).mean()
+    assert torch.equal(drawn(None), drawn("logit_normal"))
+
+
+def test_a_shift_by_tokens_is_that_of_sampling():
+    """At 4018 tokens the middle of the schedule is e^μ / (e^μ + 1), with Kontext's μ = 1.1368."""
+    u, shifted = drawn("uniform"), drawn("uniform", "tokens", tokens=4018)
+    shift = PROCESS.sigmas(2, 4018)[1].double() / (1 - PROCESS.sigmas(2, 4018)[1].double())
+    torch.testing.assert_close(shifted, shift * u / (1 + (shift - 1) * u), rtol=1e-5, atol=1e-6)
+    assert shift.item() == pytest.approx(3.117, abs=0.001)
+
+
+def test_a_process_of_timesteps_takes_no_other_times(tmp_path):
+    ddpm = DDPM(config={"_class_name": "DDIMScheduler", "prediction_type": "epsilon"})
+    assert with_times(ddpm, None, 1.0) is ddpm and with_times(PROCESS, None, 1.0) is PROCESS
+    for times, shift in (("uniform", 1.0), (None, 3.0), (None, "tokens")):
+        with pytest.raises(Refused, match=r"trainer\.timesteps = .* are of flow matching; a DDPM is trained at each"):
+            with_times(ddpm, times, shift)

@@ -93,7 +93,7 @@ def pairs_of(family, count: int) -> Batch:
     return Batch(
         x0=x0,
         condition=conditions_of(family, count)[0],
-        t=torch.tensor([family.process.draw_t(seed) for seed in range(count)]),
+        t=torch.tensor([family.process.draw_t(seed, 6) for seed in range(count)]),
         noise=noise_from(3, shape),
         weight={role: torch.ones(count) for role in x0},
     )
