@@ -7,22 +7,24 @@ a folder in the diffusers layout. One process, on the CPU, without Ray.
 
 import argparse
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
+from torch import Tensor
 
 from jobs.cli import run_main, say
 from jobs.report import newest
-from rlhf.errors import Refused
-from rlhf.models import load_family
+from rlhf.errors import Refused, last_line
+from rlhf.models.checks import check_model
 from rlhf.models.family import Family
-from rlhf.models.lora import MODULES_FILE, read_lora
+from rlhf.models.lora import MODULES_FILE, file_of, read_lora
 from rlhf.models.lora_layouts import Layout, from_diffusers
 from rlhf.runs.durable import durable
-from rlhf.runs.folder import made
+from rlhf.runs.folder import check_place, made
 from rlhf.tables import ModelTable
 
 
@@ -31,43 +33,62 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run with final/lora, or a LoRA file")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file; with --form merged a folder")
     parser.add_argument("--form", choices=("lora", "merged"), default="lora")
-    parser.add_argument("--layout", choices=("diffusers", "comfyui", "kohya"), default="diffusers", help="of a LoRA")
+    parser.add_argument("--layout", choices=("diffusers", "comfyui", "kohya"), help="of a LoRA; default: diffusers")
     parser.add_argument("--model", type=Path, help="the model's folder; of a run the one in its config.toml")
     parser.add_argument("--family", default="flux_kontext", help="of --model")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what is written"
     )
     given = parser.parse_args()
-    if given.out.exists():
-        raise Refused(f"--out {given.out} is there already; choose another")
+    out, merged = given.out.absolute(), given.form == "merged"
+    if out.exists():
+        raise Refused(f"--out {out} is there already; choose another")
+    if merged and given.layout:
+        raise Refused(
+            f"--layout {given.layout} is of a LoRA, but --form merged writes whole weights: leave one of them out"
+        )
+    if merged == (out.suffix == ".safetensors"):
+        raise Refused(f"--out {out}: give {'a folder' if merged else 'a file that ends with .safetensors'}")
+    check_place(out.parent, "--out")
     lora, model = found(given.run.absolute(), given.model, given.family)
-    family = load_family(model)
-    made(given.out.absolute().parent, "--out")
-    if given.form == "merged":
-        merge(family, lora, given.out, getattr(torch, given.dtype))
-    else:
-        convert(family, lora, given.out, given.layout, getattr(torch, given.dtype))
-    say(str(given.out))
+    try:
+        family = check_model(model)
+        tensors = None if merged else converted(family, lora, given.layout or "diffusers")
+        made(out.parent, "--out")
+        if tensors is None:
+            merge(family, lora, out, getattr(torch, given.dtype))
+        else:
+            write(tensors, out, getattr(torch, given.dtype))
+    except OSError as error:
+        raise Refused(f"--out {out} cannot be written: {error.strerror}; choose another") from error
+    say(str(out))
 
 
 def found(path: Path, model: Path | None, family: str) -> tuple[Path, ModelTable]:
     """The LoRA's folder or file, and its model, in float32. Raises Refused."""
-    if path.is_file():
+    if not path.exists():
+        raise Refused(f"{path}: no such file or folder")
+    if file_of(path).is_file():
         if model is None:
-            raise Refused(f"{path} is a file: give --model, the folder of the model that it belongs to")
+            raise Refused(f"{path} is a LoRA: give --model, the folder of the model that it belongs to")
         return path, ModelTable(family=family, path=str(model), dtype="float32")
     run = newest(path)
     config, loras = run / "config.toml", sorted(run.glob("final/lora*"))
     if not config.is_file() or not loras:
         raise Refused(f"{run} holds no config.toml and final/lora: give a finished run of a LoRA, or a LoRA file")
-    table = tomllib.loads(config.read_text(encoding="utf-8"))["model"]
-    known = {key: value for key, value in table.items() if key in ModelTable.model_fields}
-    changes = {"dtype": "float32"} | ({"path": str(model)} if model else {})
-    return loras[0], ModelTable.model_validate(known | changes)
+    try:
+        table = tomllib.loads(config.read_text(encoding="utf-8"))["model"]
+        known = {key: value for key, value in table.items() if key in ModelTable.model_fields}
+        changes = {"dtype": "float32"} | ({"path": str(model)} if model else {})
+        return loras[0], ModelTable.model_validate(known | changes)
+    except (ValueError, LookupError) as error:
+        raise Refused(
+            f"{config} names no model ({last_line(error)}): give the LoRA itself, {loras[0]}, and --model"
+        ) from error
 
 
-def convert(family: Family, lora: Path, out: Path, layout: Literal["diffusers"] | Layout, dtype: torch.dtype) -> None:
-    """Write a LoRA in a layout. Raises Refused for one that does not fit, or that was trained together with modules."""
+def converted(family: Family, lora: Path, layout: Literal["diffusers"] | Layout) -> dict[str, Tensor]:
+    """A LoRA in a layout. Raises Refused for one that does not fit, or that was trained together with modules."""
     if (lora / MODULES_FILE).is_file():
         raise Refused(f"{lora} holds whole modules beside the LoRA, which no other layout has: give --form merged")
     denoiser = family.empty_denoiser(torch.float32)
@@ -78,6 +99,11 @@ def convert(family: Family, lora: Path, out: Path, layout: Literal["diffusers"] 
                 f"--layout {layout} is known of FLUX alone, not of a {type(denoiser).__name__}: give diffusers"
             )
         tensors = from_diffusers(tensors, denoiser, family.denoiser_folder, layout)
+    return tensors
+
+
+def write(tensors: Mapping[str, Tensor], out: Path, dtype: torch.dtype) -> None:
+    """alpha stays in float32, which knows every rank."""
     written = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in tensors.items()}
     with durable(out) as partial:
         save_file({key: value.contiguous() for key, value in written.items()}, partial)

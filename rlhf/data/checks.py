@@ -40,8 +40,13 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
     problems: list[Problem] = []
     for field in fields:
         given = record.fields.get(field.name)
-        several = (given or [""]) if field.kind == "picture paths" and isinstance(given, list) else [given]
-        found = [_check_field(record, field, value, root or Path(record.file).parent) for value in several]
+        several, member = [given], field
+        if field.kind == "picture paths" and isinstance(given, list):
+            several, member = (
+                given or [""],
+                replace(field, required=True) if given else field,
+            )  # a list holds what is there
+        found = [_check_field(record, member, value, root or Path(record.file).parent) for value in several]
         faults = [value for value in found if isinstance(value, Problem)]
         if field.counts is not None and not faults and given and len(found) not in field.counts:
             fewest, most = min(field.counts), max(field.counts)

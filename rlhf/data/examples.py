@@ -26,7 +26,7 @@ from rlhf.data import formats
 from rlhf.data.checks import check
 from rlhf.data.files import TABLES
 from rlhf.data.formats import FOLDER, Block
-from rlhf.data.media import PictureFile
+from rlhf.data.media import PictureFile, mask_range
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
 from rlhf.types import Cell, Example, Geometry, Prompt, Source
@@ -64,8 +64,11 @@ ALIASES = {
     "path_target": "target",
     "target_image": "target",
     "control_images": "source",
+    "control_image": "source",
+    "path_control": "source",
     "path_mask": "mask",
     "control_mask": "mask",
+    "mask_image": "mask",
 }
 """Names that other trainers' data sets use, and ours."""
 CONTROL = re.compile(r"path_control_?(\d*)")
@@ -100,13 +103,14 @@ def blocks_of(file: Path) -> list[Block]:
     fields = TABLE if file.suffix in TABLES and file.is_file() else ()
     give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}"
     blocks = formats.blocks_of(file, fields, otherwise=FOLDER, give=f"{give}, or the pairs/ folder of an online run")
-    if file.suffix == ".csv":
+    if blocks and blocks[0].format == ".csv":
         columns = formats.FORMATS[".csv"].columns(file) or ()
         names = {ALIASES.get(name, name) for name in columns}
         if not any(needed <= names for needed in ({"prompt", "target"}, {"prompt", "winner"})):
             what = f"has the columns {', '.join(columns)}"
             remedy = (
-                "the first line must name prompt and target (or path_target), or prompt, winner and loser; with commas"
+                "the first line must name, in small letters and separated by commas, prompt and target (or path_target), or "
+                "prompt, winner and loser"
             )
             raise BadInput([whole(file, what, remedy)])
     return blocks
@@ -225,10 +229,10 @@ def _row(record: Record, fields: Sequence[Field], root: Path | None) -> tuple[di
         faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
     if len(pictures) == 2 and pictures[0].content == pictures[1].content:
         faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
-    if not faults and mask and _size(mask) != _size(pictures[0]):
-        mine, its = (f"{one.height} × {one.width}" for one in (mask, pictures[0]))
-        what, remedy = f"is {mine} pixels, but the picture {its}", "give a mask of the picture's size"
-        faults.append(record.problem("mask", what, remedy))
+    if not faults and mask:
+        faults += [record.problem("mask", *fault) for fault in _mask_faults(mask, pictures)]
+    if "target" in values and {"winner", "loser"} & record.fields.keys():
+        faults.append(record.problem("target", "stands beside winner or loser", "give a target, or a pair"))
     if faults:
         return {}, faults
     row = {
@@ -248,6 +252,29 @@ def _row(record: Record, fields: Sequence[Field], root: Path | None) -> tuple[di
     return row, []
 
 
+def _mask_faults(mask: PictureFile, pictures: Sequence[PictureFile]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a mask, and the remedy."""
+    for picture in pictures:
+        if _size(mask) != _size(picture):
+            mine, its = (f"{one.height} × {one.width}" for one in (mask, picture))
+            yield (
+                f"is {mine} pixels, but the picture {its}",
+                "give a mask of the picture's size, upright as that is shown",
+            )
+            return
+    assert mask.path
+    if (brightest := mask_range(Path(mask.path).read_bytes())) is None:
+        yield "is transparent somewhere", "save it as grey without transparency, white where errors count more"
+    elif brightest[0] == brightest[1]:
+        yield (
+            f"is {brightest[0]} of 255 everywhere, which masks nothing",
+            "make it white where errors count more, else black",
+        )
+    elif brightest[1] < 128:
+        what = f"is nowhere brighter than {brightest[1]} of 255"
+        yield what, "make it white, which is 255, where errors count more"
+
+
 def _size(picture: PictureFile) -> tuple[int, int]:
     return picture.height, picture.width
 
@@ -260,8 +287,8 @@ def _renamed(record: Record | Problem) -> Record | Problem:
     numbered = {name: int(found[1] or 0) for name in fields if (found := CONTROL.fullmatch(name))}
     if numbered:
         given = [fields.pop(name) for name in sorted(numbered, key=numbered.__getitem__)]
-        fields["control_images"] = [value for value in given if value not in (None, "")]
-    for name in ALIASES.keys() & fields.keys():
+        fields["path_control"] = [value for value in given if value not in (None, "")]
+    for name in sorted(ALIASES.keys() & fields.keys()):
         if (mine := ALIASES[name]) in fields:
             return record.problem(name, f"says the same as {mine}", "keep one of the two")
         fields[mine] = fields.pop(name)

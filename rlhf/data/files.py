@@ -36,8 +36,14 @@ def find_files(
         return [path]
     if not path.is_dir():
         raise BadInput([whole(path, "no such file or folder", remedy)])
-    files = _listed(path)
-    if not files and layouts.is_layout(path):
+    try:
+        files, is_layout, has_captions = _listed(path), layouts.is_layout(path), layouts.has_captions(path)
+    except OSError as error:
+        raise BadInput([whole(path, f"cannot be read: {error.strerror} ({error.filename})", remedy)]) from error
+    if files and has_captions:
+        what = f"holds pictures with captions, and tables too, such as {files[0].relative_to(path)}"
+        raise BadInput([whole(path, what, f"set {key} to the table that is meant, or move the tables away")])
+    if not files and is_layout:
         return [path]
     if not files:
         raise BadInput([whole(path, f"holds no {' or '.join(TABLES)} file and no pictures", remedy)])

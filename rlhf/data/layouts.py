@@ -4,14 +4,16 @@
     control_images/   a.jpg  a_control_1.jpg     b.jpg           what is edited, in this order
 
 Masks and captions may lie in either folder. A folder that holds pictures and captions itself has no control pictures. Every file
-is part of an example or a problem, but for those whose names begin with a dot. Names as in the public trainers of edit models.
+in them is part of an example or a problem, but for those whose names begin with a dot; beside the two folders, pictures, captions
+and other folders are problems. Names as in the public trainers of edit models, in any case.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from unicodedata import normalize
 
 from rlhf.data.records import BadInput, Problem, Record, whole
 
@@ -34,14 +36,17 @@ class Files:
     """By number; 0: the one without."""
     masks: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
-    """Files that are none of these, and folders."""
+    """Files that are none of these, and folders: told, and no fault of the example."""
 
 
 def is_layout(folder: Path) -> bool:
     """Whether a folder has a folder of targets or control pictures, or pictures itself."""
-    if any((folder / name).is_dir() for name in (*TARGETS, *CONTROLS)):
-        return True
-    return any(_is_picture(file) for file in folder.iterdir())
+    return bool(_named(folder, (*TARGETS, *CONTROLS))) or any(map(_is_picture, folder.iterdir()))
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether a folder of targets in it holds captions: it is a data set, whatever else is there."""
+    return any(file.suffix.lower() == CAPTION for targets in _named(folder, TARGETS) for file in targets.iterdir())
 
 
 def count(folder: Path) -> int:
@@ -59,8 +64,9 @@ def rows(folder: Path, first: int, last: int) -> Iterator[Record | Problem]:
     `folder`. What an example lacks is absent, not empty.
     """
     for number, (stem, files) in enumerate(list(_found(folder).items())[first - 1 : last], start=first):
+        yield from map(_not_read, files.others)
         problems = list(_problems(folder, stem, files))
-        if problems:
+        if problems or not files.targets:
             yield from problems
             continue
         target = files.targets[0]
@@ -82,14 +88,19 @@ def _problem(file: Path, what: str, remedy: str) -> Problem:
     return Problem(file=str(file), line=0, field=None, what=what, remedy=remedy)
 
 
+def _not_read(file: Path) -> Problem:
+    if file.is_symlink() and not file.exists():
+        return _problem(file, "is a link to nothing", "mend or remove it")
+    if file.is_dir():
+        return _problem(file, "is a folder that is not read", "move its files to where the others are, or move it away")
+    if _is_picture(file) or file.suffix.lower() == CAPTION:
+        return _problem(file, "lies beside the folders of pictures, where nothing is read", "move it into one, or away")
+    endings = ", ".join((*PICTURES, CAPTION))
+    return _problem(file, f"is none of {endings}", "save it as one of them, or move it away")
+
+
 def _problems(folder: Path, stem: str, files: Files) -> Iterator[Problem]:
     targets, controls = _folders(folder)
-    for file in files.others:
-        if file.is_dir():
-            yield _problem(file, "is a folder among pictures, which is not read", "move its files up, or move it away")
-        else:
-            endings = ", ".join((*PICTURES, CAPTION))
-            yield _problem(file, f"is none of {endings}", "save it as one of them, or move it away")
     if not files.targets:
         for what, found in (
             ("control picture", [file for some in files.controls.values() for file in some]),
@@ -108,17 +119,16 @@ def _problems(folder: Path, stem: str, files: Files) -> Iterator[Problem]:
     if controls and not numbers:
         what = f"has no control picture: {controls} holds no picture {stem}"
         yield _problem(files.targets[0], what, "add it there, or move this file away")
-    elif numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        missing = next(index for index in range(numbers[0], numbers[-1]) if index not in numbers)
-        what = f"has control pictures up to number {numbers[-1]}, but none with number {missing}"
-        yield _problem(files.targets[0], what, f"add {stem}_control_{missing}, or number the others without a gap")
+    elif missing := sorted(set(range(1, numbers[-1] if numbers else 0)) - set(numbers))[:1]:
+        what = f"has control pictures up to number {numbers[-1]}, but none with number {missing[0]}"
+        yield _problem(files.targets[0], what, f"add {stem}_control_{missing[0]}, or number the others without a gap")
 
 
 def _folders(folder: Path) -> tuple[Path, Path | None]:
     """Of targets and of control pictures. Raises: BadInput where several folders may be meant."""
     chosen: list[Path | None] = []
     for names in (TARGETS, CONTROLS):
-        there = [folder / name for name in names if (folder / name).is_dir()]
+        there = _named(folder, names)
         if len(there) > 1:
             what = f"holds {' and '.join(found.name for found in there)}, of which one is meant"
             raise BadInput([whole(folder, what, "rename or move away the others")])
@@ -130,21 +140,25 @@ def _folders(folder: Path) -> tuple[Path, Path | None]:
     return targets or folder, controls
 
 
+def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.name.lower() in names and child.is_dir())
+
+
 def _found(folder: Path) -> dict[str, Files]:
     """Everything in the two folders by stem, sorted."""
     targets, controls = _folders(folder)
-    return _grouped(targets, controls, *(one.stat().st_mtime_ns for one in (targets, controls) if one))
+    return _grouped(folder, targets, controls, *(one.stat().st_mtime_ns for one in (folder, targets, controls) if one))
 
 
 @lru_cache(maxsize=4)
-def _grouped(target_folder: Path, control_folder: Path | None, *changed: int) -> dict[str, Files]:
+def _grouped(folder: Path, target_folder: Path, control_folder: Path | None, *changed: int) -> dict[str, Files]:
     """Kept, since every block of a folder asks. changed: when files were last added or removed."""
     beside, controls = _listed(target_folder), _listed(control_folder) if control_folder else []
-    pictures = {file.stem for file in beside if _is_picture(file)}
+    pictures = {_stem(file) for file in beside if _is_picture(file)}
     stems = {stem for stem in pictures if not (stem.endswith(MASK) and stem.removesuffix(MASK) in pictures)}
     found: dict[str, Files] = {}
     for file in (*beside, *controls):
-        stem, is_control = file.stem, file.parent == control_folder
+        stem, is_control = _stem(file), file.parent == control_folder
         numbered = NUMBERED.fullmatch(stem) if is_control and stem not in stems else None
         if file.suffix.lower() == CAPTION and file.is_file():
             found.setdefault(stem, Files()).captions.append(file)
@@ -152,13 +166,24 @@ def _grouped(target_folder: Path, control_folder: Path | None, *changed: int) ->
             found.setdefault(stem, Files()).others.append(file)
         elif stem not in stems and stem.endswith(MASK):
             found.setdefault(stem.removesuffix(MASK), Files()).masks.append(file)
-        elif numbered and int(numbered[2]):
+        elif numbered:
             found.setdefault(numbered[1], Files()).controls.setdefault(int(numbered[2]), []).append(file)
         elif is_control:
             found.setdefault(stem, Files()).controls.setdefault(0, []).append(file)
         else:
             found.setdefault(stem, Files()).targets.append(file)
+    if target_folder != folder:
+        for file in _listed(folder):
+            if file not in (target_folder, control_folder) and (
+                file.is_dir() or file.suffix.lower() in (*PICTURES, CAPTION)
+            ):
+                found.setdefault(_stem(file), Files()).others.append(file)
     return dict(sorted(found.items()))
+
+
+def _stem(file: Path) -> str:
+    """é may be one character, or an e and its accent: which one depends on the system that wrote the name."""
+    return normalize("NFC", file.stem)
 
 
 def _listed(folder: Path) -> list[Path]:

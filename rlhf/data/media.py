@@ -149,6 +149,15 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
     return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(given), height=height, width=width)
 
 
+def mask_range(data: bytes) -> tuple[int, int] | None:
+    """The darkest and the brightest grey of a mask's file, 0 … 255; None where some of it is transparent. Raises ImageError."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+            return None
+    grey = decode_image(data).mean(axis=2)
+    return int(grey.min()), int(grey.max())
+
+
 def _in_another_form(root: Path, name: str) -> Path | None:
     """A file below `root` whose path looks the same: é may be one character, or an e and its accent."""
     here = root

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -26,12 +28,14 @@ from rlhf.models import lora_layouts
 from rlhf.shards.files import SAFETENSORS_NAMES, is_pointer
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
+PEFT_FILE, PEFT_SETTINGS = SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME
 MODULES_FILE, MODULES_TABLE = "modules.safetensors", "modules.json"
 """Whole submodules that were trained, by their plain names, and the patterns that chose them."""
 LAYOUTS = {
     r"diffusion_model\.": "ComfyUI's layout (diffusion_model.…)",
     r"base_model\.model\.": "PEFT's layout (base_model.model.…)",
-    r"lora_(unet|transformer|te\d?|prior\w*)_": "kohya's layout (lora_unet_…)",
+    r"lora_te\d?_": "kohya's layout of a text encoder (lora_te…)",
+    r"lora_(unet|transformer|prior\w*)_": "kohya's layout (lora_unet_…)",
     r"lycoris_": "LyCORIS' layout (lycoris_…)",
     r"double_blocks\.|single_blocks\.": "Black Forest Labs' layout (double_blocks.…)",
     r"transformer\.": "the diffusers layout of a transformer (transformer.…)",
@@ -59,15 +63,23 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
 
     prefix: what the keys begin with. Reads headers only, so the denoiser may be on the meta device.
     """
-    file, example = path / LORA_FILE if path.is_dir() else path, f"{prefix}.NAME.lora_A.weight"
+    file, example = file_of(path), f"{prefix}.NAME.lora_A.weight"
     remedy = f"give a LoRA for this model in the diffusers layout ({example} and lora_B), e.g. RUN/final/lora"
-    shapes = _shapes(file, remedy)
-    if shapes and lora_layouts.is_read(shapes, denoiser):
-        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    shapes, others = _shapes(file, remedy), lora_layouts.prefixes(denoiser)
+    if others and any(key.startswith(others) for key in shapes):
+        remedy += ", or in ComfyUI's, kohya's or PEFT's; of the denoiser alone"
+    if shapes and all(key.startswith(others) for key in shapes):
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items() if not key.endswith(".alpha")}
+        with safe_open(file, "pt") as tensors:
+            alphas = {key: tensors.get_tensor(key) for key in shapes.keys() - empty.keys()}
         try:
-            shapes = {key: tuple(t.shape) for key, t in lora_layouts.to_diffusers(empty, denoiser, prefix).items()}
+            shapes = {
+                key: tuple(t.shape) for key, t in lora_layouts.to_diffusers(empty | alphas, denoiser, prefix).items()
+            }
         except lora_layouts.Unreadable as error:
             raise Misfit(file, f"does not fit: {error}", remedy) from error
+        if min(empty).startswith(lora_layouts.PEFT):
+            _peft_settings(file, prefix)
     if not shapes:
         raise Misfit(file, "holds no tensors", remedy)
     if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
@@ -75,9 +87,10 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
         raise Misfit(file, what, f"{remedy}; whole weights are given by their folder, as tuned.denoiser")
     mine = {key.removeprefix(f"{prefix}."): shape for key, shape in shapes.items() if key.startswith(f"{prefix}.")}
     if len(mine) < len(shapes):
-        others = [key for key in shapes if not key.startswith(f"{prefix}.")]
-        found = " and ".join(f"{count} in {name}" for name, count in Counter(map(_layout, others)).most_common())
-        what = f"has {len(others)} of {len(shapes)} keys that are not read: {found}; the first is {min(others)!r}"
+        unread = [key for key in shapes if not key.startswith((f"{prefix}.", *others))]
+        unread = unread or [key for key in shapes if not key.startswith(f"{prefix}.")]  # two layouts in one file
+        found = " and ".join(f"{count} in {name}" for name, count in Counter(map(_layout, unread)).most_common())
+        what = f"has {len(unread)} of {len(shapes)} keys that are not read: {found}; the first is {min(unread)!r}"
         raise Misfit(file, what, remedy)
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, _ConvNd))}
     if faults := [fault for key in sorted(mine) if (fault := _fault(key, mine, layers))]:
@@ -145,11 +158,13 @@ def _shapes(file: Path, remedy: str) -> dict[str, tuple[int, ...]]:
 def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
     """Put a LoRA, from its file or its folder with the modules trained beside it, into a diffusers model. Raises Misfit."""
     check_lora(path, denoiser, prefix)
-    file = path / LORA_FILE if path.is_dir() else path
+    file = file_of(path)
     if (path / MODULES_FILE).is_file():
         load_modules(denoiser, path)
-    if lora_layouts.is_read(_shapes(file, REWRITE), denoiser):
-        denoiser.load_lora_adapter(lora_layouts.to_diffusers(load_file(file), denoiser, prefix), prefix=prefix)
+    with safe_open(file, "pt") as tensors:
+        is_ours = next(iter(tensors.keys())).startswith(f"{prefix}.")
+    if not is_ours:
+        denoiser.load_lora_adapter(read_lora(denoiser, path, prefix), prefix=prefix)
         return
     try:
         # Without a weight_name diffusers finds no file in a folder, and does not read alpha from a file's header.
@@ -166,20 +181,46 @@ def read_lora(denoiser: nn.Module, path: Path, prefix: str) -> dict[str, torch.T
     The denoiser may be on the meta device.
     """
     check_lora(path, denoiser, prefix)
-    file = path / LORA_FILE if path.is_dir() else path
+    file = file_of(path)
     tensors = load_file(file)
-    if lora_layouts.is_read(tensors, denoiser):
-        return lora_layouts.to_diffusers(tensors, denoiser, prefix)
-    with safe_open(file, "pt") as opened:
-        settings = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    alpha, alphas = settings.get(f"{prefix}.lora_alpha"), settings.get(f"{prefix}.alpha_pattern") or {}
-    if settings.get(f"{prefix}.use_rslora") or settings.get(f"{prefix}.use_dora"):
+    if min(tensors).startswith(f"{prefix}."):
+        with safe_open(file, "pt") as opened:
+            header = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        settings = {key.removeprefix(f"{prefix}."): value for key, value in header.items()}
+    else:
+        settings = _peft_settings(file, prefix) if min(tensors).startswith(lora_layouts.PEFT) else {}
+        try:
+            tensors = lora_layouts.to_diffusers(tensors, denoiser, prefix)
+        except lora_layouts.Unreadable as error:
+            raise Misfit(file, f"does not fit: {error}", "give a LoRA that was trained") from error
+    if settings.get("use_rslora") or settings.get("use_dora"):
         raise Misfit(file, "is scaled by rsLoRA or DoRA, which is not read", REWRITE)
+    alphas = settings.get("alpha_pattern") or {}
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
-        layer = key.removeprefix(f"{prefix}.").removesuffix(".lora_B.weight")
-        rank = tensors[key].shape[1]
-        tensors[key] = tensors[key] * ((alphas.get(layer, alpha) or rank) / rank)
+        layer, rank = key.removeprefix(f"{prefix}.").removesuffix(".lora_B.weight"), tensors[key].shape[1]
+        alpha = alphas.get(get_pattern_key(alphas, layer), settings.get("lora_alpha")) or rank
+        tensors[key] = tensors[key] * (alpha / rank)
     return tensors
+
+
+def file_of(path: Path) -> Path:
+    """The file of a LoRA that is given by it or by its folder."""
+    if not path.is_dir():
+        return path
+    return path / PEFT_FILE if (path / PEFT_FILE).is_file() and not (path / LORA_FILE).is_file() else path / LORA_FILE
+
+
+def _peft_settings(file: Path, prefix: str) -> dict[str, Any]:
+    """PEFT's settings of a file in its layout, which alone know alpha. Raises Misfit."""
+    beside = file.parent / PEFT_SETTINGS
+    try:
+        settings = json.loads(beside.read_text())
+        assert settings["lora_alpha"] > 0
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        what = f"is in PEFT's layout, of which {beside.name} beside it says the strength, but that cannot be read"
+        remedy = f"copy it there, or give the LoRA in the diffusers layout ({prefix}.NAME.lora_A.weight)"
+        raise Misfit(file, f"{what} ({last_line(error)})", remedy) from error
+    return settings
 
 
 def check_modules(folder: Path, denoiser: nn.Module) -> None:

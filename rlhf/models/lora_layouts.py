@@ -8,11 +8,13 @@ ComfyUI and kohya's scripts name layers as Black Forest Labs' code does, which c
 first layer) with one layer. Going there, the adapters of its parts become one: A is stacked and B is block-diagonal, so that
 nothing is rounded. Coming back, every part takes its rows of B and the rows of A that they use. alpha / rank goes into B.
 
-Read are also files with diffusers' names behind PEFT's prefix `base_model.model.`. Left out: DoRA, LoHa, LoKr, text encoders.
+Read are also files with diffusers' names behind PEFT's prefix `base_model.model.`, whose alpha is in a file beside them (see
+`lora`). Left out: DoRA, LoHa, LoKr, text encoders.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,15 +86,16 @@ def flux_layers(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def is_read(keys: Iterable[str], denoiser: nn.Module) -> bool:
-    """Whether keys are all in layouts that `to_diffusers` reads for this denoiser."""
-    return isinstance(denoiser, FluxTransformer2DModel) and all(key.startswith((COMFYUI, KOHYA, PEFT)) for key in keys)
+def prefixes(denoiser: nn.Module) -> tuple[str, ...]:
+    """How the keys begin that `to_diffusers` reads for this denoiser."""
+    return (COMFYUI, KOHYA, PEFT) if isinstance(denoiser, FluxTransformer2DModel) else ()
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A file's tensors under diffusers' names, with alpha multiplied into lora_B. Tensors may lie on the meta device.
+    """A file's tensors under diffusers' names, with alpha multiplied into lora_B. Matrices may lie on the meta device.
 
-    Raises: Unreadable for a key that names no layer of the denoiser, or none of an adapter.
+    Raises: Unreadable for a key that names no layer of the denoiser or none of an adapter, for two adapters of one layer, and
+    for adapters that change nothing.
     """
     layers = flux_layers(denoiser)
     weights = {name: module.weight for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
@@ -103,6 +106,10 @@ def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str
         if matched is None or matched[1] not in names:
             raise Unreadable(f"{key} names no adapter of a layer of this {type(denoiser).__name__}")
         adapter = found.setdefault(names[matched[1]], Adapter())
+        if getattr(adapter, HALVES[matched[2]]) is not None:
+            raise Unreadable(f"{key} is a second adapter of its layer, beside {adapter.keys[0]}")
+        if matched[2] == "alpha" and not (tensor.numel() == 1 and 0 < tensor.item() < math.inf):
+            raise Unreadable(f"{key} is {tensor.tolist()}, but alpha is a number above 0")
         setattr(adapter, HALVES[matched[2]], tensor)
         adapter.keys.append(key)
     made = dict[str, Tensor]()
@@ -121,7 +128,11 @@ def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str
         for part, part_rows in zip(parts, B.split(rows), strict=True):
             if len(parts) > 1 and not A.is_meta and not part_rows.any():
                 continue  # a part of a fused layer that was not trained
+            if f"{prefix}.{part}.lora_A.weight" in made:
+                raise Unreadable(f"{adapter.keys[0]} is a second adapter of {part}")
             made[f"{prefix}.{part}.lora_A.weight"], made[f"{prefix}.{part}.lora_B.weight"] = _used(A, part_rows)
+    if not any(B.is_meta or B.any() for key, B in made.items() if ".lora_B." in key):
+        raise Unreadable(f"every lora_B (lora_up) is zero, of {len(tensors)} tensors: it changes nothing")
     return made
 
 
@@ -156,7 +167,7 @@ def from_diffusers(
         key = f"{COMFYUI}{name}" if layout == "comfyui" else f"{KOHYA}{name.replace('.', '_')}"
         made[f"{key}.{half[0]}"] = stacked
         made[f"{key}.{half[1]}"] = _halves_swapped(B) if name == SHIFT_FIRST else B
-        made[f"{key}.alpha"] = torch.tensor(float(len(stacked)), dtype=stacked.dtype)
+        made[f"{key}.alpha"] = torch.tensor(float(len(stacked)))
     return made
 
 

@@ -121,8 +121,11 @@ class LoRA(Part):
         if others := [layer for layer in ranks if not f".{layer}".endswith(endings)]:
             what = f"adapts {len(others)} layers that trainable.targets do not name, the first is {others[0]}"
             raise Refused(f"{file} {what}: add their endings to trainable.targets")
-        if odd := sorted({rank for rank in ranks.values() if rank != self.rank}):
-            raise Refused(f"{file} is of rank {odd[0]}, but trainable.rank = {self.rank}: set it to the file's")
+        if (found := sorted(set(ranks.values()))) != [self.rank]:
+            remedy = "set it to the file's" if len(found) == 1 else "its layers must be of one rank"
+            raise Refused(
+                f"{file} is of rank {' and '.join(map(str, found))}, but trainable.rank = {self.rank}: {remedy}"
+            )
         # In the file alpha is the rank; here alpha / rank is multiplied in at every step.
         return {
             key: tensor if key.endswith(DOWN) else tensor * (self.rank / self.alpha) for key, tensor in tensors.items()

@@ -1,5 +1,6 @@
 """`jobs.export` as users start it, on a tiny Kontext: layouts there and back, whole weights, and what is refused."""
 
+import json
 import sys
 
 import pytest
@@ -74,10 +75,14 @@ def test_a_smaller_dtype_is_written_but_alpha_stays_exact(job, run_folder, tmp_p
 
 def test_alpha_in_a_header_is_multiplied_in(job, tmp_path, kontext, base):
     tensors = adapters(base, chosen=lambda name: name.endswith("to_q"))
-    settings = '{"transformer.r": 3, "transformer.lora_alpha": 6, "transformer.target_modules": ["to_q"]}'
+    about = {"r": 3, "lora_alpha": 6, "target_modules": ["to_q"], "alpha_pattern": {r"transformer_blocks\.1.*": 12}}
+    settings = json.dumps({f"transformer.{key}": value for key, value in about.items()})
     save_file(tensors, tmp_path / "scaled.safetensors", {"lora_adapter_metadata": settings})
     assert job(tmp_path / "scaled.safetensors", "--model", kontext, "--out", tmp_path / "out.safetensors")[0] == 0
-    assert_same(deltas(load_file(tmp_path / "out.safetensors")), {n: 2 * d for n, d in deltas(tensors).items()})
+    expected = {
+        name: delta * (4 if name.startswith("transformer_blocks.1.") else 2) for name, delta in deltas(tensors).items()
+    }
+    assert_same(deltas(load_file(tmp_path / "out.safetensors")), expected)
 
 
 def test_what_cannot_be_exported_is_refused_with_the_remedy(job, run_folder, tmp_path, kontext, base):
@@ -92,7 +97,14 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(job, run_folder, tmp
     save_file(unet, tmp_path / "unet.safetensors")
     of_sd = ("--model", sd, "--family", "stable_diffusion")
     for arguments, says in [
-        ((file, "--out", out), "is a file: give --model, the folder of the model that it belongs to"),
+        ((file, "--out", out), "is a LoRA: give --model, the folder of the model that it belongs to"),
+        ((run_folder / "v0/final/lora", "--out", out), "is a LoRA: give --model"),
+        ((tmp_path / "none", "--out", out), "none: no such file or folder"),
+        ((file, "--model", tmp_path / "none", "--out", out), "there is no such folder"),
+        ((run_folder, "--out", tmp_path / "out"), "give a file that ends with .safetensors"),
+        ((run_folder, "--out", out, "--form", "merged"), "give a folder"),
+        ((run_folder, "--out", tmp_path / "m", "--form", "merged", "--layout", "kohya"), "leave one of them out"),
+        ((run_folder, "--out", file / "x.safetensors"), "is a file; choose another"),
         (
             (tmp_path, "--out", out),
             "holds no config.toml and final/lora: give a finished run of a LoRA, or a LoRA file",
@@ -106,6 +118,10 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(job, run_folder, tmp
     ]:
         status, error = job(*arguments)
         assert status == 2 and says in error and not out.exists()
+    (run_folder / "v0/config.toml").write_text("[run]\n")
+    status, error = job(run_folder, "--out", out)
+    assert status == 2 and "config.toml names no model (KeyError: 'model'): give the LoRA itself" in error
+    (run_folder / "v0/config.toml").write_text(tomli_w.dumps({"model": {"path": str(kontext)}}))
     (run_folder / "v0/final/lora" / MODULES_FILE).write_bytes(b"")
     status, error = job(run_folder, "--layout", "kohya", "--out", out)
     assert status == 2 and "which no other layout has: give --form merged" in error

@@ -1,6 +1,7 @@
 """Checking pairs: what is wrong is said with file, row, field and remedy; what is right is found again by its index."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -278,3 +279,36 @@ def test_pairs_as_a_csv_of_winner_and_loser(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,winner,loser\nx,w.png,l.png\n")
     index, problems = check(tmp_path / "a.csv")
     assert problems == [] and set(example_of(index, 0).targets) == {"winner", "loser"}
+
+
+MIXED = {
+    "two columns of sources": (
+        {"path_control": "c.png", "control_images": "d.png"},
+        r"(control_images|path_control): says the same as source; keep one of the two",
+    ),
+    "a source that is null": ({"control_images": [None, "c.png"]}, "source: is null, not a string"),
+    "a source that is empty": ({"control_images": ["c.png", ""]}, "source: is empty"),
+    "a target beside a pair": (
+        {"winner": "c.png", "loser": "d.png"},
+        "target: stands beside winner or loser; give a target",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_nothing_of_a_row_is_dropped_in_silence(tmp_path, what):
+    pictures(tmp_path, "t.png", "c.png", "d.png")
+    more, says = MIXED[what]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "x", "target": "t.png", **more}))
+    _, problems = check(tmp_path / "a.jsonl", source_counts=range(4), needs_loser=False)
+    assert len(problems) == 1 and re.search(says, str(problems[0])), problems
+
+
+def test_a_mask_is_of_the_size_of_both_pictures_of_a_pair(tmp_path):
+    pictures(tmp_path, "w.png")
+    for name, width in (("l.png", 64), ("m.png", 32)):
+        (tmp_path / name).write_bytes(png(width, 24, width))
+    line = {"prompt": "x", "winner": "w.png", "loser": "l.png", "mask": "m.png"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    _, (problem,) = check(tmp_path / "a.jsonl")
+    assert "mask: is 24 × 32 pixels, but the picture 24 × 64" in str(problem)

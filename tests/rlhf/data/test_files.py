@@ -1,6 +1,7 @@
 """Files of pairs: their blocks, which files of a folder are read, and how what is no table of pairs is refused."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -186,3 +187,32 @@ def test_shards_of_which_one_is_missing_are_no_data_set(tmp_path):
     ):
         find_files(tmp_path, "train")
     assert len(find_files(tmp_path, "test")) == 1
+
+
+def test_pictures_with_captions_beside_tables_are_no_guess(tmp_path):
+    write_parquet(tmp_path / "some.parquet", ROWS[:1])
+    (tmp_path / "images").mkdir()
+    assert find_files(tmp_path, "train") == [tmp_path / "some.parquet"], "pictures of a readme, say"
+    (tmp_path / "images" / "a.txt").write_text("x")
+    with pytest.raises(
+        BadInput, match=r"holds pictures with captions, and tables too, such as some\.parquet; set data\.path"
+    ):
+        find_files(tmp_path, "train")
+
+
+def test_a_folder_that_is_called_like_a_file_is_a_folder(tmp_path):
+    folder = tmp_path / "set.csv"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"")
+    (folder / "a.txt").write_text("x")
+    assert find_files(folder, "train") == [folder]
+    (block,) = blocks_of(folder)
+    assert block.format == "folder" and block.count == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    with pytest.raises(BadInput, match=r"closed: cannot be read: Permission denied"):
+        find_files(folder, "train")

@@ -2,13 +2,14 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from rlhf.data import layouts
 from rlhf.data.examples import read_index
 from rlhf.data.records import BadInput, Problem
 from rlhf.types import Geometry
-from tests.rlhf.data.pair_tables import index_of, png
+from tests.rlhf.data.pair_tables import encoded, index_of, png
 
 SIZE = Geometry(height=16, width=16)
 
@@ -73,6 +74,38 @@ def test_pictures_with_captions_alone_are_targets_without_control_pictures(tmp_p
     assert problems == [] and records["b"] == {"prompt": "caption of b", "target": "b.jpeg"} and len(records) == 2
 
 
+def test_a_file_beside_an_example_is_told_and_the_example_stays(tmp_path):
+    write(tmp_path, *PAIR, "training_images/a.json")
+    records, problems = read(tmp_path)
+    assert records == {"a": A}
+    assert problems == [
+        "training_images/a.json: is none of .png, .jpg, .jpeg, .webp, .txt; save it as one of them, or move it away"
+    ]
+
+
+def test_one_letter_in_two_encodings_is_one_stem(tmp_path):
+    for name in ("target/caf\u00e9.png", "target/cafe\u0301.txt", "control/cafe\u0301.png"):
+        write(tmp_path, name)
+    records, problems = read(tmp_path)
+    assert (
+        problems == []
+        and list(records) == ["caf\u00e9"]
+        and records["caf\u00e9"]["source"] == ["control/cafe\u0301.png"]
+    )
+
+
+def test_folders_go_by_their_names_in_any_case_and_numbers_may_begin_at_0(tmp_path):
+    write(tmp_path, "Images/a.png", "Images/a.txt", "Control_Images/a_control_0.png", "Control_Images/a_control_1.png")
+    records, problems = read(tmp_path)
+    assert problems == [] and records["a"]["source"] == [f"Control_Images/a_control_{number}.png" for number in (0, 1)]
+
+
+def test_a_link_to_nothing_is_told(tmp_path):
+    write(tmp_path, *PAIR)
+    (tmp_path / "training_images/b.png").symlink_to(tmp_path / "nothing.png")
+    assert read(tmp_path) == ({"a": A}, ["training_images/b.png: is a link to nothing; mend or remove it"])
+
+
 def test_a_name_that_ends_like_a_mask_or_a_number_is_a_target_where_it_has_one(tmp_path):
     write(tmp_path, "images/x_mask.png", "images/x_mask.txt", "control/x_mask.png")
     write(tmp_path, "images/y_control_1.png", "images/y_control_1.txt", "control/y_control_1.png")
@@ -135,7 +168,28 @@ WRONG = {
     "a folder among pictures": (
         {"training_images/more/c.png": png(9)},
         (),
-        "training_images/more: is a folder among pictures, which is not read; move its files up, or move it away",
+        "training_images/more: is a folder that is not read; move its files to where the others are, or move it away",
+    ),
+    "a picture beside the folders": (
+        {"stray.png": png(9)},
+        (),
+        "stray.png: lies beside the folders of pictures, where nothing is read; move it into one, or away",
+    ),
+    "a folder of masks": ({"masks/a.png": png(9)}, (), "masks: is a folder that is not read; move its files to where"),
+    "a transparent mask": (
+        {"training_images/a_mask.png": encoded(np.full((24, 32, 4), 127, np.uint8))},
+        (),
+        "training_images/a.png: mask: is transparent somewhere; save it as grey without transparency",
+    ),
+    "a mask of zeros and ones": (
+        {"training_images/a_mask.png": encoded(np.eye(24, 32, dtype=np.uint8))},
+        (),
+        "training_images/a.png: mask: is nowhere brighter than 1 of 255; make it white",
+    ),
+    "a mask of one grey": (
+        {"training_images/a_mask.png": encoded(np.full((24, 32), 255, np.uint8))},
+        (),
+        "training_images/a.png: mask: is 255 of 255 everywhere, which masks nothing; make it white where",
     ),
     "an unreadable picture": (
         {"control_images/a.jpg": b"no picture"},

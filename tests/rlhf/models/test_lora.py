@@ -50,7 +50,35 @@ MISFITS = {
     ),
     "kohya with a text encoder": (
         KOHYA(prefix="lora_unet_") | KOHYA(prefix="lora_te1_"),
-        r"4 of 4 keys that are not read: 4 in kohya's layout",
+        r"2 of 4 keys that are not read: 2 in kohya's layout of a text encoder \(lora_te…\); .*; of the denoiser alone",
+    ),
+    "ComfyUI's and diffusers' together": (
+        SOUND | adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model."),
+        "2 of 6 keys that are not read: 2 in ComfyUI's layout",
+    ),
+    "PEFT without its settings": (
+        adapter(LAYER, prefix="base_model.model."),
+        r"is in PEFT's layout, of which adapter_config\.json beside it says the strength, but that cannot be read",
+    ),
+    "alpha 0": (
+        adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model.")
+        | {"diffusion_model.double_blocks.0.img_attn.proj.alpha": torch.tensor(0.0)},
+        r"does not fit: diffusion_model\..*\.alpha is 0\.0, but alpha is a number above 0",
+    ),
+    "alpha that is no number": (
+        adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model.")
+        | {"diffusion_model.double_blocks.0.img_attn.proj.alpha": torch.tensor(float("nan"))},
+        r"\.alpha is nan, but alpha is a number above 0",
+    ),
+    "two adapters of one layer": (
+        adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model.")
+        | adapter("double_blocks_0_img_attn_proj", prefix="lora_unet_", a=".lora_down.weight", b=".lora_up.weight"),
+        r"does not fit: .*img_attn.proj.* is a second adapter of its layer, beside ",
+    ),
+    "a part of a layer beside the whole": (
+        adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model.")
+        | adapter("transformer_blocks.0.attn.to_out.0", prefix="base_model.model."),
+        r"is a second adapter of (its layer|transformer_blocks\.0\.attn\.to_out\.0)",
     ),
     "LoHa": (
         {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": torch.ones(4, 32)},
@@ -196,6 +224,38 @@ def test_settings_that_diffusers_cannot_read_are_refused_by_the_header(family, t
         Misfit, match=f"one\\.safetensors has a header whose lora_adapter_metadata {what}; export it again"
     ):
         check_lora(tmp_path / "one.safetensors", family.empty_denoiser(torch.float32), "transformer")
+
+
+def change_of(denoiser, base, name):
+    """What a loaded LoRA adds to a layer's weight."""
+    layer = denoiser.get_submodule(name)
+    inputs = torch.eye(layer.in_features)
+    with torch.no_grad():
+        return (layer(inputs) - base.get_submodule(name)(inputs)).T
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_peft_adapter_has_the_strength_of_its_settings(family, tmp_path, given):
+    second = "transformer_blocks.1.attn.to_q"
+    save_file(adapter(LAYER, second, prefix="base_model.model."), tmp_path / "adapter_model.safetensors")
+    settings = {"r": 4, "lora_alpha": 16, "alpha_pattern": {r"1\.attn\.to_q": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    path = tmp_path if given == "folder" else tmp_path / "adapter_model.safetensors"
+    loaded, base = family.load_denoiser("cpu", lora=path), family.load_denoiser("cpu")
+    for name, scale in ((LAYER, 4.0), (second, 0.5)):
+        B, A = (SOUND[f"transformer.{name}.lora_{half}.weight"] for half in "BA")
+        torch.testing.assert_close(change_of(loaded, base, name), scale * B @ A, rtol=1e-4, atol=1e-4)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True}))
+    with pytest.raises(Misfit, match="is scaled by rsLoRA or DoRA, which is not read"):
+        family.load_denoiser("cpu", lora=path)
+
+
+def test_an_adapter_that_changes_nothing_is_refused(family, tmp_path):
+    nothing = adapter("double_blocks.0.img_attn.proj", prefix="diffusion_model.")
+    nothing = {key: value * 0 if "lora_B" in key else value for key, value in nothing.items()}
+    save_file(nothing, tmp_path / LORA_FILE)
+    with pytest.raises(Misfit, match=r"every lora_B \(lora_up\) is zero, of 2 tensors: it changes nothing"):
+        family.load_denoiser("cpu", lora=tmp_path)
 
 
 def test_convolutions_of_a_unet_have_adapters_too(tmp_path):

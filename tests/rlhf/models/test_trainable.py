@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.errors import Refused
@@ -285,6 +285,11 @@ def test_a_file_that_is_not_this_lora_s_is_refused(kontext, tmp_path):
         Refused, match=r"trainable.start = .* is of rank 4, but trainable.rank = 8: set it to the file's"
     ):
         begun(family, file, rank=8)
+    mixed = load_file(file)
+    mixed |= {key: value[:2] if "lora_A" in key else value[:, :2] for key, value in mixed.items() if ".0.attn" in key}
+    save_file({key: value.contiguous() for key, value in mixed.items()}, tmp_path / "mixed.safetensors")
+    with pytest.raises(Refused, match=r"is of rank 2 and 4, but trainable\.rank = 4: its layers must be of one rank"):
+        begun(family, tmp_path / "mixed.safetensors")
     with pytest.raises(Refused, match=r"adapts 4 layers that trainable.targets do not name, .*: add their endings"):
         begun(family, file, targets=["attn.to_k", "proj_mlp"])
     with pytest.raises(Refused, match=r"nothing\.safetensors does not exist"):
