@@ -61,7 +61,7 @@ class Misfit(Refused):
 def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     """Raise Misfit unless a LoRA file, or its folder with the modules trained beside it, fits the denoiser entirely.
 
-    prefix: what the keys begin with. Reads headers only, so the denoiser may be on the meta device.
+    prefix: what the keys begin with. Reads no matrix, so the denoiser may be on the meta device.
     """
     file, example = file_of(path), f"{prefix}.NAME.lora_A.weight"
     remedy = f"give a LoRA for this model in the diffusers layout ({example} and lora_B), e.g. RUN/final/lora"
@@ -69,17 +69,7 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     if others and any(key.startswith(others) for key in shapes):
         remedy += ", or in ComfyUI's, kohya's or PEFT's; of the denoiser alone"
     if shapes and all(key.startswith(others) for key in shapes):
-        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items() if not key.endswith(".alpha")}
-        with safe_open(file, "pt") as tensors:
-            alphas = {key: tensors.get_tensor(key) for key in shapes.keys() - empty.keys()}
-        try:
-            shapes = {
-                key: tuple(t.shape) for key, t in lora_layouts.to_diffusers(empty | alphas, denoiser, prefix).items()
-            }
-        except lora_layouts.Unreadable as error:
-            raise Misfit(file, f"does not fit: {error}", remedy) from error
-        if min(empty).startswith(lora_layouts.PEFT):
-            _peft_settings(file, prefix)
+        shapes = _in_diffusers(shapes, file, denoiser, prefix, remedy)
     if not shapes:
         raise Misfit(file, "holds no tensors", remedy)
     if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
@@ -101,6 +91,22 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
         check_modules(path, denoiser)
     elif file.name == LORA_FILE and (file.parent / MODULES_FILE).is_file():
         raise Misfit(file, f"was trained together with {MODULES_FILE} beside it", f"give their folder, {file.parent}")
+
+
+def _in_diffusers(
+    shapes: Shapes, file: Path, denoiser: nn.Module, prefix: str, remedy: str
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of another program's file under diffusers' names. Raises Misfit."""
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with safe_open(file, "pt") as opened:
+        tensors |= {key: opened.get_tensor(key) for key in tensors if key.endswith(".alpha")}
+    try:
+        found = lora_layouts.to_diffusers(tensors, denoiser, prefix)
+    except lora_layouts.Unreadable as error:
+        raise Misfit(file, f"does not fit: {error}", remedy) from error
+    if min(tensors).startswith(lora_layouts.PEFT):
+        _peft_settings(file, prefix)
+    return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 
 def _check_settings(file: Path, prefix: str) -> None:
