@@ -19,7 +19,7 @@ import ray.data
 import xxhash
 
 from actors import streaming
-from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, read_index, write_index
+from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, is_target_table, read_index, write_index
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole
@@ -48,7 +48,7 @@ def check_pairs(
     BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
     """
     files = find_files(path, split, key)
-    if needs_loser and any(file.is_dir() for file in files):
+    if needs_loser and any(file.is_dir() or is_target_table(file) for file in files):
         remedy = 'set objective = "sft", or give pairs of a winner and a loser'
         raise BadInput([whole(path, "holds pictures to learn from, but none that they are preferred to", remedy)])
     blocks, problems = list[Block](), list[Problem]()

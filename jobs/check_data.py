@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from actors.checks import in_threads
 from jobs.cli import run_main, say
-from rlhf.data.examples import PairIndex, blocks_of, check_block
+from rlhf.data.examples import PairIndex, blocks_of, check_block, is_target_table
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole
@@ -55,7 +55,7 @@ def check_data(path: Path, split: str) -> None:
 
 def _check(block: Block) -> PairIndex:
     """As a family would that takes any number of control pictures; tables of pairs have none."""
-    counts = range(1) if block.format in TABLES else ANY_NUMBER
+    counts = range(1) if block.format in TABLES and not is_target_table(Path(block.file)) else ANY_NUMBER
     return check_block(block, source_counts=counts, items=None, needs_loser=False)
 
 
@@ -68,8 +68,8 @@ def described(parts: Sequence[PairIndex]) -> Iterator[str]:
         yield f"{undecided} rows that prefer neither picture, which are left out"
     captions = Counter(row["caption"] for row in rows)
     yield f"captions: {len(captions)} different, up to {max(map(len, captions))} characters"
-    yield f"control pictures of an example: {_counted(len(row['source_paths']) for row in rows)}"
-    yield f"masks: {sum(row['mask_path'] is not None for row in rows)}"
+    yield f"control pictures of an example: {_counted(len(row['source_contents']) for row in rows)}"
+    yield f"masks: {sum(row['mask_content'] is not None for row in rows)}"
     yield f"sizes (height × width): {_counted(_size(row['size']) for row in rows)}"
     if any(row["source_sizes"] for row in rows):
         yield f"sizes of control pictures: {_counted(_size(size) for row in rows for size in row['source_sizes'])}"

@@ -130,7 +130,7 @@ class PairDataConfig(Section):
     path: LocalPath
     """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
     out), a JSONL or CSV of winner, loser, prompt[, source][, mask], or the pairs/ folder of an online run. Targets for SFT: any
-    of them, a JSONL or CSV of target, prompt[, source][, mask], or a folder of training_images/ and control_images/."""
+    of them, a table, JSONL or CSV of target, prompt[, source][, mask], or a folder of training_images/, control_images/."""
     split: str = "train"
     """Of a folder with split-00000-of-….parquet files, those to read."""
     item_metadata: LocalPath | None = None

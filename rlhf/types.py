@@ -53,6 +53,8 @@ class Cell:
     row: int
     column: str
     number: int
+    item: int | None = None
+    """Of a cell that holds a list."""
 
 
 @dataclass(frozen=True, kw_only=True)

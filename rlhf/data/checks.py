@@ -16,6 +16,7 @@ from rlhf.data.formats import FORMATS, blocks_of, format_of, read_block, type_na
 from rlhf.data.media import picture_file
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 
+SEVERAL = ("pictures", "picture paths")
 OnBadRow = Literal["stop", "skip"]
 
 
@@ -41,7 +42,7 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
     for field in fields:
         given = record.fields.get(field.name)
         several, member = [given], field
-        if field.kind == "picture paths" and isinstance(given, list):
+        if field.kind in SEVERAL and isinstance(given, list):
             several, member = (
                 given or [""],
                 replace(field, required=True) if given else field,
@@ -58,7 +59,7 @@ def check(record: Record, fields: Sequence[Field], root: Path | None = None) -> 
             ]
         problems += faults
         if not faults and found[0] is not None:
-            values[field.name] = tuple(found) if field.kind == "picture paths" else found[0]
+            values[field.name] = tuple(found) if field.kind in SEVERAL else found[0]
     return values, problems
 
 
@@ -78,7 +79,7 @@ def _check_field(record: Record, field: Field, value: Any, root: Path) -> Any:
     if field.kind == "number":
         number = _number(value)
         return problem(f"is {value!r}", field.remedy or "give a finite number") if number is None else number
-    if field.kind == "picture" and isinstance(value, bytes):
+    if field.kind in ("picture", "pictures") and isinstance(value, bytes):
         found = picture_file(value)
         return problem(*found) if isinstance(found, tuple) else found
     if not isinstance(value, str):
@@ -88,7 +89,7 @@ def _check_field(record: Record, field: Field, value: Any, root: Path) -> Any:
     value = value.strip() if field.stripped else value
     if not value.strip() and not field.may_be_empty:
         return problem("is empty", field.remedy or f"write for example {field.example}")
-    if field.kind in ("picture", "picture path", "picture paths"):
+    if field.kind in ("picture", "picture path", *SEVERAL):
         if "://" in value:
             remedy = f"pictures are never fetched: save it beside {Path(record.file).name} and give its relative path"
             return problem(f"{value!r} is a URL", remedy)

@@ -2,7 +2,8 @@
 
 Pairs lie in tables with Pick-a-Pic's columns (Parquet, Arrow), or in a JSONL or CSV of winner, loser, prompt[, source][, mask]. A
 source is a path or a list of paths. Where no loser is needed (SFT), a line may have a winner alone or, with the same meaning, a
-target; and a folder of pictures (`layouts`) does. Columns go by the names of other trainers too (`ALIASES`).
+target; so may a table of target, prompt[, source][, mask] with the pictures in it; and a folder of pictures (`layouts`) does.
+Columns go by the names of other trainers too (`ALIASES`).
 
 Every picture is really decoded before any model loads. The index keeps no pixels: captions, which picture won, where the
 pictures lie, and the hash of their bytes, in one Arrow file that any number of processes map into memory.
@@ -11,11 +12,12 @@ Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pic
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +33,7 @@ from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
 from rlhf.types import Cell, Example, Geometry, Prompt, Source
 
-FORMAT = 5
+FORMAT = 6
 ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
@@ -76,6 +78,16 @@ CONTROL = re.compile(r"path_control_?(\d*)")
 TABLE_SOURCE = Field(
     name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
 )
+TARGET_TABLE = (
+    LINE[0],
+    replace(TARGET, kind="picture"),
+    replace(SOURCE, kind="pictures", required=False),
+    replace(MASK, kind="picture"),
+    IMAGE_ID,
+)
+"""A table of pictures to learn from."""
+PLACE = pa.struct([("path", pa.string()), ("column", pa.string()), ("item", pa.int32())])
+"""Of a picture: its file, or the column of its row's table, and its number in a list there."""
 SCHEMA = pa.schema(
     [
         ("block", pa.int32()),
@@ -85,11 +97,11 @@ SCHEMA = pa.schema(
         ("winner", pa.int8()),
         ("content_0", pa.string()),
         ("content_1", pa.string()),
-        ("path_0", pa.string()),
-        ("path_1", pa.string()),
-        ("source_paths", pa.list_(pa.string())),
+        ("place_0", PLACE),
+        ("place_1", PLACE),
+        ("source_places", pa.list_(PLACE)),
         ("source_contents", pa.list_(pa.string())),
-        ("mask_path", pa.string()),
+        ("mask_place", PLACE),
         ("mask_content", pa.string()),
         ("image_id", pa.string()),
         ("size", pa.list_(pa.int32())),
@@ -100,8 +112,8 @@ SCHEMA = pa.schema(
 
 def blocks_of(file: Path) -> list[Block]:
     """The blocks of one file of pairs. Raises: BadInput for a file that is unreadable or lacks a column."""
-    fields = TABLE if file.suffix in TABLES and file.is_file() else ()
-    give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}"
+    fields = table_fields(file) if file.suffix in TABLES and file.is_file() else ()
+    give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}, or target and prompt"
     blocks = formats.blocks_of(file, fields, otherwise=FOLDER, give=f"{give}, or the pairs/ folder of an online run")
     if blocks and blocks[0].format == ".csv":
         columns = formats.FORMATS[".csv"].columns(file) or ()
@@ -114,6 +126,24 @@ def blocks_of(file: Path) -> list[Block]:
             )
             raise BadInput([whole(file, what, remedy)])
     return blocks
+
+
+def is_target_table(file: Path) -> bool:
+    """Whether a file is a table of pictures to learn from. One that cannot be read is none."""
+    try:
+        columns = formats.FORMATS[file.suffix].columns(file) if file.suffix in TABLES and file.is_file() else None
+    except (pa.ArrowException, OSError, BadInput):
+        return False
+    return any(ALIASES.get(name, name) == "target" for name in columns or ())
+
+
+def table_fields(file: Path) -> tuple[Field, ...]:
+    """What is read of a table, by the names that its columns have."""
+    if not is_target_table(file):
+        return TABLE
+    columns = formats.FORMATS[file.suffix].columns(file) or ()
+    theirs = {ALIASES.get(name, name): name for name in columns}
+    return tuple(replace(field, name=theirs.get(field.name, field.name)) for field in TARGET_TABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +167,20 @@ class PairIndex:
         """
         for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
             for row in self.table.slice(start, min(ROWS_AT_ONCE, rows.stop - start)).to_pylist():
-                block, number, targets = self.blocks[row["block"]], row["number"], dict[str, Source]()
+                source = partial(_source, self.blocks[row["block"]], row["row"], row["number"])
                 roles = ("winner", "loser") if row["winner"] == 0 else ("loser", "winner")
-                for side, role in enumerate(roles if row["content_1"] is not None else ("target",)):
-                    path, column = row[f"path_{side}"], f"jpg_{side}"
-                    cell = None if path else Cell(part=block.part, row=row["row"], column=column, number=number)
-                    targets[role] = Source(path=path or block.file, cell=cell, content=row[f"content_{side}"])
-                places = zip(row["source_paths"], row["source_contents"], strict=True)
-                mask = row["mask_path"] and Source(path=row["mask_path"], content=row["mask_content"])
+                sides = enumerate(roles if row["content_1"] is not None else ("target",))
                 prompt = Prompt(
-                    key=row["image_id"] or str(number),
+                    key=row["image_id"] or str(row["number"]),
                     instruction=row["caption"],
-                    sources=tuple(Source(path=path, content=content) for path, content in places),
+                    sources=tuple(map(source, row["source_places"], row["source_contents"])),
                     geometry=geometry,
                 )
-                yield Example(prompt=prompt, targets=targets, mask=mask or None)
+                yield Example(
+                    prompt=prompt,
+                    targets={role: source(row[f"place_{side}"], row[f"content_{side}"]) for side, role in sides},
+                    mask=source(row["mask_place"], row["mask_content"]) if row["mask_content"] else None,
+                )
 
     def relabelled(self, winners: np.ndarray, keep: np.ndarray) -> "PairIndex":
         """The pairs where `keep` (bool) is true, with these winners (int8); both (pairs,)."""
@@ -187,6 +216,13 @@ class PairIndex:
         return len(pairs) - len(set(pairs))
 
 
+def _source(block: Block, row: int, number: int, place: Mapping[str, Any], content: str) -> Source:
+    if place["path"]:
+        return Source(path=place["path"], content=content)
+    cell = Cell(part=block.part, row=row, column=place["column"], number=number, item=place["item"])
+    return Source(path=block.file, cell=cell, content=content)
+
+
 # --- checking ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,41 +232,52 @@ def check_block(
     """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
     `items`, where given, must hold every image_id.
     """
-    is_table = block.format in TABLES
+    is_table, is_targets = block.format in TABLES, is_target_table(Path(block.file))
     root = Path(block.file) if block.format == FOLDER else None
     fields, target_fields = _fields(block.format, source_counts, needs_loser, items)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]
     try:
-        records = formats.read_block(block, TABLE if is_table else LINE)
+        records = formats.read_block(block, table_fields(Path(block.file)) if is_table else LINE)
     except BadInput as error:
         records = error.problems
-    for place, record in enumerate(map(_renamed, records)):
-        if isinstance(record, Problem):
-            problems.append(record)
+    for place, given in enumerate(records):
+        record = _renamed(given) if isinstance(given, Record) else given
+        if not isinstance(given, Record) or not isinstance(record, Record):
+            problems.append(cast(Problem, record))
         elif is_table and record.fields.get("has_label") is False:
             unlabelled += 1
         elif is_table and record.fields.get("label_0") in (TIE, str(TIE)):
             ties += 1
         else:
-            row, faults = _row(record, target_fields if "target" in record.fields else fields, root)
+            theirs = {ALIASES.get(name, name): name for name in given.fields}
+            row, faults = _row(
+                record, target_fields if is_targets or "target" in record.fields else fields, root, theirs
+            )
             problems += faults
             rows += [] if faults else [{"block": 0, "row": place, **row}]
     table, found = pa.Table.from_pylist(rows, schema=SCHEMA), tuple(problems)
     return PairIndex(blocks=(block,), sizes=(len(rows),), table=table, problems=found, ties=ties, unlabelled=unlabelled)
 
 
-def _row(record: Record, fields: Sequence[Field], root: Path | None) -> tuple[dict[str, Any], list[Problem]]:
-    """A record as a row of the index, but for its place; and what is wrong with it, where the row is no good."""
+def _row(
+    record: Record, fields: Sequence[Field], root: Path | None, theirs: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """A record as a row of the index, but for its place; and what is wrong with it, where the row is no good.
+
+    theirs: the columns of its table, by our names.
+    """
     values, faults = check(record, fields, root)
     label, mask, sources = values.get("label_0", 1.0), values.pop("mask", None), values.get("source", ())
-    pictures = [value for value in values.values() if isinstance(value, PictureFile)]
+    named = {name: value for name, value in values.items() if isinstance(value, PictureFile)}
+    pictures = list(named.values())
     if label not in (0, 1):
         faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
     if len(pictures) == 2 and pictures[0].content == pictures[1].content:
         faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
     if not faults and mask:
-        faults += [record.problem("mask", *fault) for fault in _mask_faults(mask, pictures)]
+        data = record.fields["mask"] if mask.path is None else Path(mask.path).read_bytes()
+        faults += [record.problem("mask", *fault) for fault in _mask_faults(mask, data, pictures)]
     if "target" in values and {"winner", "loser"} & record.fields.keys():
         faults.append(record.problem("target", "stands beside winner or loser", "give a target, or a pair"))
     if faults:
@@ -240,20 +287,24 @@ def _row(record: Record, fields: Sequence[Field], root: Path | None) -> tuple[di
         "image_id": values.get("image_id"),
         "caption": values["caption" if "caption" in values else "prompt"],
         "winner": 0 if label == 1 else 1,
-        "source_paths": [source.path for source in sources],
+        "source_places": [_place(source, theirs.get("source", ""), item) for item, source in enumerate(sources)],
         "source_contents": [source.content for source in sources],
         "source_sizes": [_size(source) for source in sources],
-        "mask_path": mask and mask.path,
+        "mask_place": mask and _place(mask, theirs.get("mask", "")),
         "mask_content": mask and mask.content,
         "size": _size(pictures[0]),
     }
-    for side, picture in enumerate(pictures):
-        row |= {f"path_{side}": picture.path, f"content_{side}": picture.content}
+    for side, (name, picture) in enumerate(named.items()):
+        row |= {f"place_{side}": _place(picture, theirs.get(name, "")), f"content_{side}": picture.content}
     return row, []
 
 
-def _mask_faults(mask: PictureFile, pictures: Sequence[PictureFile]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a mask, and the remedy."""
+def _place(picture: PictureFile, column: str, item: int | None = None) -> dict[str, Any]:
+    return {"path": picture.path} if picture.path else {"column": column, "item": item}
+
+
+def _mask_faults(mask: PictureFile, data: bytes, pictures: Sequence[PictureFile]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a mask, and the remedy. data: its file."""
     for picture in pictures:
         if _size(mask) != _size(picture):
             mine, its = (f"{one.height} × {one.width}" for one in (mask, picture))
@@ -262,8 +313,7 @@ def _mask_faults(mask: PictureFile, pictures: Sequence[PictureFile]) -> Iterator
                 "give a mask of the picture's size, upright as that is shown",
             )
             return
-    assert mask.path
-    if (brightest := mask_range(Path(mask.path).read_bytes())) is None:
+    if (brightest := mask_range(data)) is None:
         yield "is transparent somewhere", "save it as grey without transparency, white where errors count more"
     elif brightest[0] == brightest[1]:
         yield (
@@ -279,10 +329,8 @@ def _size(picture: PictureFile) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def _renamed(record: Record | Problem) -> Record | Problem:
+def _renamed(record: Record) -> Record | Problem:
     """A record whose columns go by our names, with the columns of a CSV that name a source each as one list."""
-    if isinstance(record, Problem):
-        return record
     fields = dict(record.fields)
     numbered = {name: int(found[1] or 0) for name in fields if (found := CONTROL.fullmatch(name))}
     if numbered:
@@ -304,8 +352,10 @@ def _fields(
     known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
     item = IMAGE_ID if items is None else known_id
     if kind in TABLES:
-        both = (*TABLE, *((TABLE_SOURCE,) if max(source_counts) else ()), item)
-        return both, both
+        table_prompt, target, source, mask, _ = TARGET_TABLE
+        source = replace(source, counts=source_counts, required=0 not in source_counts)
+        pair = (*TABLE, *((TABLE_SOURCE,) if max(source_counts) else ()), item)
+        return pair, (table_prompt, target, *((source,) if max(source_counts) else ()), mask, item)
     source = replace(SOURCE, counts=source_counts, required=0 not in source_counts)
     if kind == FOLDER:  # control pictures that the model does not take are told, not left out
         prompt, source = (replace(field, remedy=IN_FOLDER[field.name]) for field in (prompt, source))

@@ -216,7 +216,9 @@ def _table_rows(opened: _Open, block: Block, fields: Sequence[Field]) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """A picture that `datasets` wrote as its Image feature, {bytes, path}: the bytes or, without any, the path."""
+    """A picture that `datasets` wrote as its Image feature, {bytes, path}: the bytes or, without any, the path. Lists of them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["path"] if value["bytes"] is None else value["bytes"]
     return value

@@ -59,9 +59,9 @@ class Field:
     """What one field of a kind of file must hold."""
 
     name: str
-    kind: Literal["text", "number", "picture", "picture path", "picture paths", "any"] = "text"
+    kind: Literal["text", "number", "picture", "pictures", "picture path", "picture paths", "any"] = "text"
     """A number may be written as text and is finite. A picture is its path or, in a table, the bytes of its file; a picture path
-    is never bytes; picture paths are a list of them, or one. `any` is not checked."""
+    is never bytes; pictures and picture paths are a list of them, or one. `any` is not checked."""
     required: bool = True
     """One that is not may be left out, null or empty: all the same."""
     counts: range | None = None

@@ -40,6 +40,8 @@ def open_source(source: Source, geometry: Geometry | None = None, read: ReadColu
         raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")
     cell = source.cell
     data = Path(source.path).read_bytes() if cell is None else read(source.path, cell.part, cell.column)[cell.row]
+    if cell is not None and cell.item is not None and isinstance(data, list):
+        data = data[cell.item] if cell.item < len(data) else None
     if xxhash.xxh3_128_hexdigest(data or b"") != source.content:
         where = source.path if cell is None else f"{source.path} row {cell.number}"
         raise Refused(f"{where} changed since it was checked; start the job again")

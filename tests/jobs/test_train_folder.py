@@ -5,6 +5,8 @@ import sys
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -79,6 +81,14 @@ def test_preferences_cannot_be_learnt_from_a_folder_of_targets(tmp_path):
     lay_out(tmp_path / "world")
     with pytest.raises(Refused, match=r'world/edits: holds pictures to learn from, but none .*; set objective = "sft"'):
         checked(recipe(tmp_path, objective="dpo"))
+
+
+def test_preferences_cannot_be_learnt_from_a_table_of_targets(tmp_path):
+    lay_out(tmp_path / "world")
+    target = (tmp_path / "world/edits/training_images/image_001.png").read_bytes()
+    pq.write_table(pa.table({"target_image": [target], "prompt": ["x"]}), tmp_path / "t.parquet")
+    with pytest.raises(Refused, match=r't\.parquet: holds pictures to learn from, but none .*; set objective = "sft"'):
+        checked(recipe(tmp_path, **{"objective": "dpo", "data.path": tmp_path / "t.parquet"}))
 
 
 def test_a_caption_that_is_missing_is_told_before_anything_starts(tmp_path):

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import read_index
+from rlhf.data.examples import blocks_of, read_index
 from rlhf.data.media import decode_image
+from rlhf.data.records import BadInput
 from rlhf.data.sources import open_source, read_column
 from rlhf.errors import Refused
 from rlhf.types import Geometry
@@ -312,3 +313,94 @@ def test_a_mask_is_of_the_size_of_both_pictures_of_a_pair(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     _, (problem,) = check(tmp_path / "a.jsonl")
     assert "mask: is 24 × 32 pixels, but the picture 24 × 64" in str(problem)
+
+
+# --- tables of targets -------------------------------------------------------------------------------------------------
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+HUB = pa.schema(
+    [
+        ("control_images", pa.list_(IMAGE)),
+        ("target_image", IMAGE),
+        ("prompt", pa.string()),
+        ("control_mask", IMAGE),
+    ]
+)
+OURS = pa.schema([("source", pa.binary()), ("target", pa.binary()), ("prompt", pa.string()), ("image_id", pa.string())])
+
+
+def image(seed, *size):
+    return {"bytes": png(seed, *size), "path": None}
+
+
+def write_targets(file, rows, schema=HUB):
+    table = pa.Table.from_pylist(rows, schema=schema)
+    if file.suffix == ".parquet":
+        pq.write_table(table, file, row_group_size=2)
+    else:
+        with pa.ipc.new_stream(str(file), schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return file
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_table_holds_targets_their_sources_and_masks(tmp_path, ending):
+    """As the hub's data sets of edits have them: three rows in two blocks, of one, two and one sources, one with a mask."""
+    rows = [
+        {"control_images": [image(1)], "target_image": image(2), "prompt": "one"},
+        {"control_images": [image(3), image(4)], "target_image": image(5), "prompt": "two", "control_mask": image(6)},
+        {"control_images": [image(7)], "target_image": image(8), "prompt": "three"},
+    ]
+    index, problems = check(write_targets(tmp_path / f"t.{ending}", rows), source_counts=range(1, 4), needs_loser=False)
+    assert problems == [] and index.sizes == (2, 1)
+    opened = [
+        [
+            open_source(source, read=read_column)[0].tolist()
+            for source in (*example.prompt.sources, example.targets["target"])
+        ]
+        for example in index.examples(range(3), SIZE)
+    ]
+    assert opened == [[decoded(png(seed)) for seed in seeds] for seeds in ((1, 2), (3, 4, 5), (7, 8))]
+    masks = [example.mask for example in index.examples(range(3), SIZE)]
+    assert masks[0] is masks[2] is None and open_source(masks[1], read=read_column)[0].tolist() == decoded(png(6))
+    assert [example.prompt.instruction for example in index.examples(range(3), SIZE)] == ["one", "two", "three"]
+
+
+def test_a_table_may_name_its_columns_as_ours_and_hold_one_source(tmp_path):
+    rows = [{"source": png(1), "target": png(2), "prompt": "x", "image_id": "soup"}]
+    index, problems = check(
+        write_targets(tmp_path / "t.parquet", rows, OURS), source_counts=range(1, 2), needs_loser=False
+    )
+    example = example_of(index, 0)
+    assert problems == [] and example.prompt.key == "soup"
+    assert open_source(example.prompt.sources[0], read=read_column)[0].tolist() == decoded(png(1))
+
+
+WRONG_TARGETS = {
+    "no target": ({"target_image": None}, "target: is missing"),
+    "no prompt": ({"prompt": None}, "prompt: is missing"),
+    "no source": ({"control_images": None}, "source: is missing"),
+    "an empty list": ({"control_images": []}, "source: is empty"),
+    "a source that is null": ({"control_images": [None, image(1)]}, "source: is null"),
+    "a broken source": ({"control_images": [{"bytes": b"x", "path": None}]}, "source: is unreadable"),
+    "too many": (
+        {"control_images": [image(seed) for seed in range(4)]},
+        "source: names 4 pictures, but the model takes 1",
+    ),
+    "a mask of another size": ({"control_mask": image(1, 16, 16)}, "mask: is 16 × 16 pixels"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TARGETS)
+def test_what_is_wrong_with_a_row_of_targets_is_told(tmp_path, what):
+    good = {"control_images": [image(1)], "target_image": image(2), "prompt": "x"}
+    change, says = WRONG_TARGETS[what]
+    file = write_targets(tmp_path / "t.parquet", [good, good | change])
+    index, (problem,) = check(file, source_counts=range(1, 2), needs_loser=False)
+    assert f"t.parquet row 2: {says}" in str(problem) and len(index.table) == 1
+
+
+def test_a_table_of_targets_lacks_no_column(tmp_path):
+    pq.write_table(pa.table({"target_image": [png(1)]}), tmp_path / "t.parquet")
+    with pytest.raises(BadInput, match=r"t\.parquet: has no column prompt; it has target_image"):
+        blocks_of(tmp_path / "t.parquet")

@@ -169,7 +169,7 @@ def test_what_is_no_table_of_pairs_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(BadInput, match=r"holds no \.parquet or \.arrow file and no pictures"):
         find_files(tmp_path / "empty", "train")
     (tmp_path / "pairs.csv").write_text("image,text\n1.png,x\n")
-    with pytest.raises(BadInput, match=r"has the columns image, text; the first line must name prompt and target"):
+    with pytest.raises(BadInput, match=r"has the columns image, text; the first line must name, in small letters"):
         blocks_of(tmp_path / "pairs.csv")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(BadInput, match="is no Parquet file"):
