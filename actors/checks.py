@@ -19,7 +19,8 @@ import ray.data
 import xxhash
 
 from actors import streaming
-from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, is_target_table, read_index, write_index
+from rlhf.data.columns import is_target_table
+from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, read_index, write_index
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from actors.checks import in_threads
 from jobs.cli import run_main, say
-from rlhf.data.examples import PairIndex, blocks_of, check_block, is_target_table
+from rlhf.data.columns import is_target_table
+from rlhf.data.examples import PairIndex, blocks_of, check_block
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole

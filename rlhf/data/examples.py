@@ -3,7 +3,7 @@
 Pairs lie in tables with Pick-a-Pic's columns (Parquet, Arrow), or in a JSONL or CSV of winner, loser, prompt[, source][, mask]. A
 source is a path or a list of paths. Where no loser is needed (SFT), a line may have a winner alone or, with the same meaning, a
 target; so may a table of target, prompt[, source][, mask] with the pictures in it; and a folder of pictures (`layouts`) does.
-Columns go by the names of other trainers too (`ALIASES`).
+Columns go by the names of other trainers too (`columns`).
 
 Every picture is really decoded before any model loads. The index keeps no pixels: captions, which picture won, where the
 pictures lie, and the hash of their bytes, in one Arrow file that any number of processes map into memory.
@@ -11,7 +11,6 @@ Left out: the order of training (`stream`), AI feedback (`actors.feedback`), pic
 """
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from rlhf.data import formats
+from rlhf.data import columns, formats
 from rlhf.data.checks import check
 from rlhf.data.files import TABLES
 from rlhf.data.formats import FOLDER, Block
@@ -37,55 +36,6 @@ FORMAT = 6
 ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
-_LABEL = "1 prefers jpg_0, 0 prefers jpg_1, 0.5 neither"
-_TEXT = "give the text that the pictures were made for"
-_BYTES = "give the bytes of a PNG, JPEG or WEBP file"
-TABLE = (
-    Field(name="caption", remedy=_TEXT),
-    Field(name="label_0", kind="number", remedy=_LABEL),
-    Field(name="jpg_0", kind="picture", remedy=_BYTES),
-    Field(name="jpg_1", kind="picture", remedy=_BYTES),
-    Field(name="has_label", kind="any", required=False),
-)
-"""Pick-a-Pic v2. label_0 is 1 where the first picture is preferred, 0 the second, 0.5 neither; has_label False: nobody chose."""
-LINE = (
-    Field(name="prompt", example='"a red apple"', remedy=_TEXT),
-    Field(name="winner", kind="picture path", example='"pictures/1.png"'),
-    Field(name="loser", kind="picture path", example='"pictures/2.png"'),
-)
-TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
-SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
-MASK = Field(name="mask", kind="picture path", required=False)
-IMAGE_ID = Field(name="image_id", required=False, example='"10001"')
-IN_FOLDER = {
-    "prompt": "write it into a file of the same name that ends with .txt",
-    "source": "put it into control_images/ under the same name",
-}
-"""Remedies for what a folder of pictures lacks."""
-ALIASES = {
-    "path_target": "target",
-    "target_image": "target",
-    "control_images": "source",
-    "control_image": "source",
-    "path_control": "source",
-    "path_mask": "mask",
-    "control_mask": "mask",
-    "mask_image": "mask",
-}
-"""Names that other trainers' data sets use, and ours."""
-CONTROL = re.compile(r"path_control_?(\d*)")
-"""Columns of a CSV that name a source each."""
-TABLE_SOURCE = Field(
-    name="source", kind="picture path", remedy="an edit family learns from a JSONL of winner, loser, prompt, source"
-)
-TARGET_TABLE = (
-    LINE[0],
-    replace(TARGET, kind="picture"),
-    replace(SOURCE, kind="pictures", required=False),
-    replace(MASK, kind="picture"),
-    IMAGE_ID,
-)
-"""A table of pictures to learn from."""
 PLACE = pa.struct([("path", pa.string()), ("column", pa.string()), ("item", pa.int32())])
 """Of a picture: its file, or the column of its row's table, and its number in a list there."""
 SCHEMA = pa.schema(
@@ -112,38 +62,20 @@ SCHEMA = pa.schema(
 
 def blocks_of(file: Path) -> list[Block]:
     """The blocks of one file of pairs. Raises: BadInput for a file that is unreadable or lacks a column."""
-    fields = table_fields(file) if file.suffix in TABLES and file.is_file() else ()
-    give = f"Pick-a-Pic's columns {', '.join(field.name for field in TABLE if field.required)}, or target and prompt"
+    fields = columns.table_fields(file) if file.suffix in TABLES and file.is_file() else ()
+    give = f"Pick-a-Pic's columns {', '.join(field.name for field in columns.TABLE if field.required)}, or target and prompt"
     blocks = formats.blocks_of(file, fields, otherwise=FOLDER, give=f"{give}, or the pairs/ folder of an online run")
     if blocks and blocks[0].format == ".csv":
-        columns = formats.FORMATS[".csv"].columns(file) or ()
-        names = {ALIASES.get(name, name) for name in columns}
+        found = formats.FORMATS[".csv"].columns(file) or ()
+        names = {columns.ALIASES.get(name, name) for name in found}
         if not any(needed <= names for needed in ({"prompt", "target"}, {"prompt", "winner"})):
-            what = f"has the columns {', '.join(columns)}"
+            what = f"has the columns {', '.join(found)}"
             remedy = (
                 "the first line must name, in small letters and separated by commas, prompt and target (or path_target), or "
                 "prompt, winner and loser"
             )
             raise BadInput([whole(file, what, remedy)])
     return blocks
-
-
-def is_target_table(file: Path) -> bool:
-    """Whether a file is a table of pictures to learn from. One that cannot be read is none."""
-    try:
-        columns = formats.FORMATS[file.suffix].columns(file) if file.suffix in TABLES and file.is_file() else None
-    except (pa.ArrowException, OSError, BadInput):
-        return False
-    return any(ALIASES.get(name, name) == "target" for name in columns or ())
-
-
-def table_fields(file: Path) -> tuple[Field, ...]:
-    """What is read of a table, by the names that its columns have."""
-    if not is_target_table(file):
-        return TABLE
-    columns = formats.FORMATS[file.suffix].columns(file) or ()
-    theirs = {ALIASES.get(name, name): name for name in columns}
-    return tuple(replace(field, name=theirs.get(field.name, field.name)) for field in TARGET_TABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,17 +164,17 @@ def check_block(
     """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
     `items`, where given, must hold every image_id.
     """
-    is_table, is_targets = block.format in TABLES, is_target_table(Path(block.file))
+    is_table, is_targets = block.format in TABLES, columns.is_target_table(Path(block.file))
     root = Path(block.file) if block.format == FOLDER else None
-    fields, target_fields = _fields(block.format, source_counts, needs_loser, items)
+    fields, target_fields = columns.fields_of(block.format, source_counts, needs_loser, items)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]
     try:
-        records = formats.read_block(block, table_fields(Path(block.file)) if is_table else LINE)
+        records = formats.read_block(block, columns.table_fields(Path(block.file)) if is_table else columns.LINE)
     except BadInput as error:
         records = error.problems
     for place, given in enumerate(records):
-        record = _renamed(given) if isinstance(given, Record) else given
+        record = columns.renamed(given) if isinstance(given, Record) else given
         if not isinstance(given, Record) or not isinstance(record, Record):
             problems.append(cast(Problem, record))
         elif is_table and record.fields.get("has_label") is False:
@@ -250,7 +182,7 @@ def check_block(
         elif is_table and record.fields.get("label_0") in (TIE, str(TIE)):
             ties += 1
         else:
-            theirs = {ALIASES.get(name, name): name for name in given.fields}
+            theirs = {columns.ALIASES.get(name, name): name for name in given.fields}
             row, faults = _row(
                 record, target_fields if is_targets or "target" in record.fields else fields, root, theirs
             )
@@ -272,7 +204,7 @@ def _row(
     named = {name: value for name, value in values.items() if isinstance(value, PictureFile)}
     pictures = list(named.values())
     if label not in (0, 1):
-        faults.append(record.problem("label_0", f"is {label:g}", _LABEL))
+        faults.append(record.problem("label_0", f"is {label:g}", columns.LABEL))
     if len(pictures) == 2 and pictures[0].content == pictures[1].content:
         faults.append(record.problem(None, "both pictures are the same", "leave the row out: it prefers neither"))
     if not faults and mask:
@@ -327,43 +259,6 @@ def _mask_faults(mask: PictureFile, data: bytes, pictures: Sequence[PictureFile]
 
 def _size(picture: PictureFile) -> tuple[int, int]:
     return picture.height, picture.width
-
-
-def _renamed(record: Record) -> Record | Problem:
-    """A record whose columns go by our names, with the columns of a CSV that name a source each as one list."""
-    fields = dict(record.fields)
-    numbered = {name: int(found[1] or 0) for name in fields if (found := CONTROL.fullmatch(name))}
-    if numbered:
-        given = [fields.pop(name) for name in sorted(numbered, key=numbered.__getitem__)]
-        fields["path_control"] = [value for value in given if value not in (None, "")]
-    for name in sorted(ALIASES.keys() & fields.keys()):
-        if (mine := ALIASES[name]) in fields:
-            return record.problem(name, f"says the same as {mine}", "keep one of the two")
-        fields[mine] = fields.pop(name)
-    return replace(record, fields=fields)
-
-
-def _fields(
-    kind: str, source_counts: range, needs_loser: bool, items: Collection[str] | None
-) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
-    """What a row must have, and what one with a target. kind: of the file, see `formats.FORMATS`."""
-    prompt, winner, loser = LINE
-    remedy = "give every pair the image_id of an item"
-    known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)
-    item = IMAGE_ID if items is None else known_id
-    if kind in TABLES:
-        table_prompt, target, source, mask, _ = TARGET_TABLE
-        source = replace(source, counts=source_counts, required=0 not in source_counts)
-        pair = (*TABLE, *((TABLE_SOURCE,) if max(source_counts) else ()), item)
-        return pair, (table_prompt, target, *((source,) if max(source_counts) else ()), mask, item)
-    source = replace(SOURCE, counts=source_counts, required=0 not in source_counts)
-    if kind == FOLDER:  # control pictures that the model does not take are told, not left out
-        prompt, source = (replace(field, remedy=IN_FOLDER[field.name]) for field in (prompt, source))
-        return (), (prompt, TARGET, source, MASK, item)
-    others = (*((source,) if max(source_counts) else ()), MASK, item)
-    if needs_loser:
-        return (*LINE, *others), (*LINE, *others)
-    return (prompt, winner, replace(loser, required=False), *others), (prompt, TARGET, *others)
 
 
 # --- files -------------------------------------------------------------------------------------------------------------

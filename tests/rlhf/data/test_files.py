@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import LINE, TABLE, blocks_of
+from rlhf.data.columns import LINE, TABLE
+from rlhf.data.examples import blocks_of
 from rlhf.data.files import find_files
 from rlhf.data.formats import read_block
 from rlhf.data.records import BadInput
