@@ -138,13 +138,15 @@ def test_twice_the_capacity(world, way):
             halfway = [process.memory_info().rss for process in watched]
             ended = Counter(await asyncio.gather(*requests))
             end = [process.memory_info().rss for process in watched]
-            print(f"{way}: {capacity:.0f} a second alone; twice that: {dict(ended)}; MiB {mib(halfway)} → {mib(end)}")
-            return ended, halfway, end
+            left = (await in_turn(ask, callers, passed(3)))[SCORE] / 3 / capacity
+            print(f"{way}: {capacity:.0f} a second alone, {left:.2f} of that after; twice that: {dict(ended)}")
+            print(f"MiB {mib(halfway)} → {mib(end)}")
+            return ended, halfway, end, left
 
-    ended, halfway, end = asyncio.run(flood())
+    ended, halfway, end, left = asyncio.run(flood())
     assert set(ended) == {SCORE, REFUSED} and ended.total() == REQUESTS
-    # Half could be answered if the machine did nothing else; what other work leaves of it changes while the test runs.
-    assert ended[SCORE] > REQUESTS / 20, "an overloaded judge must go on answering"
+    # What other work leaves of the machine may have changed since the capacity was measured, so it is measured again after.
+    assert ended[SCORE] > REQUESTS / 5 * min(1, left), "half could be answered: an overloaded judge goes on"
     for before, after in zip(halfway, end, strict=True):
         assert after < before + 32 * MIB, "memory grew while a thousand requests came and went"
 
