@@ -75,7 +75,7 @@ class ModelSizes:
         folders = {kind: set(what.folders) for kind, what in family.kinds.items()}
         sizes = {name: _weight_bytes(Path(family.path) / name) for name in set().union(*folders.values())}
         # The kind of a target is the VAE's, whatever its size.
-        decoder = family.target(Source(path="", content=""), Geometry(height=1, width=1)).kind
+        decoder = family.target(Source(path="", content="", height=1, width=1), Geometry(height=1, width=1)).kind
         self.decoder = sum(sizes[name] for name in folders[decoder])
         """What a sampler needs of the codec."""
         self.codec = sum(sizes.values())

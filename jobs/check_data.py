@@ -5,7 +5,7 @@ Every picture is decoded; no model is loaded, no cluster started and nothing is 
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,21 +63,21 @@ def _check(block: Block) -> PairIndex:
 def described(parts: Sequence[PairIndex]) -> Iterator[str]:
     """Lines about the examples that are good, of which there are some."""
     rows = pa.concat_tables([part.table for part in parts]).to_pylist()
-    pairs = sum(row["content_1"] is not None for row in rows)
+    pairs = sum(row["picture_1"] is not None for row in rows)
     yield f"{pairs} pairs of a winner and a loser, {len(rows) - pairs} targets"
     if undecided := sum(part.ties + part.unlabelled for part in parts):
         yield f"{undecided} rows that prefer neither picture, which are left out"
     captions = Counter(row["caption"] for row in rows)
     yield f"captions: {len(captions)} different, up to {max(map(len, captions))} characters"
-    yield f"control pictures of an example: {_counted(len(row['source_contents']) for row in rows)}"
-    yield f"masks: {sum(row['mask_content'] is not None for row in rows)}"
-    yield f"sizes (height × width): {_counted(_size(row['size']) for row in rows)}"
-    if any(row["source_sizes"] for row in rows):
-        yield f"sizes of control pictures: {_counted(_size(size) for row in rows for size in row['source_sizes'])}"
+    yield f"control pictures of an example: {_counted(len(row['sources']) for row in rows)}"
+    yield f"masks: {sum(row['mask'] is not None for row in rows)}"
+    yield f"sizes (height × width): {_counted(_size(row['picture_0']) for row in rows)}"
+    if any(row["sources"] for row in rows):
+        yield f"sizes of control pictures: {_counted(_size(source) for row in rows for source in row['sources'])}"
 
 
-def _size(size: list[int]) -> str:
-    return f"{size[0]} × {size[1]}"
+def _size(picture: Mapping[str, int]) -> str:
+    return f"{picture['height']} × {picture['width']}"
 
 
 def _counted(values: Iterable[object]) -> str:

@@ -132,7 +132,7 @@ def _refuse_overlap(recipe: TrainRecipe, training: PairIndex | None, evaluation:
         return
 
     def pictures(index: PairIndex) -> set[tuple[str, ...]]:
-        first, second = (index.table[name].to_pylist() for name in ("content_0", "content_1"))
+        first, second = (index.contents(name).to_pylist() for name in ("picture_0", "picture_1"))
         return {tuple(sorted(filter(None, pair))) for pair in zip(first, second, strict=True)}
 
     train, held_out = pictures(training), pictures(evaluation)

@@ -25,10 +25,11 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
         return
     family, model = load_family(recipe.model), recipe.model
     say("working out the peak memory of each role: a minute or two for a model of 12 billion weights")
+    source = Source(path="", content="", height=model.height, width=model.width)
     prompt = Prompt(
         key="",
         instruction="",
-        sources=(Source(path="", content=""),) * max(family.source_counts),
+        sources=(source,) * max(family.source_counts),
         geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
     )
     card = cards.card_bytes(recipe.cluster)

@@ -67,6 +67,9 @@ class Source:
     """Its place in a table; None: a file of its own."""
     content: str
     """xxh3-128 of its bytes when it was checked."""
+    height: int
+    """Pixels, as it is in its file."""
+    width: int
     fit: Fit = "crop"
     mirrored: bool = False
     """Left to right, after fitting."""

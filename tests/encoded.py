@@ -20,7 +20,7 @@ def prompts_of(texts: Sequence[str], geometry: Geometry, sources: int = 0) -> li
         Prompt(
             key=str(i),
             instruction=text,
-            sources=tuple(Source(path="", content=f"{i}.{j}") for j in range(sources)),
+            sources=tuple(Source(path="", content=f"{i}.{j}", height=48, width=32) for j in range(sources)),
             geometry=geometry,
         )
         for i, text in enumerate(texts)
@@ -61,7 +61,9 @@ def encode(codec, texts: Sequence[str]) -> list[Encoded]:
 def latents_of(family, codec, pictures: Tensor) -> Tensor:
     """x0 (B, C, …) of uint8 pictures (B, H, W, 3)."""
     geometry = Geometry(height=pictures.shape[1], width=pictures.shape[2])
-    targets = [family.target(Source(path="", content=str(i)), geometry) for i in range(len(pictures))]
+    targets = [
+        family.target(Source(path="", content=str(i), height=48, width=32), geometry) for i in range(len(pictures))
+    ]
     rows = codec.encode(targets, [[picture[None]] for picture in pictures])
     return torch.stack([row.tensors["latents"] for row in rows])
 

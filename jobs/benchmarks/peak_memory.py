@@ -30,7 +30,8 @@ from rlhf.training_tables import TrainerConfig
 from rlhf.types import Geometry, Prompt, Source
 
 SIZE = Geometry(height=128, width=128)
-PROMPT = Prompt(key="", instruction="", sources=(Source(path="", content=""),), geometry=SIZE)
+SOURCE = Source(path="", content="", height=SIZE.height, width=SIZE.width)
+PROMPT = Prompt(key="", instruction="", sources=(SOURCE,), geometry=SIZE)
 
 
 def _setup(folder: str, batch: int, how: str) -> tuple[FluxKontext, TrainerConfig, Trainable]:

@@ -4,6 +4,7 @@ B pictures, H, W size; pictures are uint8 (B, H, W, 3).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def edited(folder: Path, pictures: Tensor, instructions: Sequence[str], *, steps
     """The pictures edited by the Kontext folder, from noise that depends on the seed and each one's number."""
     family = load_family(model_of(folder))
     codec, denoiser = family.load_codec("cpu"), family.load_denoiser("cpu")
+    source = Source(path="", content="", height=GEOMETRY.height, width=GEOMETRY.width)
     prompts = [
-        Prompt(key=str(i), instruction=text, sources=(Source(path=str(i), content=str(i)),), geometry=GEOMETRY)
+        Prompt(key=str(i), instruction=text, sources=(replace(source, content=str(i)),), geometry=GEOMETRY)
         for i, text in enumerate(instructions)
     ]
     wanted = [encoding for prompt in prompts for encoding in family.encodings(prompt)]

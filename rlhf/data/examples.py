@@ -32,12 +32,22 @@ from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
 from rlhf.types import Cell, Example, Geometry, Prompt, Source
 
-FORMAT = 6
+FORMAT = 7
+MEDIA = ("picture_0", "picture_1", "sources", "mask")
 ROWS_AT_ONCE = 10_000
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
-PLACE = pa.struct([("path", pa.string()), ("column", pa.string()), ("item", pa.int32())])
-"""Of a picture: its file, or the column of its row's table, and its number in a list there."""
+MEDIUM = pa.struct(
+    [
+        ("path", pa.string()),
+        ("column", pa.string()),
+        ("item", pa.int32()),
+        ("content", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+"""A picture: its file, or the column of its row's table and its number in a list there; the rest as in `PictureFile`."""
 SCHEMA = pa.schema(
     [
         ("block", pa.int32()),
@@ -45,17 +55,11 @@ SCHEMA = pa.schema(
         ("number", pa.int64()),
         ("caption", pa.string()),
         ("winner", pa.int8()),
-        ("content_0", pa.string()),
-        ("content_1", pa.string()),
-        ("place_0", PLACE),
-        ("place_1", PLACE),
-        ("source_places", pa.list_(PLACE)),
-        ("source_contents", pa.list_(pa.string())),
-        ("mask_place", PLACE),
-        ("mask_content", pa.string()),
+        ("picture_0", MEDIUM),
+        ("picture_1", MEDIUM),
+        ("sources", pa.list_(MEDIUM)),
+        ("mask", MEDIUM),
         ("image_id", pa.string()),
-        ("size", pa.list_(pa.int32())),
-        ("source_sizes", pa.list_(pa.list_(pa.int32()))),
     ]
 )
 
@@ -101,17 +105,17 @@ class PairIndex:
             for row in self.table.slice(start, min(ROWS_AT_ONCE, rows.stop - start)).to_pylist():
                 source = partial(_source, self.blocks[row["block"]], row["row"], row["number"])
                 roles = ("winner", "loser") if row["winner"] == 0 else ("loser", "winner")
-                sides = enumerate(roles if row["content_1"] is not None else ("target",))
+                sides = enumerate(roles if row["picture_1"] else ("target",))
                 prompt = Prompt(
                     key=row["image_id"] or str(row["number"]),
                     instruction=row["caption"],
-                    sources=tuple(map(source, row["source_places"], row["source_contents"])),
+                    sources=tuple(map(source, row["sources"])),
                     geometry=geometry,
                 )
                 yield Example(
                     prompt=prompt,
-                    targets={role: source(row[f"place_{side}"], row[f"content_{side}"]) for side, role in sides},
-                    mask=source(row["mask_place"], row["mask_content"]) if row["mask_content"] else None,
+                    targets={role: source(row[f"picture_{side}"]) for side, role in sides},
+                    mask=source(row["mask"]) if row["mask"] else None,
                 )
 
     def relabelled(self, winners: np.ndarray, keep: np.ndarray) -> "PairIndex":
@@ -126,10 +130,16 @@ class PairIndex:
     def digest(self) -> str:
         """Of what training sees: pictures, captions, masks and winners, in order, and the blocks that the order is made of."""
         digest = xxhash.xxh3_128(repr(list(self.sizes)).encode())
-        for name in ("content_0", "content_1", "source_contents", "mask_content", "caption", "winner"):
-            for chunk in self.table[name].chunks:
-                digest.update("\x1f".join(map(str, chunk.to_pylist())).encode())
+        for values in (*map(self.contents, MEDIA), self.table["caption"], self.table["winner"]):
+            digest.update("\x1f".join(map(str, values.to_pylist())).encode())
         return digest.hexdigest()
+
+    def contents(self, column: str) -> pa.ChunkedArray:
+        """The contents of the pictures in one of MEDIA: of each row one or None, in "sources" a list."""
+        whole = self.table[column].combine_chunks()
+        if column != "sources":
+            return pc.struct_field(whole, "content")
+        return pa.ListArray.from_arrays(whole.offsets, pc.struct_field(whole.values, "content"))
 
     def report(self) -> str:
         """What is in it and what was left out, a line per problem."""
@@ -143,16 +153,18 @@ class PairIndex:
 
     def _repeated(self) -> int:
         """Pairs of the same two pictures and caption as one before, whichever won."""
-        columns = (self.table[name].to_pylist() for name in ("content_0", "content_1", "caption"))
-        pairs = [(*sorted((first, second or "")), caption) for first, second, caption in zip(*columns, strict=True)]
+        found = (*map(self.contents, ("picture_0", "picture_1")), self.table["caption"])
+        rows = zip(*(column.to_pylist() for column in found), strict=True)
+        pairs = [(*sorted((first, second or "")), caption) for first, second, caption in rows]
         return len(pairs) - len(set(pairs))
 
 
-def _source(block: Block, row: int, number: int, place: Mapping[str, Any], content: str) -> Source:
-    if place["path"]:
-        return Source(path=place["path"], content=content)
-    cell = Cell(part=block.part, row=row, column=place["column"], number=number, item=place["item"])
-    return Source(path=block.file, cell=cell, content=content)
+def _source(block: Block, row: int, number: int, medium: Mapping[str, Any]) -> Source:
+    seen = {name: medium[name] for name in ("content", "height", "width")}
+    if medium["path"]:
+        return Source(path=medium["path"], **seen)
+    cell = Cell(part=block.part, row=row, column=medium["column"], number=number, item=medium["item"])
+    return Source(path=block.file, cell=cell, **seen)
 
 
 # --- checking ----------------------------------------------------------------------------------------------------------
@@ -219,20 +231,16 @@ def _row(
         "image_id": values.get("image_id"),
         "caption": values["caption" if "caption" in values else "prompt"],
         "winner": 0 if label == 1 else 1,
-        "source_places": [_place(source, theirs.get("source", ""), item) for item, source in enumerate(sources)],
-        "source_contents": [source.content for source in sources],
-        "source_sizes": [_size(source) for source in sources],
-        "mask_place": mask and _place(mask, theirs.get("mask", "")),
-        "mask_content": mask and mask.content,
-        "size": _size(pictures[0]),
+        "sources": [_medium(source, theirs.get("source", ""), item) for item, source in enumerate(sources)],
+        "mask": mask and _medium(mask, theirs.get("mask", "")),
     }
     for side, (name, picture) in enumerate(named.items()):
-        row |= {f"place_{side}": _place(picture, theirs.get(name, "")), f"content_{side}": picture.content}
+        row[f"picture_{side}"] = _medium(picture, theirs.get(name, ""))
     return row, []
 
 
-def _place(picture: PictureFile, column: str, item: int | None = None) -> dict[str, Any]:
-    return {"path": picture.path} if picture.path else {"column": column, "item": item}
+def _medium(picture: PictureFile, column: str, item: int | None = None) -> dict[str, Any]:
+    return asdict(picture) if picture.path else asdict(picture) | {"column": column, "item": item}
 
 
 def _mask_faults(mask: PictureFile, data: bytes, pictures: Sequence[PictureFile]) -> Iterator[tuple[str, str]]:

@@ -123,7 +123,10 @@ def prompt_of(
     return Prompt(
         key=key,
         instruction=instruction,
-        sources=tuple(Source(path=str(image.path), content=image.content, fit=fit) for image in images),
+        sources=tuple(
+            Source(path=str(one.path), content=one.content, height=one.height, width=one.width, fit=fit)
+            for one in images
+        ),
         item=item,
         geometry=geometry(images[0].height, images[0].width),
     )

@@ -149,7 +149,8 @@ def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
     """Of a batch of each kind of encoding that `prompt` and what is made of it have."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     codec = _codec(family, fake)
-    target = family.target(Source(path="", content=""), prompt.geometry)
+    height, width = prompt.geometry.height, prompt.geometry.width
+    target = family.target(Source(path="", content="", height=height, width=width), prompt.geometry)
     groups = {(e.kind, e.geometries): e for e in (*family.encodings(prompt), target)}  # what may share a batch
 
     def encode(count: int) -> None:

@@ -182,7 +182,11 @@ def test_a_picture_of_each_size_goes_into_items_of_its_own():
     encodings = [Encoding(kind="text", text=str(i)) for i in range(5)]
     for i in range(9):
         geometry = Geometry(height=16 * (1 + i % 2), width=16)
-        encodings.append(Encoding(kind="picture", sources=(Source(path="", content=str(i)),), geometries=(geometry,)))
+        encodings.append(
+            Encoding(
+                kind="picture", sources=(Source(path="", content=str(i), height=48, width=32),), geometries=(geometry,)
+            )
+        )
     wanted = {f"key of {encoding}": encoding for encoding in encodings}
     work = plan(wanted, batch_size=2, encoders=1)
     assert sorted(key for part in work for key in part.values()) == sorted(wanted)

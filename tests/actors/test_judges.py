@@ -22,7 +22,7 @@ def prompt(folder, instruction="make it warm", item=None) -> Prompt:
     """One whose source is a photo in the folder."""
     image = folder / "images" / "0.png"
     content = xxhash.xxh3_128_hexdigest(image.read_bytes()) if image.exists() else "gone"
-    source = Source(path=str(image), content=content)
+    source = Source(path=str(image), content=content, height=48, width=32)
     geometry = Geometry(height=48, width=32)
     return Prompt(key="0", instruction=instruction, sources=(source,), item=item or {}, geometry=geometry)
 

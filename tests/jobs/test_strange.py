@@ -232,7 +232,8 @@ def test_pictures_are_no_targets_for_clips(model, tmp_path):
     write_pictures(tmp_path, 0)
     family = worlds.family(model, kind=FAMILY)
     clip = family.target(
-        Source(path=str(tmp_path / "pictures/0_0.png"), content=""), Geometry(height=48, width=32, frames=3)
+        Source(path=str(tmp_path / "pictures/0_0.png"), content="", height=48, width=32),
+        Geometry(height=48, width=32, frames=3),
     )
     with pytest.raises(Refused, match="is a picture, but 3 frames of it are asked for"):
         media_of(clip)

@@ -22,7 +22,16 @@ PASSED = Verdict(valid=True, pass_probability=0.75)
 
 def prompt(i: int) -> Prompt:
     cell = Cell(part=1, row=i, column="jpg", number=i + 1) if i % 2 else None
-    source = Source(path=f"/{i}.png", cell=cell, content=f"bytes {i}", fit="pad", mirrored=i == 2, crop=(0.25, 0.5))
+    source = Source(
+        path=f"/{i}.png",
+        cell=cell,
+        content=f"bytes {i}",
+        fit="pad",
+        mirrored=i == 2,
+        crop=(0.25, 0.5),
+        height=48,
+        width=32,
+    )
     return Prompt(key=f"id {i}", instruction=f"edit {i}", sources=(source,), item={"a": "b"}, geometry=SIZE)
 
 

@@ -280,7 +280,7 @@ def test_the_folder_can_be_moved(folder, tmp_path):
 
 
 def test_keys_depend_on_everything_that_goes_in_and_not_on_where_a_medium_lies():
-    source = Source(path="/here", content="c")
+    source = Source(path="/here", content="c", height=48, width=32)
     base = Encoding(kind="k", text="t", sources=(source,), geometries=(Geometry(height=32, width=16),))
     others = [
         replace(base, kind="l"),
@@ -303,7 +303,7 @@ def test_keys_depend_on_everything_that_goes_in_and_not_on_where_a_medium_lies()
 
 
 def test_the_order_of_sources_matters():
-    first, second = Source(path="", content="a"), Source(path="", content="b")
+    first, second = Source(path="", content="a", height=48, width=32), Source(path="", content="b", height=48, width=32)
     size = (Geometry(height=16, width=16),) * 2
     one, other = (Encoding(kind="k", sources=s, geometries=size) for s in ((first, second), (second, first)))
     assert key_of(one, "f") != key_of(other, "f")

@@ -218,7 +218,7 @@ def test_a_target_needs_no_preference_and_is_none_for_one(tmp_path):
     picture = json.loads(file.read_text())["winner"]
     file.write_text(json.dumps({"prompt": "x", "target": picture}))
     index, problems = check(file, needs_loser=False)
-    assert not problems and index.table["content_1"].to_pylist() == [None]
+    assert not problems and index.table["picture_1"].to_pylist() == [None]
     assert pictures_of(example_of(index, 0)) == {"target": decoded((tmp_path / picture).read_bytes())}
     _, problems = check(file)
     assert [(p.line, p.field) for p in problems] == [(1, "winner"), (1, "loser")]

@@ -262,7 +262,8 @@ def test_an_example_comes_back_from_the_index_with_its_stem_as_key(tmp_path):
     ]
     assert example.targets["target"].path == str(tmp_path / PAIR[0]) and set(example.targets) == {"target"}
     assert example.mask.path == str(tmp_path / "training_images/a_mask.png")
-    assert index.table["size"].to_pylist() == [[24, 32]] and index.table["source_sizes"].to_pylist() == [[[24, 32]] * 2]
+    media = (example.targets["target"], *example.prompt.sources, example.mask)
+    assert {(medium.height, medium.width) for medium in media} == {(24, 32)}
     before = index.digest()
     (tmp_path / "training_images/a_mask.png").write_bytes(png(77))
     assert read_index(index_of(tmp_path, source_counts=range(1, 4), needs_loser=False)).digest() != before

@@ -96,7 +96,7 @@ def test_a_prompt_without_any_image_is_refused(folder):
 
 def test_a_picture_is_no_video_but_judges_and_eyes_may_see_it(folder):
     clip = Geometry(height=16, width=16, frames=3)
-    source = Source(path=str(folder / "2.png"), content=contents(folder, 2)[0])
+    source = Source(path=str(folder / "2.png"), content=contents(folder, 2)[0], height=48, width=32)
     with pytest.raises(Refused, match=r"2\.png is a picture, but 3 frames of it are asked for"):
         open_source(source, clip)
     assert (seen_source(source, clip) == open_source(source, SIZE)).all()
@@ -111,7 +111,8 @@ class Counting:
 
 def test_prompts_that_cannot_share_a_batch_are_refused_with_the_remedy():
     one, two = (
-        Prompt(key="", instruction="", sources=(Source(path="", content=""),) * n, geometry=SIZE) for n in (1, 2)
+        Prompt(key="", instruction="", sources=(Source(path="", content="", height=48, width=32),) * n, geometry=SIZE)
+        for n in (1, 2)
     )
     check_buckets(Counting(), [one, two], batch_size=1)
     check_buckets(Counting(), [two, two], batch_size=4)

@@ -19,7 +19,7 @@ def world(tmp_path):
     return tmp_path
 
 
-SOURCE = Source(path="/1.png", content="pixels")
+SOURCE = Source(path="/1.png", content="pixels", height=48, width=32)
 PROMPT = Prompt(key="1", instruction="x", sources=(SOURCE,), geometry=Geometry(height=64, width=64))
 
 

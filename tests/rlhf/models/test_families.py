@@ -135,7 +135,7 @@ def test_folders_exist(folders, kind):
 def encodings_of(family, count: int):
     """(prompts, what is encoded of each, targets) of `count` pictures."""
     prompts = prompts_of(family, count)
-    targets = [family.target(Source(path="", content=f"{i}.0"), GEOMETRY) for i in range(count)]
+    targets = [family.target(Source(path="", content=f"{i}.0", height=48, width=32), GEOMETRY) for i in range(count)]
     return prompts, [family.encodings(prompt) for prompt in prompts], targets
 
 

@@ -10,7 +10,7 @@ from tests import worlds
 
 
 def prompt_of(family, side=64):
-    sources = (Source(path="", content=""),) * max(family.source_counts)
+    sources = (Source(path="", content="", height=48, width=32),) * max(family.source_counts)
     return Prompt(key="", instruction="", sources=sources, geometry=Geometry(height=side, width=side))
 
 

@@ -55,7 +55,7 @@ def medium(name: str, geometry: Geometry) -> torch.Tensor:
 
 
 def prompt(i: int, sources: int, geometry: Geometry = CLIP) -> Prompt:
-    several = tuple(Source(path="", content=f"{i}.{j}") for j in range(sources))
+    several = tuple(Source(path="", content=f"{i}.{j}", height=48, width=32) for j in range(sources))
     return Prompt(key=str(i), instruction=TEXTS[i % len(TEXTS)], sources=several, geometry=geometry)
 
 
@@ -79,7 +79,9 @@ def examples_of(family, sources, texts, roles):
     for i in texts:
         one = prompt(i, sources)
         prompts = [e for e in family.encodings(one)]
-        targets = {role: family.target(Source(path="", content=f"{role} {i}"), CLIP) for role in roles}
+        targets = {
+            role: family.target(Source(path="", content=f"{role} {i}", height=48, width=32), CLIP) for role in roles
+        }
         rows = encoded(family, [*prompts, *targets.values()])
         found.append(
             EncodedExample(

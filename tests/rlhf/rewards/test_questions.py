@@ -94,7 +94,7 @@ def test_all_prompts_without_a_text_are_told_with_their_rows(tmp_path):
 def test_sources_come_at_the_prompts_size_as_media(tmp_path):
     file = tmp_path / "source.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(file)
-    cropped = Source(path=str(file), content=xxhash.xxh3_128_hexdigest(file.read_bytes()))
+    cropped = Source(path=str(file), content=xxhash.xxh3_128_hexdigest(file.read_bytes()), height=48, width=32)
     padded = replace(cropped, fit="pad", mirrored=True)
     first, second = sources_of(prompt(sources=(cropped, padded)))
     assert np.array_equal(first, photos.load(file, 48, 32, "crop")[None])

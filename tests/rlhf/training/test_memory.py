@@ -19,7 +19,10 @@ from tests import worlds
 
 RANKS = 2
 PROMPT = Prompt(
-    key="", instruction="", sources=(Source(path="", content=""),), geometry=Geometry(height=128, width=128)
+    key="",
+    instruction="",
+    sources=(Source(path="", content="", height=48, width=32),),
+    geometry=Geometry(height=128, width=128),
 )
 
 
