@@ -22,7 +22,7 @@ from rlhf.data.prompts import prompt_of, read_prompts, sized
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
 from rlhf.evaluation.prompts import weight_problems
-from rlhf.models.checks import check_model
+from rlhf.models.checks import check_model, check_sampling
 from rlhf.names import file_names
 from rlhf.runs.folder import check_place, made
 from rlhf.tables import SamplingTable
@@ -37,6 +37,7 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         raise Refused(
             f"model.family = {model.family!r} sees no picture, and so edits none; give a model that does, like Kontext"
         )
+    check_sampling(family, recipe.sampling)
     if edit.device == "cuda" and not torch.cuda.is_available():
         raise Refused('edit.device = "cuda", but torch finds no GPU here; set "cpu" or "auto"')
     if problems := weight_problems(recipe.tuned, family):

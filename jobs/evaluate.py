@@ -25,6 +25,7 @@ from rlhf.evaluation.folder import check_out, claim, painting
 from rlhf.evaluation.page import page
 from rlhf.evaluation.prompts import Prompts, read_evaluation
 from rlhf.models import load_family
+from rlhf.models.checks import check_sampling
 from rlhf.rewards.questions import check_prompts
 from rlhf.rollouts.reliability import JudgeUnreliable
 from rlhf.runs.durable import write_durably
@@ -46,6 +47,7 @@ def checked(recipe: EvaluateRecipe) -> Prompts:
     """The prompts, after every check that needs neither a model nor a cluster. Raises Refused."""
     check_out(Path(recipe.out))
     found = read_evaluation(recipe.model, recipe.tuned, recipe.data)
+    check_sampling(load_family(recipe.model), recipe.sampling)
     for problem in found.left_out:
         say(f"left out: {problem}")
     check_prompts(recipe.judges, recipe.reward, recipe.data, found.prompts)

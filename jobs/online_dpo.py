@@ -37,7 +37,7 @@ from rlhf.diffusion.objectives import DPO
 from rlhf.diffusion.process import with_times
 from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
-from rlhf.models.checks import check_model
+from rlhf.models.checks import check_model, check_sampling
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompts
 from rlhf.training.optimizers import check_optimizer
@@ -67,6 +67,7 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
     load_trainable(recipe.trainable, family).begun(family)
     with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     check_optimizer(recipe.trainer.optimizer)
+    check_sampling(family, recipe.sampling)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)
     check_prompts(recipe.judges, recipe.reward, recipe.data, data.all)

@@ -86,6 +86,8 @@ class SolverTable(Section):
     steps: int = Field(16, ge=1)
     guidance_scale: float | None = None
     """Unset: model.guidance_scale."""
+    negative_prompt: str | None = None
+    """What guidance's other branch is told. Unset: nothing, or what the family's examples give for it."""
 
 
 class SamplingTable(SolverTable):

@@ -1,5 +1,6 @@
 """Small real things that many tests share: tiny folders of every family, every way to train one, random pairs for Kontext."""
 
+import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from rlhf.diffusion.objectives import DPO
 from rlhf.models import load_family, tiny
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from rlhf.models.trainable import Trainable, load_trainable
 from rlhf.tables import ModelTable
 from rlhf.training.trainer import Trainer
@@ -28,10 +30,16 @@ OPTIMIZER_NAMES = [
 RANK, ALPHA = 4, 8.0
 PATTERNS = {
     "flux_kontext": ("transformer_blocks.*.ff", "single_transformer_blocks.1", "norm_out"),
+    "qwen_image_edit": ("transformer_blocks.*.img_mlp", "transformer_blocks.0", "norm_out"),
     "stable_diffusion": ("*.transformer_blocks.0.attn2", "up_blocks.*.resnets", "conv_out"),
     "tests.strange:Strange": ("blocks.0.looking", "blocks.1", "out"),
 }
 """By family: modules inside an FSDP block that LoRA adapts too, whole FSDP blocks (alone, and as a list), one of the root."""
+
+UNREACHED = {
+    "qwen_image_edit": re.compile(r"transformer_blocks\.1\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\."),
+}
+"""By family: the parameters of the tiny network from which no gradient comes, since the last block's text goes nowhere."""
 
 
 def _lora(**more) -> TrainableTable:
@@ -48,6 +56,8 @@ TRAINABLES = {
 
 WRITERS = {
     "flux_kontext": tiny.write_flux_kontext,
+    "qwen_image_edit": partial(write_qwen_image_edit, zero_cond_t=True),
+    "qwen_image_edit painting": partial(write_qwen_image_edit, pipeline="QwenImagePipeline"),
     "stable_diffusion": tiny.write_stable_diffusion,
     "stable_diffusion xl": partial(tiny.write_stable_diffusion, xl=True, prediction_type="v_prediction"),
     "tests.strange:Strange": strange.write,

@@ -58,7 +58,7 @@ def tensors(file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Call
 
 
 def quantise(dtype: torch.dtype, found: dict[str, torch.Tensor]) -> None:
-    name = next(name for name in sorted(found) if found[name].ndim == 2)
+    name = next(name for name in sorted(found) if found[name].ndim >= 2)
     found[name] = found[name].clamp(-1, 1).to(dtype)
 
 
@@ -91,15 +91,24 @@ def forget_one(folder: Path, where: dict[str, str]) -> None:
 
 def swap_names(folder: Path, where: dict[str, str]) -> None:
     """As when the shards of two downloads are mixed."""
-    edit(f"{STEM}.safetensors.index.json", weight_map=where | {min(where): where[max(where)]})(folder)
+    first = min(where)
+    other = next(file for file in where.values() if file != where[first])
+    edit(f"{STEM}.safetensors.index.json", weight_map=where | {first: other})(folder)
 
 
 def cut(file: str, size: int) -> Callable[[Path], Any]:
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:size])
 
 
-def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
-    """Those of a folder whose denoiser lies in `denoiser`."""
+def faults(
+    denoiser: str,
+    tokenizer: str = "tokenizer",
+    *,
+    channels: str = "latent_channels",
+    layers: str = "block_out_channels",
+    reader: str = "CLIPTextModel",
+) -> dict[str, Fault]:
+    """Those of a folder whose denoiser lies in `denoiser`. channels, layers: keys of its VAE. reader: what text_encoder is."""
     weights, vae = f"{denoiser}/{STEM}.safetensors", f"vae/{STEM}.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}}).encode()
     place = struct.pack("<Q", len(header)) + header + bytes(24)
@@ -131,9 +140,12 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
             f"{tokenizer} makes no tokenizer",
         ),
         "config that is a list": (write("vae/config.json", "[1]"), r"vae/config\.json holds no JSON object"),
-        "config of another class": (edit("vae/config.json", _class_name="AutoencoderKLWan"), "takes AutoencoderKL;"),
+        "config of another class": (
+            edit("vae/config.json", _class_name="AutoencoderKLWan"),
+            r"takes AutoencoderKL\w*;",
+        ),
         "config of nonsense": (
-            edit("vae/config.json", block_out_channels="x"),
+            edit("vae/config.json", **{layers: "x"}),
             r"vae/config\.json makes no AutoencoderKL",
         ),
         "scheduler away": (remove("scheduler/scheduler_config.json"), r"scheduler_config\.json is missing"),
@@ -180,8 +192,8 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
             "that is a link to nothing: download it again",
         ),
         "a VAE without its channels": (
-            edit("vae/config.json", latent_channels=None),
-            "has no 'latent_channels'|lack|shape",
+            edit("vae/config.json", **{channels: None}),
+            f"has no '{channels}'|lack|shape",
         ),
         "no weights": (
             remove(weights),
@@ -223,7 +235,7 @@ def faults(denoiser: str, tokenizer: str = "tokenizer") -> dict[str, Fault]:
         "a tensor of the VAE less": (tensors(vae, lambda t: t.pop(max(t))), "lack 1 tensors of a AutoencoderKL"),
         "a tensor of a text encoder less": (
             tensors("text_encoder/model.safetensors", lambda t: t.pop(max(t))),
-            "lack 1 tensors of a CLIPTextModel",
+            f"lack 1 tensors of a {reader}",
         ),
         "another shape": (
             tensors(weights, lambda t: t.update({max(t): torch.zeros(3)})),
@@ -254,7 +266,34 @@ def fill(folder: Path) -> None:
     transformer.save_pretrained(folder / "transformer")
 
 
-WRONG = {"flux_kontext": faults("transformer"), "stable_diffusion": faults("unet")}
+WRONG = {
+    "flux_kontext": faults("transformer"),
+    "qwen_image_edit": faults(
+        "transformer", channels="z_dim", layers="dim_mult", reader="Qwen2_5_VLForConditionalGeneration"
+    ),
+    "stable_diffusion": faults("unet"),
+}
+WRONG["qwen_image_edit"] |= {
+    "Qwen-Image-Layered": (
+        edit("transformer/config.json", use_layer3d_rope=True, use_additional_t_cond=True),
+        "use_additional_t_cond = True, but this family takes False",
+    ),
+    "a VAE with a number less": (
+        edit("vae/config.json", latents_mean=[0.0]),
+        "latents_mean has 1 numbers, but z_dim = 4",
+    ),
+    "a VAE without its deviations": (edit("vae/config.json", latents_std=None), "has no 'latents_std'"),
+    "no processor": (remove("processor/tokenizer.json"), r"processor lacks tokenizer\.json, or vocab\.json and"),
+    "a processor of texts alone": (remove("processor/processor_config.json"), "processor makes no processor"),
+    "another encoder": (
+        edit("transformer/config.json", joint_attention_dim=64),
+        "joint_attention_dim = 64, but this family takes 32",
+    ),
+    "axes that are not the width": (
+        edit("transformer/config.json", axes_dims_rope=[2, 2, 2]),
+        r"axes_dims_rope = \[2, 2, 2\] is not attention_head_dim = 16",
+    ),
+}
 WRONG["flux_kontext"] |= {
     "FLUX.1 Fill": (fill, "in_channels = 40, but this family takes 16"),
     "FLUX.1 Dev": (

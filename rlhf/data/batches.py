@@ -7,7 +7,7 @@ Shapes: B examples, C latent channels, h w latents.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.diffusion.process import Process
 from rlhf.errors import Refused
 from rlhf.models.family import Family
+from rlhf.tables import SamplingTable
 from rlhf.types import Batch, Condition, Encoding, Prompt, noise_from, seed_from
 
 
@@ -44,15 +45,19 @@ def condition_of(
     return family.condition([[row(e) for e in family.encodings(prompt)] for prompt in prompts], bucket)
 
 
-def unguided_of(
-    family: Family, row: ReadRow, prompts: Sequence[Prompt], guidance_scale: float | None
-) -> Condition | None:
+def unguided_of(family: Family, row: ReadRow, prompts: Sequence[Prompt], sampling: SamplingTable) -> Condition | None:
     """The condition of guidance's other branch; None where sampling needs none."""
-    if not family.needs_unguided(guidance_scale):
+    others = [other for prompt in prompts if (other := other_branch(family, prompt, sampling))]
+    return condition_of(family, row, others, prompts) if others else None
+
+
+def other_branch(family: Family, prompt: Prompt, sampling: SamplingTable) -> Prompt | None:
+    """What guidance's other branch is told in place of a prompt; None where sampling has one branch alone."""
+    if not family.needs_unguided(sampling.guidance_scale):
         return None
-    others = [other for prompt in prompts if (other := family.unguided(prompt))]
-    assert len(others) == len(prompts), "a family that needs an unguided condition says of which prompt"
-    return condition_of(family, row, others, prompts)
+    other, negative = family.unguided(prompt), sampling.negative_prompt
+    assert other is not None, "a family that needs an unguided condition says of which prompt"
+    return other if negative is None else replace(other, instruction=negative)
 
 
 def _only(buckets: Set[Hashable]) -> Hashable:

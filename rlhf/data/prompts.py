@@ -90,14 +90,20 @@ def read_prompts(
     fields = (
         Field(name="image_id", unique=True, known=known, known_in=str(item_metadata), example='"10001"'),
         Field(name=column, may_be_empty=True, example='"Make it brighter."', remedy=remedy),
-        Field(name="image", kind="picture paths", counts=source_counts, example='"images/10001.jpg"'),
+        Field(
+            name="image",
+            kind="picture paths",
+            counts=source_counts,
+            required=source_counts is None or 0 not in source_counts,
+            example='"images/10001.jpg"',
+        ),
     )
     records, problems = check_file(path, fields, key=key, otherwise=".jsonl")
     if not records and not problems:
         problems = [no_rows(path, ".jsonl")]
     prompts = []
     for record in records:
-        key, images = record.fields["image_id"], record.fields["image"]
+        key, images = record.fields["image_id"], record.fields.get("image") or ()
         if items is None or key in items:
             item = items[key] if items is not None else {}
             prompts.append(prompt_of(key, record.fields[column], images, item, fit, geometry))
@@ -119,7 +125,7 @@ def sized(model: EditModelTable, family: Family, frames: int = 1) -> Sized:
 def prompt_of(
     key: str, instruction: str, images: Sequence[PictureFile], item: Item, fit: Fit, geometry: Sized
 ) -> Prompt:
-    """The prompt of picture files, at least one."""
+    """The prompt of picture files; without one it is as large as of a square one."""
     return Prompt(
         key=key,
         instruction=instruction,
@@ -128,7 +134,7 @@ def prompt_of(
             for one in images
         ),
         item=item,
-        geometry=geometry(images[0].height, images[0].width),
+        geometry=geometry(images[0].height, images[0].width) if images else geometry(1, 1),
     )
 
 

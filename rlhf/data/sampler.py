@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.data.batches import ReadRow, condition_of, unguided_of
+from rlhf.data.batches import ReadRow, condition_of, other_branch, unguided_of
 from rlhf.data.encoding import encode_rows
 from rlhf.models.family import Codec, Family, sample_batch
 from rlhf.tables import SamplingTable
@@ -39,7 +39,7 @@ def sample_prompts(
     for prompt, seed, slot in zip(prompts, noise_seeds, slots, strict=True):
         placed[slot], noise[slot] = prompt, noise_from(seed, noise.shape[1:])
     condition = condition_of(family, row, placed)
-    unguided = unguided_of(family, row, placed, sampling.guidance_scale)
+    unguided = unguided_of(family, row, placed, sampling)
     condition = {name: tensor.to(device) for name, tensor in condition.items()}
     if unguided is not None:
         unguided = {name: tensor.to(device) for name, tensor in unguided.items()}
@@ -59,5 +59,5 @@ def encoded_now(
 
 def encodings_for_sampling(family: Family, prompt: Prompt, sampling: SamplingTable) -> tuple[Encoding, ...]:
     """What sampling a prompt needs: its own encodings and, where guidance has two branches, the other prompt's."""
-    unguided = family.unguided(prompt) if family.needs_unguided(sampling.guidance_scale) else None
-    return (*family.encodings(prompt), *(family.encodings(unguided) if unguided else ()))
+    other = other_branch(family, prompt, sampling)
+    return (*family.encodings(prompt), *(family.encodings(other) if other else ()))

@@ -52,6 +52,8 @@ class RectifiedFlow:
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
+    last: float | None = None
+    """The last time but 0 of sampling, to which all are stretched (`shift_terminal`); None: as it comes."""
     times: Times = "logit_normal"
     """Of training, from u uniform in 0 … 1 or n ~ N(0, 1): t = u; σ(n); "mode": 1 − u − 1.29·(cos²(πu/2) − 1 + u), which is
     dense in the middle and keeps both ends (SD3, section 3.1)."""
@@ -92,6 +94,8 @@ class RectifiedFlow:
         """(steps + 1,) decreasing process times, 1 … 0."""
         shift, sigma = self._shift(tokens), torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
         shifted = shift / (shift + 1 / sigma - 1)
+        if self.last is not None and steps > 1:
+            shifted = 1 - (1 - shifted) * (1 - self.last) / (1 - shifted[-1])
         return torch.cat([shifted, shifted.new_zeros(1)]).float()
 
 

@@ -9,10 +9,15 @@ import torch
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.models.flux_kontext import FluxKontext
+from rlhf.models.qwen_image_edit import QwenImageEdit
 from rlhf.models.stable_diffusion import StableDiffusion
 from rlhf.tables import ModelTable
 
-FAMILIES: dict[str, Callable[..., Family]] = {"flux_kontext": FluxKontext, "stable_diffusion": StableDiffusion}
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "flux_kontext": FluxKontext,
+    "qwen_image_edit": QwenImageEdit,
+    "stable_diffusion": StableDiffusion,
+}
 
 
 def load_family(model: ModelTable) -> Family:

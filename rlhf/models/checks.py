@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.family import INDEX_FILE, NUMBER, Family, Need
+from rlhf.models.folder import LONGEST
 from rlhf.shards.files import (
     AGAIN,
     DIFFUSERS,
@@ -28,7 +31,7 @@ from rlhf.shards.files import (
     read_json,
     refuse_broken,
 )
-from rlhf.tables import ModelTable
+from rlhf.tables import ModelTable, SolverTable
 
 QUANTISED = "quantised models are not read: give the model in bfloat16, float16 or float32"
 
@@ -50,8 +53,8 @@ def check_model(model: ModelTable, *, weights: bool = True) -> Family:
             need = replace(need, values={} if accepted else need.values, files=need.files if weights else ())
             _check_config(root / name, need)
             is_denoiser = name == family.denoiser_folder
-            if weights and need.is_tokenizer:
-                _check_tokenizer(root / name)
+            if weights and need.opens:
+                _check_opens(root / name, need.opens)
             if need.network is None:
                 continue
             network = on_meta(need.network, root / name)
@@ -66,6 +69,19 @@ def check_model(model: ModelTable, *, weights: bool = True) -> Family:
     except Refused as error:
         raise Refused(f"model.denoiser = {model.denoiser!r}: {error}") from error
     return family
+
+
+def check_sampling(family: Family, sampling: SolverTable) -> None:
+    """Raise Refused for a negative prompt that nothing would be told."""
+    if sampling.negative_prompt is None:
+        return
+    given = f"sampling.negative_prompt = {sampling.negative_prompt!r}"
+    if not family.needs_unguided(sampling.guidance_scale):
+        raise Refused(
+            f"{given} is never read: guidance has no other branch here; leave it out, or raise guidance_scale"
+        )
+    if not family.takes_negative_prompt:
+        raise Refused(f"{given}, but this model's other branch sees zeros in place of a text; leave it out")
 
 
 def check_denoiser(family: Family, folder: Path) -> None:
@@ -108,13 +124,18 @@ def _check_config(folder: Path, need: Need) -> None:
         refuse_broken(folder)
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Raise Refused where the files of a tokenizer make none."""
+def _check_opens(folder: Path, opener: Any) -> None:
+    """Raise Refused where the files of a tokenizer or processor make none."""
+    kind = {AutoTokenizer: "tokenizer", AutoProcessor: "processor"}[opener]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer("a", padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+        opened = opener.from_pretrained(folder, local_files_only=True)
+        if kind == "tokenizer":
+            limit = opened.model_max_length
+            opened("a", padding="max_length", max_length=limit if limit <= LONGEST else 2, truncation=True)
+        else:
+            opened(text=["a"], return_tensors="pt")
     except Exception as error:  # from deep inside a library
-        raise Refused(f"{folder} makes no tokenizer: {type(error).__name__}: {error}; {AGAIN}") from error
+        raise Refused(f"{folder} makes no {kind}: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
 def on_meta(cls: Any, folder: Path) -> Any:
@@ -161,14 +182,19 @@ def check_weights(folder: Path, network: nn.Module, *, exact: bool = False) -> N
 
 
 def _names(stored: Mapping[str, Stored], network: nn.Module) -> dict[str, list[Stored]]:
-    """Tensors by every end of their names, since transformers adds and drops prefixes; of old VAEs by their newer names."""
+    """Tensors by the names that their library gives them when it loads them, since it renames those of older versions."""
     if isinstance(network, ModelMixin):
         renamed = dict(stored)
         network._fix_state_dict_keys_on_load(renamed)
         return {name: [found] for name, found in renamed.items()}
+    renamings = get_model_conversion_mapping(network)
+    plain = [one for one in renamings if not isinstance(one, WeightConverter)]
+    converters = [one for one in renamings if isinstance(one, WeightConverter)]
+    parameters, prefix = network.state_dict(), network.base_model_prefix
     named = dict[str, list[Stored]]()
     for name, found in stored.items():
-        words = name.split(".")
-        for first in range(len(words)):
-            named.setdefault(".".join(words[first:]), []).append(found)
+        newer = rename_source_key(name, plain, converters, prefix, parameters)[0]
+        if newer not in parameters and name in parameters:
+            newer = name
+        named.setdefault(newer, []).append(found)
     return named

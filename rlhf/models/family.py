@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from transformers import AutoTokenizer
 
 from rlhf.diffusion.process import Process
 from rlhf.errors import NotFinite
@@ -51,8 +52,8 @@ class Need:
     """The class of diffusers or transformers that reads the folder, always given for the denoiser's."""
     files: tuple[tuple[str, ...], ...] = ()
     """Sets of further files, of which one must be there."""
-    is_tokenizer: bool = False
-    """Whether the folder is opened as a tokenizer too."""
+    opens: type | None = None
+    """AutoTokenizer or AutoProcessor of transformers, where the folder is opened as that too."""
 
 
 INDEX_FILE = "model_index.json"
@@ -64,7 +65,7 @@ def index(*pipelines: str) -> Need:
 
 
 def tokenizer(kind: str) -> Need:
-    """The folder of a CLIPTokenizer or T5Tokenizer, in its fast or slow form: another's words are other numbers.
+    """The folder of a CLIPTokenizer, T5Tokenizer or Qwen2Tokenizer, in its fast or slow form: another's words are other numbers.
 
     Without one of the files transformers makes a tokenizer of no words, and no error.
     """
@@ -72,7 +73,7 @@ def tokenizer(kind: str) -> Need:
         file="tokenizer_config.json",
         values={"tokenizer_class": (kind, f"{kind}Fast")},
         files=(("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)),
-        is_tokenizer=True,
+        opens=AutoTokenizer,
     )
 
 
@@ -95,8 +96,14 @@ class Family(Protocol):
     """Module-name endings that LoRA adapts by default."""
     denoiser_folder: ClassVar[str]
     """In the model's folder. The diffusers pipeline puts the same word before the keys of a LoRA file."""
-    source_counts: ClassVar[range]
-    """How many sources a prompt may have: range(1), that is none, where the family only paints from a text."""
+
+    @property
+    def source_counts(self) -> range:
+        """How many sources a prompt may have: range(1), that is none, where the family only paints from a text."""
+
+    @property
+    def takes_negative_prompt(self) -> bool:
+        """Whether guidance's other branch may be told another text than `unguided` says."""
 
     @property
     def kinds(self) -> Mapping[str, Kind]: ...

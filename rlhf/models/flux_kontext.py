@@ -24,9 +24,11 @@ from transformers import CLIPTextModel, T5EncoderModel
 from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
 from rlhf.models.family import NUMBER, Kind, Need, Rows, index, stacked, tokenizer
+from rlhf.models.flow_scheduler import SCHEDULER, flow_of
 from rlhf.models.folder import (
     LoadParts,
     Parts,
+    check_axes,
     latent_shape,
     load_trained,
     read_value,
@@ -34,36 +36,11 @@ from rlhf.models.folder import (
     to_pixels,
     token_ids,
     token_shares,
+    vae_factor,
 )
+from rlhf.models.packing import pack, unpack
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
-
-SCHEDULER = Need(
-    file="scheduler_config.json",
-    values={
-        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
-        "use_dynamic_shifting": (True,),
-        "num_train_timesteps": (None, 1000),
-        "time_shift_type": (None, "exponential"),
-        "shift_terminal": (None,),
-        **dict.fromkeys(("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), (NUMBER,)),
-        **dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (None, False)),
-        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (None, False)),
-    },
-)
-"""What `RectifiedFlow` computes."""
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h·w/4, 4C): 2×2 patches become tokens."""
-    B, C, h, w = latents.shape
-    return latents.view(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
-
-
-def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `pack`."""
-    B, _, C4 = tokens.shape
-    return tokens.view(B, h // 2, w // 2, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C4 // 4, h, w)
 
 
 def position_ids(h: int, w: int, image: int, device: torch.device) -> Tensor:
@@ -90,6 +67,7 @@ class FluxKontext:
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
     )
     denoiser_folder: ClassVar[str] = "transformer"
+    takes_negative_prompt: ClassVar[bool] = False
     source_counts: ClassVar[range] = range(1, 2)
 
     @property
@@ -98,13 +76,7 @@ class FluxKontext:
 
     @cached_property
     def process(self) -> RectifiedFlow:
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
-        return RectifiedFlow(
-            base_shift=config["base_shift"],
-            max_shift=config["max_shift"],
-            base_tokens=config["base_image_seq_len"],
-            max_tokens=config["max_image_seq_len"],
-        )
+        return flow_of(self.path)
 
     @cached_property
     def _vae(self) -> dict:
@@ -128,11 +100,7 @@ class FluxKontext:
             "pooled_projection_dim": (read("text_encoder/config.json", "hidden_size"),),
         }
         yield self.denoiser_folder, Need(network=FluxTransformer2DModel, values=values)
-        file = f"{self.denoiser_folder}/config.json"
-        axes, width = read(file, "axes_dims_rope"), read(file, "attention_head_dim")
-        if sum(axes) != width:
-            what = f"axes_dims_rope = {axes} is not attention_head_dim = {width} in all"
-            raise Refused(f"{self.path / file}: {what}; download the whole folder again")
+        check_axes(self.path / self.denoiser_folder / "config.json")
 
     def empty_denoiser(self, dtype: torch.dtype) -> FluxTransformer2DModel:
         with torch.device("meta"):
@@ -160,7 +128,7 @@ class FluxKontext:
         return H, W
 
     def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
-        return latent_shape(self._vae, geometry, patch=2)
+        return latent_shape(self._vae["latent_channels"], vae_factor(self._vae), geometry, patch=2)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1] // 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from rlhf.errors import Refused
 from rlhf.models.family import check_finite
@@ -18,6 +18,8 @@ from rlhf.models.lora import load_lora
 from rlhf.shards.files import AGAIN, DIFFUSERS, read_json
 from rlhf.types import Geometry
 
+LONGEST = 2**20
+"""Tokens; a tokenizer that says more has no limit."""
 WEIGHTS_FILE = f"{DIFFUSERS}.safetensors"
 
 
@@ -47,6 +49,10 @@ class Parts:
     def tokenizer(self, folder: str) -> Any:
         return AutoTokenizer.from_pretrained(self.path, subfolder=folder)
 
+    def processor(self, folder: str) -> Any:
+        """Of texts with pictures."""
+        return AutoProcessor.from_pretrained(self.path, subfolder=folder)
+
 
 LoadParts = Callable[[Path, str], Parts]
 
@@ -59,19 +65,27 @@ def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device:
     return model.to(device).eval().requires_grad_(False)
 
 
+def check_axes(config: Path) -> None:
+    """Raise Refused unless the config of a transformer turns every channel of a head."""
+    found = read_json(config)
+    axes, width = found.get("axes_dims_rope"), found.get("attention_head_dim")
+    if axes is None or width is None or sum(axes) != width:
+        raise Refused(f"{config}: axes_dims_rope = {axes} is not attention_head_dim = {width} in all; {AGAIN}")
+
+
 def vae_factor(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent along one side, H/h, from the VAE's config."""
+    """Pixels per latent along one side, H/h, from the config of an `AutoencoderKL`."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def latent_shape(vae: Mapping[str, Any], geometry: Geometry, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of a picture, from the VAE's config. Raises Refused for sides that are no whole patches, and for a video."""
-    height, width, side = geometry.height, geometry.width, vae_factor(vae) * patch
+def latent_shape(channels: int, factor: int, geometry: Geometry, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of a picture; factor: H/h. Raises Refused for sides that are no whole patches, and for a video."""
+    height, width, side = geometry.height, geometry.width, factor * patch
     if geometry.frames != 1:
         raise Refused(f"{geometry.frames} frames: this model makes pictures")
     if height % side or width % side:
         raise Refused(f"{height}×{width} pixels (model.height, model.width): this model needs multiples of {side}")
-    return vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae)
+    return channels, height // factor, width // factor
 
 
 def to_pixels(images: Tensor, vae: torch.nn.Module) -> Tensor:

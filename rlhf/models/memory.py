@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoImageProcessor, BatchEncoding
 
 from rlhf.models.family import Codec, Family
-from rlhf.models.folder import Parts, read_value
+from rlhf.models.folder import LONGEST, Parts, read_value
 from rlhf.models.trainable import Trainable
 from rlhf.tables import SamplingTable
 from rlhf.types import Condition, Prompt, Source
@@ -63,7 +64,7 @@ def without_data(network: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 
 class _BlankTokenizer:
-    """Every text is as long as the encoder takes, by tokenizer_config.json."""
+    """Every text is as long as the encoder takes, by tokenizer_config.json; a byte is a token where it sets no limit."""
 
     unk_token_id = 0
 
@@ -71,18 +72,31 @@ class _BlankTokenizer:
         self.model_max_length = limit
 
     def __call__(self, texts: str | Sequence[str], **settings: Any) -> Any:
-        ids = [0] * self.model_max_length
-        return _Ids(
-            ids if isinstance(texts, str) else torch.zeros(len(texts), self.model_max_length, dtype=torch.int64)
-        )
+        if isinstance(texts, str):
+            return _ids([0] * self._length(texts))
+        return _ids(torch.zeros(len(texts), max(map(self._length, texts)), dtype=torch.int64))
+
+    def _length(self, text: str) -> int:
+        return self.model_max_length if self.model_max_length <= LONGEST else len(text.encode())
 
     def convert_tokens_to_ids(self, token: str) -> int:
         return 0
 
 
-@dataclass(frozen=True)
-class _Ids:
-    input_ids: Any
+class _BlankProcessor:
+    """A text of as many tokens as its bytes and pictures have, and no pixels: what looks at them is smaller than what reads."""
+
+    def __init__(self, image_processor: Any):
+        self._image_processor = image_processor
+
+    def __call__(self, text: Sequence[str], images: Sequence[Tensor], **settings: Any) -> Any:
+        patches = sum(self._image_processor.get_number_of_image_patches(*image.shape[-2:], {}) for image in images)
+        length = max(len(one.encode()) for one in text) + patches // self._image_processor.merge_size**2
+        return _ids(torch.zeros(len(text), length, dtype=torch.int64))
+
+
+def _ids(ids: Any) -> BatchEncoding:
+    return BatchEncoding({"input_ids": ids})
 
 
 class EmptyParts(Parts):
@@ -101,6 +115,9 @@ class EmptyParts(Parts):
             nn.Module.to(empty, dtype).eval()
         return without_data(empty, self._fake)
 
+    def processor(self, folder: str) -> Any:
+        return _BlankProcessor(AutoImageProcessor.from_pretrained(self.path, subfolder=folder))
+
     def tokenizer(self, folder: str) -> Any:
         return _BlankTokenizer(read_value(self.path, f"{folder}/tokenizer_config.json", "model_max_length"))
 
@@ -112,6 +129,20 @@ def empty_condition(family: Family, prompt: Prompt, size: int) -> Condition:
         for encoding in family.encodings(prompt)
     ]
     return family.condition([rows] * size, family.bucket(prompt))
+
+
+class _Resetting:
+    """A network whose every call the tracker takes for the first: it allows one between two resets."""
+
+    def __init__(self, network: nn.Module, tracker: MemTracker):
+        self._network, self._tracker = network, tracker
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self._tracker.reset_mod_stats()
+        return self._network(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
 
 
 def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, prompt: Prompt) -> Peak:
@@ -127,7 +158,9 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
         other = family.unguided(prompt) if family.needs_unguided(scale) else None
         condition = empty_condition(family, prompt, size)
         unguided = empty_condition(family, other, size) if other else None
-        family.guided(denoiser, x, t, condition, unguided, guidance_scale=scale, step=0, state={})
+        family.guided(
+            _Resetting(denoiser, tracing.tracker), x, t, condition, unguided, guidance_scale=scale, step=0, state={}
+        )
         codec.decode(x)
     return tracing.peak(denoiser, *modules_of(codec))
 

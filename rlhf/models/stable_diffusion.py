@@ -71,6 +71,11 @@ class StableDiffusion:
     source_counts: ClassVar[range] = range(1)
 
     @property
+    def takes_negative_prompt(self) -> bool:
+        """Not where the other branch sees zeros."""
+        return not self._zeros_for_empty
+
+    @property
     def denoiser_path(self) -> Path:
         return self.denoiser or Path(self.path) / self.denoiser_folder
 
@@ -153,7 +158,7 @@ class StableDiffusion:
         return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
 
     def latent_shape(self, geometry: Geometry) -> tuple[int, int, int]:
-        return latent_shape(self._vae, geometry)
+        return latent_shape(self._vae["latent_channels"], vae_factor(self._vae), geometry)
 
     def tokens(self, latents: Tensor) -> int:
         return latents.shape[-2] * latents.shape[-1]

@@ -12,6 +12,7 @@ from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.checks import check_denoiser, check_model
 from rlhf.models.tiny import write_stable_diffusion
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from rlhf.shards.files import SafetensorsFolder
 from rlhf.tables import ModelTable
 from tests.wrong_models import STEM, WRONG, edit, shard, tensors
@@ -23,7 +24,14 @@ CASES = [(family, fault) for family, some in WRONG.items() for fault in some]
 def folders(tmp_path_factory, kontext):
     models = tmp_path_factory.mktemp("models")
     write_stable_diffusion(models / "xl", xl=True)
-    return {"flux_kontext": kontext, "stable_diffusion": write_stable_diffusion(models / "sd"), "xl": models / "xl"}
+    write_qwen_image_edit(models / "qwen", pipeline="QwenImagePipeline")
+    return {
+        "flux_kontext": kontext,
+        "qwen_image_edit": write_qwen_image_edit(models / "edit"),
+        "painting": models / "qwen",
+        "stable_diffusion": write_stable_diffusion(models / "sd"),
+        "xl": models / "xl",
+    }
 
 
 @pytest.fixture
@@ -33,7 +41,8 @@ def copy(folders, tmp_path):
     def made(name, change=lambda folder: None, **keys):
         folder = shutil.copytree(folders[name], tmp_path / "model")
         change(folder)
-        return ModelTable(family=name if name in WRONG else "stable_diffusion", path=str(folder), **keys)
+        family = {"xl": "stable_diffusion", "painting": "qwen_image_edit"}.get(name, name)
+        return ModelTable(family=family, path=str(folder), **keys)
 
     return made
 
@@ -45,7 +54,7 @@ def test_a_wrong_folder_is_refused_by_name(copy, family, fault):
         check_model(copy(family, change))
 
 
-@pytest.mark.parametrize("name", ["flux_kontext", "stable_diffusion", "xl"])
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit", "painting", "stable_diffusion", "xl"])
 def test_a_sound_folder_is_taken(copy, name):
     table = copy(name)
     assert check_model(table).path == load_family(table).path
@@ -142,7 +151,7 @@ def test_a_trained_denoiser_is_checked_like_the_models_own(folders, copy, tmp_pa
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("vae", r"_class_name = 'AutoencoderKL', but this family takes"),
+        ("vae", r"_class_name = 'AutoencoderKL\w*', but this family takes"),
         ("", r"holds no config\.json; give e\.g\. RUN/final/"),
     ],
 )

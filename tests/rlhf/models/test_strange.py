@@ -147,7 +147,7 @@ def test_rows_with_whole_numbers_go_through_the_cache(family, tmp_path):
 def test_the_unguided_condition_is_as_long_as_the_prompts_own(family):
     prompts = [prompt(3, 1), prompt(7, 1)]
     rows = handed(family, prompts)
-    condition, unguided = condition_of(family, rows, prompts), unguided_of(family, rows, prompts, 3.0)
+    condition, unguided = condition_of(family, rows, prompts), unguided_of(family, rows, prompts, SAMPLING)
     assert {name: tensor.shape for name, tensor in condition.items()} == {
         name: tensor.shape for name, tensor in unguided.items()
     }
@@ -178,7 +178,7 @@ def test_captions_that_are_dropped_share_the_batch_of_those_that_are_not(family,
 def test_guidance_keeps_its_momentum_through_one_sample_and_no_further(family):
     denoiser, prompts = family.load_denoiser("cpu"), [prompt(i, 2) for i in (0, 1, 2)]
     rows = handed(family, prompts)
-    condition, unguided = condition_of(family, rows, prompts), unguided_of(family, rows, prompts, 3.0)
+    condition, unguided = condition_of(family, rows, prompts), unguided_of(family, rows, prompts, SAMPLING)
     noise = noise_from(1, (3, *family.latent_shape(CLIP)))
     x, kept = noise, None
     sigmas = family.process.sigmas(3, family.tokens(noise))
