@@ -62,6 +62,14 @@ class TracedTrainer(Trainer):
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, float]:
         return dict.fromkeys(values, 0.0)
 
+    def _mean(self, micro_batches: Sequence[Batch], scale: float | None = None) -> dict[str, Tensor]:
+        """Gives a gradient to every parameter, also to one that none reaches, so that the norm is that of the same list again."""
+        sums = super()._mean(micro_batches, scale)
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return sums
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, side: str = POLICY) -> Tensor:
         if self.tracker:
             self.tracker.reset_mod_stats()  # it allows one call of a network between two resets
