@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from rlhf.errors import Refused, last_line
 from rlhf.models.checks import check_model
 from rlhf.models.family import Family
 from rlhf.models.lora import MODULES_FILE, file_of, read_lora
-from rlhf.models.lora_layouts import Layout, from_diffusers
+from rlhf.models.lora_layouts import Layout, from_diffusers, layers_of
 from rlhf.runs.durable import durable
 from rlhf.runs.folder import check_place, made
 from rlhf.tables import ModelTable
@@ -94,10 +93,9 @@ def converted(family: Family, lora: Path, layout: Literal["diffusers"] | Layout)
     denoiser = family.empty_denoiser(torch.float32)
     tensors = read_lora(denoiser, lora, family.denoiser_folder)
     if layout != "diffusers":
-        if not isinstance(denoiser, FluxTransformer2DModel):
-            raise Refused(
-                f"--layout {layout} is known of FLUX alone, not of a {type(denoiser).__name__}: give diffusers"
-            )
+        if not layers_of(denoiser):
+            known = f"--layout {layout} is known of FLUX and Qwen-Image"
+            raise Refused(f"{known}, not of a {type(denoiser).__name__}: give diffusers")
         tensors = from_diffusers(tensors, denoiser, family.denoiser_folder, layout)
     return tensors
 

@@ -1,12 +1,13 @@
-"""LoRA files of other programs for FLUX: from their names to diffusers', and back.
+"""LoRA files of other programs for FLUX and Qwen-Image: from their names to diffusers', and back.
 
     diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight   lora_B.weight
     comfyui     diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight lora_B.weight   alpha
     kohya       lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight    lora_up.weight  alpha
 
-ComfyUI and kohya's scripts name layers as Black Forest Labs' code does, which computes q, k and v (and in single blocks the MLP's
-first layer) with one layer. Going there, the adapters of its parts become one: A is stacked and B is block-diagonal, so that
-nothing is rounded. Coming back, every part takes its rows of B and the rows of A that they use. alpha / rank goes into B.
+Of FLUX, ComfyUI and kohya's scripts name layers as Black Forest Labs' code does, which computes q, k and v (and in single blocks
+the MLP's first layer) with one layer. Going there, the adapters of its parts become one: A is stacked and B is block-diagonal, so
+that nothing is rounded. Coming back, every part takes its rows of B and the rows of A that they use. alpha / rank goes into B.
+Of Qwen-Image all have diffusers' names, behind these prefixes; files without any prefix are read too.
 
 Read are also files with diffusers' names behind PEFT's prefix `base_model.model.`, whose alpha is in a file beside them (see
 `lora`). Left out: DoRA, LoHa, LoKr, text encoders.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from rlhf.errors import Refused
@@ -27,6 +28,7 @@ from rlhf.errors import Refused
 Layout = Literal["comfyui", "kohya"]
 COMFYUI, KOHYA, PEFT = "diffusion_model.", "lora_unet_", "base_model.model."
 HALVES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+HALVES |= {"lora_A.default.weight": "A", "lora_B.default.weight": "B"}  # as PEFT names them in memory
 KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, HALVES))})")
 DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -86,9 +88,19 @@ def flux_layers(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def layers_of(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every layer that has a name in the other layouts, with its parts in diffusers; empty for a denoiser that is in none."""
+    if isinstance(denoiser, FluxTransformer2DModel):
+        return flux_layers(denoiser)
+    if isinstance(denoiser, QwenImageTransformer2DModel):
+        return {name: (name,) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    return {}
+
+
 def prefixes(denoiser: nn.Module) -> tuple[str, ...]:
     """How the keys begin that `to_diffusers` reads for this denoiser."""
-    return (COMFYUI, KOHYA, PEFT) if isinstance(denoiser, FluxTransformer2DModel) else ()
+    bare = ("transformer_blocks.",) if isinstance(denoiser, QwenImageTransformer2DModel) else ()
+    return (COMFYUI, KOHYA, PEFT, *bare) if layers_of(denoiser) else ()
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -97,7 +109,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str
     Raises: Unreadable for a key that names no layer of the denoiser or none of an adapter, for two adapters of one layer, and
     for adapters that change nothing.
     """
-    layers = flux_layers(denoiser)
+    layers = layers_of(denoiser)
     weights = {name: module.weight for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     names = {name.replace(".", "_"): name for name in layers} | {name: name for name in (*layers, *weights)}
     found = dict[str, Adapter]()
@@ -150,7 +162,7 @@ def from_diffusers(
     weights = {name: module.weight for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     half = ("lora_A.weight", "lora_B.weight") if layout == "comfyui" else ("lora_down.weight", "lora_up.weight")
     made = dict[str, Tensor]()
-    for name, parts in flux_layers(denoiser).items():
+    for name, parts in layers_of(denoiser).items():
         adapters = {part: adapter for part in parts if (adapter := _adapter(tensors, f"{prefix}.{part}"))}
         if not adapters:
             continue

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel, QwenImageEditPipeline
 from safetensors.torch import save_file
 
-from rlhf.models.lora_layouts import Unreadable, flux_layers, from_diffusers, to_diffusers
+from rlhf.models.lora import check_lora, read_lora
+from rlhf.models.lora_layouts import Unreadable, flux_layers, from_diffusers, layers_of, to_diffusers
 from rlhf.models.tiny import transformer_config
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from tests import worlds
 
 LAYOUTS = pytest.mark.parametrize("layout", ["comfyui", "kohya"])
@@ -59,6 +61,18 @@ def test_every_linear_layer_of_flux_has_its_name_in_the_other_layouts(denoiser):
     parts = [part for parts in flux_layers(denoiser).values() for part in parts]
     linear = {name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
     assert len(parts) == len(set(parts)) and set(parts) == linear
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return worlds.family(
+        write_qwen_image_edit(tmp_path_factory.mktemp("models") / "qwen"), torch.float32, "qwen_image_edit"
+    )
+
+
+@pytest.fixture(scope="module")
+def qwen_denoiser(qwen):
+    return qwen.load_denoiser("cpu")
 
 
 @LAYOUTS
@@ -187,3 +201,62 @@ def test_what_does_not_fit_is_named(denoiser, change, says):
     change(found)
     with pytest.raises(Unreadable, match=says):
         to_diffusers(found, denoiser, "transformer")
+
+
+# --- Qwen-Image --------------------------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+def test_every_layer_of_qwen_image_goes_there_and_back_to_the_bit(qwen_denoiser, layout):
+    mine = adapters(qwen_denoiser)
+    theirs = from_diffusers(mine, qwen_denoiser, "transformer", layout)
+    assert len(theirs) == 3 * len(layers_of(qwen_denoiser)) and len(mine) == 2 * len(layers_of(qwen_denoiser))
+    back = to_diffusers(theirs, qwen_denoiser, "transformer")
+    assert back.keys() == mine.keys() and all(torch.equal(back[key], mine[key]) for key in mine)
+
+
+def written(tensors, form):
+    """Adapters in diffusers' layout with alpha = rank, as other programs write them, some with twice that."""
+    plain = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+    ours = ("lora_A.weight", "lora_B.weight")
+    prefix, half, alpha = {
+        "comfyui": ("diffusion_model.", ours, False),
+        "comfyui with alpha": ("diffusion_model.", ours, True),
+        "kohya": ("lora_unet_", ("lora_down.weight", "lora_up.weight"), True),
+        "without a prefix": ("", ("lora_down.weight", "lora_up.weight"), True),
+        "PEFT in memory": ("", ("lora_A.default.weight", "lora_B.default.weight"), False),
+    }[form]
+    made = {}
+    for key, value in plain.items():
+        layer, which = key.rsplit(".lora_", 1)[0], half[".lora_B." in key]
+        name = layer.replace(".", "_") if prefix == "lora_unet_" else layer
+        made[f"{prefix}{name}.{which}"] = value
+        if alpha:
+            made[f"{prefix}{name}.alpha"] = torch.tensor(6.0)
+    return made, 2 if alpha else 1
+
+
+FORMS = ("comfyui", "comfyui with alpha", "kohya", "without a prefix", "PEFT in memory")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_other_trainers_change_qwen_image_as_diffusers_reads_them(qwen_denoiser, tmp_path, form):
+    mine = adapters(qwen_denoiser, chosen=lambda name: name.startswith("transformer_blocks."))
+    theirs, scale = written(mine, form)
+    expected = {name: delta * scale for name, delta in deltas(mine).items()}
+    file = tmp_path / "lora.safetensors"
+    save_file({key: value.contiguous() for key, value in theirs.items()}, file)
+    check_lora(file, qwen_denoiser, "transformer")
+    assert_same(deltas(read_lora(qwen_denoiser, file, "transformer")), expected)
+    state = QwenImageEditPipeline.lora_state_dict(dict(theirs))
+    state = {key if key.startswith("transformer.") else f"transformer.{key}": value for key, value in state.items()}
+    state = {key.replace(".default.", "."): value for key, value in state.items()}
+    assert_same(deltas(state), expected)
+
+
+@LAYOUTS
+def test_what_we_write_of_qwen_image_diffusers_reads(qwen_denoiser, layout):
+    mine = adapters(qwen_denoiser, chosen=lambda name: name.startswith("transformer_blocks."))
+    theirs = from_diffusers(mine, qwen_denoiser, "transformer", layout)
+    state = QwenImageEditPipeline.lora_state_dict(dict(theirs))
+    assert_same(deltas(state), deltas(mine))
