@@ -2,8 +2,8 @@
 
 diffusers loads the keys that it knows and passes over the rest, down to none: a file in another program's layout would give the
 base model's pictures. So every key is held against the denoiser's layers first, by the file's header alone. Read are files in
-the diffusers layout, `transformer.NAME.lora_A.weight` with its `lora_B` (families with a UNet: `unet.`), and for FLUX and Qwen-Image
-those of other programs (`lora_layouts`). Left out: DoRA, biases of adapters, adapters of text encoders.
+the diffusers layout, `transformer.NAME.lora_A.weight` with its `lora_B` (families with a UNet: `unet.`), and for FLUX and
+Qwen-Image those of other programs (`lora_layouts`). Left out: DoRA, biases of adapters, adapters of text encoders.
 """
 
 import json
