@@ -29,7 +29,7 @@ from rlhf.types import Geometry, Source
 GIB = 2**30
 OVERHEAD = 1.0 * GIB
 """Bytes of an actor process itself: interpreter, torch, diffusers (about 0.9 GB measured)."""
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "prodigy": 16, "sgd": 4}
 """Per trained parameter: two fp32 moments, two bytes, or (nearly) a row and a column."""
 JUDGES_CPUS = 0.05
 Kind = Literal["trainer", "sampler", "encoder", "judging", "judge"]

@@ -76,12 +76,14 @@ class TrainerConfig(Section):
     """Of "polynomial", which ends at a rate of 1e-7."""
     lr_step_rules: str | None = None
     """Of "piecewise_constant": "1:10,0.1:20,0.01" is the rate × 1 before step 10, × 0.1 before step 20, × 0.01 from there."""
-    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
-    """`adafactor` keeps means of the second moment, `adamw_8bit` both moments in 8 bits (resumes on equal ranks only)."""
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit", "prodigy", "sgd"] = "adamw"
+    """`adafactor` keeps means of the second moment, `adamw_8bit` both moments in 8 bits (resumes on equal ranks only). `prodigy`
+    finds the rate by itself, by which learning_rate = 1 is multiplied; it keeps two copies of the weights more than `adamw`."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """adam_* are read by adamw and adamw_8bit, weight_decay by every optimizer."""
+    """adam_* are read by adamw, adamw_8bit and prodigy, weight_decay by every optimizer."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, ge=0)
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["all", "half", "none"] = "all"
@@ -148,6 +150,11 @@ class TrainerConfig(Section):
             yield (
                 f'offload = "optimizer" updates on the CPU, which only optimizer = "adamw" does here, not "{self.optimizer}": '
                 "take one of the two"
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            yield (
+                f'optimizer = "prodigy" finds the rate, which learning_rate = {self.learning_rate:g} multiplies: set 1.0, or '
+                "less to go below what it finds"
             )
         if self.lr_scheduler == "piecewise_constant" and rules is None:
             yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'

@@ -26,6 +26,8 @@ OPTIMIZER_NAMES = [
     "adamw",
     "adafactor",
     pytest.param("adamw_8bit", marks=needs_bitsandbytes),
+    "prodigy",
+    "sgd",
 ]
 RANK, ALPHA = 4, 8.0
 PATTERNS = {
@@ -84,10 +86,10 @@ def trainer(
     dtype=torch.bfloat16,
     **changes,
 ) -> Trainer:
-    found = family(path, dtype, kind)
+    found, rate = family(path, dtype, kind), 1.0 if changes.get("optimizer") == "prodigy" else 1e-3
     return Trainer(
         family=found,
-        config=TrainerConfig(**{"learning_rate": 1e-3, "ema_decay": 0.9, **changes}),
+        config=TrainerConfig(**{"learning_rate": rate, "ema_decay": 0.9, **changes}),
         trainable=trainable(how, found, kind),
         objective=DPO(beta=beta),
         mesh=mesh,

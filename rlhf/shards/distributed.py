@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -70,6 +70,11 @@ def first_row(parameter: DTensor) -> int:
     """Global index of the first row that this rank holds (rows may be uneven, and none on some ranks)."""
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return offset[0]
+
+
+def over_ranks(part: Tensor, parameter: DTensor) -> Tensor:
+    """The sum of every rank's `part`, over the ranks of a parameter. A collective."""
+    return DTensor.from_local(part, parameter.device_mesh, [Partial()], run_check=False).full_tensor()
 
 
 def mean_over_ranks(values: dict[str, Tensor], device: str) -> dict[str, float]:

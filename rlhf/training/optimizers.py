@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, zeros
+from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.optim import Optimizer
 
 from rlhf.errors import Refused
+from rlhf.shards.distributed import over_ranks
+from rlhf.training.prodigy import Prodigy
 from rlhf.training_tables import TrainerConfig
 
 
@@ -57,13 +59,13 @@ class Adafactor(Optimizer):
             row.mul_(1 - new).add_(square.mean(-1), alpha=new)
             if parameter.ndim == 2:  # the means over rows run over the ranks
                 rows = parameter.shape[0]
-                column.mul_(1 - new).add_(_over_ranks(square.sum(-2), parameter) / rows, alpha=new)
-                row_mean = _over_ranks(row.sum(-1, keepdim=True), parameter) / rows
+                column.mul_(1 - new).add_(over_ranks(square.sum(-2), parameter) / rows, alpha=new)
+                row_mean = over_ranks(row.sum(-1, keepdim=True), parameter) / rows
             else:
                 column.mul_(1 - new).add_(square.mean(-2), alpha=new)
                 row_mean = row.mean(-1, keepdim=True)
             update = (row / row_mean).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2) * gradient
-        rms = (_over_ranks(update.square().sum(), parameter) / parameter.numel()).sqrt()
+        rms = (over_ranks(update.square().sum(), parameter) / parameter.numel()).sqrt()
         weights.mul_(1 - lr * weight_decay).sub_(update.mul_(lr / rms.clamp(min=1.0)))
 
     @staticmethod
@@ -77,11 +79,6 @@ class Adafactor(Optimizer):
             "exp_avg_sq_row": new(shape[:-1], placements=by_rows),
             "exp_avg_sq_col": new((*shape[:-2], shape[-1]), placements=of_columns),
         }
-
-
-def _over_ranks(part: Tensor, parameter: DTensor) -> Tensor:
-    """The sum of every rank's `part`."""
-    return DTensor.from_local(part, parameter.device_mesh, [Partial()], run_check=False).full_tensor()
 
 
 def check_optimizer(name: str) -> None:
@@ -129,13 +126,17 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adafactor": Adafactor,
     "adamw_8bit": AdamW8bit,
+    "prodigy": Prodigy,
+    "sgd": torch.optim.SGD,
 }
 
 
 def make_optimizer(parameters: Iterable[DTensor], config: TrainerConfig) -> Optimizer:
     """The one that `trainer.optimizer` names."""
     settings: dict[str, Any] = {"lr": config.scaled_learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer != "adafactor":
+    if config.optimizer == "sgd":
+        settings |= {"momentum": config.sgd_momentum}
+    elif config.optimizer != "adafactor":
         settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     return OPTIMIZERS[config.optimizer](parameters, **settings)
 
@@ -173,5 +174,5 @@ def make_state(optimizer: Optimizer, parameters: Iterable[DTensor], *, updates: 
     optimizer.zero_grad(set_to_none=True)
     group["lr"] = rate
     for state in optimizer.state.values():
-        step = state["step"]
-        state["step"] = torch.full_like(step, updates) if isinstance(step, Tensor) else updates
+        if (step := state.get("step")) is not None:
+            state["step"] = torch.full_like(step, updates) if isinstance(step, Tensor) else updates

@@ -24,6 +24,8 @@ STATES = {
     "adamw": {"exp_avg", "exp_avg_sq"},
     "adafactor": {"exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"},
     "adamw_8bit": {"state1", "state2", "absmax1", "absmax2"},
+    "prodigy": {"exp_avg", "exp_avg_sq", "s", "p0", "d", "distance"},
+    "sgd": {"momentum_buffer"},
 }
 OPTIMIZERS = pytest.mark.parametrize("optimizer", worlds.OPTIMIZER_NAMES)
 
@@ -151,7 +153,7 @@ def state_of(trainer):
     files, of_this_rank = trainer._state()
     state = {f"{file}/{s.name}": s.rows.clone() for file, shards in files.items() for s in shards}
     state |= {name: value.clone() for name, value in of_this_rank.items()}
-    state["step"] = torch.tensor([float(s["step"]) for s in trainer.optimizer.state.values()])
+    state["step"] = torch.tensor([float(s.get("step", 0)) for s in trainer.optimizer.state.values()])
     return state
 
 
@@ -181,9 +183,10 @@ def test_a_restored_trainer_goes_on_exactly(two_ranks, kontext, tmp_path, how, o
         assert same(one, other)
         files = {name.split("/")[0] for name in one}
         assert files - {"policy", "reference", "ema", "step"} <= STATES[optimizer]
-        assert files >= {"policy", "reference", "ema", "step"}
-        assert all(value.abs().sum() > 0 for name, value in one.items() if name.split("/")[0] in STATES[optimizer])
-        assert one["step"].unique().tolist() == [6.0]
+        assert files >= {"policy", "reference", "ema"}
+        filled = STATES[optimizer] - {"p0"}  # which is 0 where a LoRA begins
+        assert all(value.abs().sum() > 0 for name, value in one.items() if name.split("/")[0] in filled)
+        assert optimizer == "sgd" or one["step"].unique().tolist() == [6.0]
 
 
 def saved_without_one_gradient(mesh, path, folder):
@@ -225,7 +228,7 @@ def restored_whole(mesh, path, folder, **changes):
     return whole
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy", "sgd"])
 def test_state_saved_by_two_ranks_restores_on_one(one_rank, two_ranks, kontext, tmp_path, optimizer):
     restore = with_(restored_whole, optimizer=optimizer)
     two_ranks.run(with_(train_and_save, optimizer=optimizer), kontext, tmp_path / "state", "full", 3, 3)
