@@ -57,12 +57,14 @@ def about(count):
 
 
 def test_state_is_what_can_be_counted_and_offloading_takes_it_away(traced):
-    trained, (plain, reference, optimizer, bits) = traced(
+    trained, (plain, reference, optimizer, bits, prodigy, sgd) = traced(
         "full",
         {"ema_decay": 0.9},
         {"ema_decay": 0.9, "offload": "reference"},
         {"ema_decay": 0.9, "offload": "optimizer"},
         {"optimizer": "adamw_8bit"},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"optimizer": "sgd"},
     )
     shard = 4 * trained / RANKS
     assert plain["parameters"] == plain["gradients"] == plain["average"] == about(shard)
@@ -72,6 +74,7 @@ def test_state_is_what_can_be_counted_and_offloading_takes_it_away(traced):
     state = ("average", "frozen sides", "parameters", "gradients", "optimizer")
     assert optimizer == plain | dict.fromkeys(state, 0)
     assert bits["optimizer"] == about(shard / 2) and "average" not in bits
+    assert prodigy["optimizer"] == about(4 * shard) and sgd["optimizer"] == about(shard)
 
 
 def remedied(folder):
