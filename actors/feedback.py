@@ -21,7 +21,7 @@ from actors.judging import Judging, Read, judge_all
 from rlhf.data.examples import PairIndex
 from rlhf.rollouts.reliability import FailureRates, JudgeUnreliable
 from rlhf.runs.durable import durable
-from rlhf.types import Example, Geometry, Item, Prompt
+from rlhf.types import Example, Geometry, Item, Prompt, Sized
 
 PAIRS_PER_READ = 16
 KEEP_EVERY_S = 30.0
@@ -74,7 +74,7 @@ def relabel(index: PairIndex, scores: Scores) -> Feedback:
 
 def score_pairs(
     index: PairIndex,
-    geometry: Geometry,
+    sized: Sized,
     judge: str,
     judging: Judging,
     items: Mapping[str, Item],
@@ -84,7 +84,7 @@ def score_pairs(
 ) -> Scores:
     """Ask about every pair that the file `kept` lacks, and keep the answers there too. A pair without one is logged and marked.
 
-    geometry: of training; a judge sees every picture at its own size. judging: asks `judge` alone, and no filter. Raises:
+    sized: of training; a judge sees every picture at its own size. judging: asks `judge` alone, and no filter. Raises:
     JudgeUnreliable above `max_failure_rate`, and then all marks are taken back, to be asked again of a judge that was mended;
     what `judge_all` does.
     """
@@ -93,7 +93,7 @@ def score_pairs(
     log(f"feedback: {judge} scores {len(todo)} of {len(index.table)} pairs")
     saved = monotonic()
     try:
-        for done, (row, answer) in enumerate(_answers(index, geometry, todo, judge, judging, items), start=1):
+        for done, (row, answer) in enumerate(_answers(index, sized, todo, judge, judging, items), start=1):
             reason = None
             if isinstance(answer, str):
                 scores.failed[row] = True
@@ -117,26 +117,24 @@ def score_pairs(
 
 
 def _answers(
-    index: PairIndex, geometry: Geometry, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
+    index: PairIndex, sized: Sized, rows: np.ndarray, judge: str, judging: Judging, items: Mapping[str, Item]
 ) -> Iterator[tuple[int, tuple[float, ...] | str]]:
     """(row of the index, its two scores or why it has none), as they come. Raises: what `judge_all` does."""
-    with closing(judge_all(judging, _reads(index, geometry, rows, items))) as judged:
+    with closing(judge_all(judging, _reads(index, sized, rows, items))) as judged:
         for some in judged:
             for row, *both in zip(some.key, some.answers[::2], some.answers[1::2], strict=True):
                 reasons = [failure.reason for answer in both for failure in answer.failures]
                 yield row, reasons[0] if reasons else tuple(answer.rewards[judge] for answer in both)
 
 
-def _reads(
-    index: PairIndex, geometry: Geometry, rows: np.ndarray, items: Mapping[str, Item]
-) -> Iterator[Read[list[int]]]:
+def _reads(index: PairIndex, sized: Sized, rows: np.ndarray, items: Mapping[str, Item]) -> Iterator[Read[list[int]]]:
     """Some pairs of one block at a time: both pictures of each, a lone one twice, so that nothing is swapped."""
     blocks = index.table["block"].to_numpy()
     for block in np.unique(blocks[rows]):
         inside = rows[blocks[rows] == block].tolist()
         for start in range(0, len(inside), PAIRS_PER_READ):
             part = inside[start : start + PAIRS_PER_READ]
-            pairs = [pair for row in part for pair in index.examples(range(row, row + 1), geometry)]
+            pairs = [pair for row in part for pair in index.examples(range(row, row + 1), sized)]
             given = [list(pair.targets.values()) for pair in pairs]
             pictures = [picture for some in given for picture in (some[0], some[-1])]
             read = partial(reading.start, reading.of_data_set, pictures)

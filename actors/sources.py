@@ -87,7 +87,7 @@ class Feed:
     ):
         """blocks_held: row groups that every encoder keeps."""
         self._preprocess, self._trainer, self._examples, self._stream = preprocess, trainer, examples, stream
-        self._blocks = examples.index.table["block"].to_numpy()
+        self._blocks = examples.blocks
         shares = {"num_cpus": preprocess.num_cpus, "num_gpus": preprocess.num_gpus}
         actor = ray.remote(CallEncoder).options(**shares, max_restarts=RESTARTS, max_task_retries=RESTARTS)
         self._encoders = [actor.remote(model, preprocess, blocks_held) for _ in range(preprocess.encoders)]

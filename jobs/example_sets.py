@@ -1,18 +1,19 @@
 """The examples of `jobs.train`, from files to what ranks open: checked, and what of them is encoded."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 
 from actors.checks import CheckAll, check_pairs
 from jobs.recipes import TrainRecipe
-from rlhf.data.batches import check_buckets
+from rlhf.data.batches import buckets_of
 from rlhf.data.cache import EncodingCache
 from rlhf.data.examples import PairIndex, read_index
 from rlhf.data.fingerprint import fingerprint, fingerprints
 from rlhf.data.prompts import read_items
 from rlhf.data.records import BadInput
+from rlhf.data.sizes import sizes_of
 from rlhf.data.stream import Visit, held_out_visits
 from rlhf.data.work import ExamplesPlace, IndexedExamples, check_record, is_record, record_size, recorded_prompts
 from rlhf.errors import Refused
@@ -20,7 +21,7 @@ from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.runs.durable import write_durably
 from rlhf.runs.folder import RunFolder, made
-from rlhf.types import Encoding, Geometry, Item, Prompt
+from rlhf.types import Encoding, Item, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,17 @@ class ExampleSet:
 
     @property
     def count(self) -> int:
-        """How many examples there are."""
-        return len(self.index.table) if self.index is not None else record_size(self.place.path)
+        """How many examples there are, at every area."""
+        if self.index is None:
+            return record_size(self.place.path)
+        return len(self.index.table) * len(self.place.sizes)
 
     def prompts(self) -> Iterator[Prompt]:
-        """Every prompt, in order."""
+        """Every prompt, in order, at every area."""
         if self.index is None:
             return recorded_prompts(self.place.path)
-        examples = self.index.examples(range(len(self.index.table)), self.place.geometry)
-        return (example.prompt for example in examples)
+        rows = range(len(self.index.table))
+        return (example.prompt for sized in self.place.sizes for example in self.index.examples(rows, sized))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,9 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     """Check `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for keys that do not fit."""
     family = load_family(recipe.model)
     made(Path(recipe.data.cache), "data.cache")
-    geometry = Geometry(height=recipe.model.height, width=recipe.model.width, frames=recipe.model.frames)
-    family.latent_shape(geometry)  # refuses a size that the network cannot take
+    sizes = sizes_of(recipe.model, recipe.data.buckets)
+    for geometry in (geometry for some in sizes for geometry in some.sizes):
+        family.latent_shape(geometry)  # refuses a size that the network cannot take
     cache = EncodingCache(recipe.data.cache, fingerprints(family))
     items, problems = read_items(recipe.data.item_metadata)
     found: list[ExampleSet] = []
@@ -82,7 +86,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     for key, path, split in ((key, Path(path), split) for key, path, split in named if path is not None):
         try:
             if is_record(path):
-                found.append(_record(recipe, key, path, family, cache, geometry))
+                found.append(_record(recipe, key, path, family, cache))
                 continue
             file = check_pairs(
                 path,
@@ -95,15 +99,21 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
                 items=items,
                 check_all=check_all,
             )
-            place = ExamplesPlace(path=file, geometry=geometry)
+            place = ExamplesPlace(path=file, sizes=sizes if key == "data.path" else sizes[:1])
             found.append(ExampleSet(place=place, index=read_index(file), items=items or {}))
         except BadInput as error:
             problems += error.problems
     if problems:
         raise BadInput(problems)
+    found = [replace(one, place=replace(one.place, buckets=buckets_of(family, one.prompts()))) for one in found]
     sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
-    for one in found:
-        check_buckets(family, one.prompts(), recipe.trainer.train_batch_size)
+    size, buckets = recipe.trainer.train_batch_size, sets.training.place.buckets
+    if recipe.data.latents == "on_the_fly" and size > 1 and buckets is not None:
+        raise Refused(
+            f"the examples are of {buckets.max() + 1} kinds that cannot share a batch, as their sizes or sources differ, and "
+            f'with data.latents = "on_the_fly" they are not sorted: set data.latents = "cached", or trainer.train_batch_size = '
+            f"1 in place of {size} and raise trainer.gradient_accumulation_steps"
+        )
     if recipe.data.caption_dropout and family.unguided(next(sets.training.prompts())) is None:
         raise Refused(
             f"data.caption_dropout = {recipe.data.caption_dropout:g}, but {recipe.model.family} knows no prompt without a "
@@ -143,9 +153,7 @@ def _refuse_overlap(recipe: TrainRecipe, training: PairIndex | None, evaluation:
         )
 
 
-def _record(
-    recipe: TrainRecipe, key: str, folder: Path, family: Family, cache: EncodingCache, geometry: Geometry
-) -> ExampleSet:
+def _record(recipe: TrainRecipe, key: str, folder: Path, family: Family, cache: EncodingCache) -> ExampleSet:
     """The pairs/ folder of an online run. Raises: Refused for what latents cannot do, BadInput for pairs without any."""
     data = recipe.data
     wanted = {
@@ -154,14 +162,16 @@ def _record(
         "data.caption_dropout": data.caption_dropout if key == "data.path" else 0,
         "data.crop": data.crop == "random" and data.crop,
         "data.latents": data.latents == "on_the_fly" and data.latents,
+        "data.buckets": data.buckets is not None,
     }
     if impossible := [f"{name} = {value!r}" for name, value in wanted.items() if value]:
         raise Refused(
             f"{key} = {str(folder)!r} is an online run's record: it holds finished latents and encoded captions, for which "
             f"{', '.join(impossible)} cannot be; set hflip = false, caption_dropout = 0 and leave the others out"
         )
+    ((geometry,),) = (some.sizes for some in sizes_of(recipe.model, None))
     check_record(folder, family, cache, geometry)
-    return ExampleSet(place=ExamplesPlace(path=folder, geometry=geometry, recorded=True))
+    return ExampleSet(place=ExamplesPlace(path=folder, recorded=True))
 
 
 def refuse_other_examples(examples: ExampleSets, folder: RunFolder) -> None:
@@ -186,14 +196,13 @@ def wanted(recipe: TrainRecipe, roles: Sequence[str], examples: ExampleSets) -> 
     for found, training in ((examples.training, True), (examples.evaluation, False)):
         if found is None or found.index is None:
             continue
-        indexed = IndexedExamples(family, found.place.path, found.place.geometry, roles)
+        indexed = IndexedExamples(family, found.place.path, found.place.sizes, roles)
         on_the_fly = training and recipe.data.latents == "on_the_fly"
         ways = [False, True] if training and recipe.data.hflip and not on_the_fly else [False]
         blanks = [False, True] if training and recipe.data.caption_dropout else [False]
         count = len(found.index.table)
         rows = range(count if training else len(held_out_visits(recipe.eval, recipe.trainer, count)))
-        for row, example in enumerate(found.index.examples(rows, found.place.geometry)):
+        for example in chain.from_iterable(found.index.examples(rows, sized) for sized in found.place.sizes):
             for mirrored, blank in product(ways, blanks):
-                visit = Visit(row=row, mirrored=mirrored, blank=blank)
-                encodings = indexed.encodings(visit, example)
+                encodings = indexed.encodings(Visit(row=0, mirrored=mirrored, blank=blank), example)
                 yield from (e for e in encodings if not (on_the_fly and e.sources))

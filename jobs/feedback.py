@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from actors.feedback import Feedback, read_scores, relabel, score_pairs
@@ -52,7 +53,7 @@ def relabel_by_judge(
                     score_pairs, judge=judge, judging=judging, max_failure_rate=judges.max_failure_rate, log=say
                 )
                 scores = [
-                    ask(_index(s), s.place.geometry, items=s.items, kept=file)
+                    ask(_index(s), s.place.sizes[0], items=s.items, kept=file)
                     for s, file in zip(sets, files, strict=True)
                 ]
         finally:
@@ -84,7 +85,10 @@ def _relabelled(pairs: ExampleSet, scores: Path, answer: Feedback) -> ExampleSet
     file = scores.with_name(scores.name.replace("scores-", "index-")).with_suffix(".arrow")
     index = _index(pairs).relabelled(answer.winners, answer.scored)
     write_index(file, [index])
-    return replace(pairs, place=replace(pairs.place, path=file), index=index)
+    place = replace(pairs.place, path=file)
+    if place.buckets is not None:
+        place = replace(place, buckets=place.buckets[np.tile(answer.scored, len(place.sizes))])
+    return replace(pairs, place=place, index=index)
 
 
 def scores_file(judges: JudgesConfig, judge: str, pairs: ExampleSet) -> Path:

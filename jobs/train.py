@@ -72,7 +72,15 @@ def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
     trainer = recipe.trainer
     if trainer.epochs is None:
         return recipe
-    count = examples.training.count
+    place = examples.training.place
+    stream = PairStream(
+        block_sizes=(examples.training.count,),
+        data=recipe.data,
+        seed=0,
+        batch_size=trainer.train_batch_size,
+        buckets=place.buckets,
+    )
+    count = stream.epoch
     steps = math.ceil(trainer.epochs * count / trainer.pairs_per_step)
     say(
         f"{trainer.epochs} epochs of {count} examples are {steps} updates; trainer.max_train_steps = {trainer.max_train_steps}"
@@ -185,7 +193,7 @@ def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, st
     training = examples.training
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
-    indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.geometry, learns.roles)
+    indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.sizes, learns.roles)
     stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)

@@ -4,6 +4,7 @@ A recipe (`jobs.recipes`) puts tables together; a constructor takes the tables t
 `train_dpo_flux_kontext.py`. The tables of training are in `rlhf.training_tables`, those of judges in `rlhf.rewards.config`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -128,6 +129,25 @@ class DataConfig(Section):
     """Folder of the content-addressed cache of encodings."""
 
 
+class BucketsTable(Section):
+    """Each example is trained at the bucket whose aspect is nearest to its target's; a batch holds one bucket."""
+
+    areas: tuple[int, ...] = ()
+    """Pixels, at most; unset: model.height × model.width. Of several, every example is trained at each."""
+    step: int = Field(64, ge=16, multiple_of=16)
+    """Pixels that every side is a multiple of."""
+    min_side: int = Field(256, ge=16)
+    max_side: int = Field(2048, ge=16)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.min_side > self.max_side:
+            yield f"min_side = {self.min_side} is above max_side = {self.max_side}"
+        for area in self.areas:
+            if math.isqrt(area) // self.step * self.step < self.min_side:
+                least = (-(-self.min_side // self.step) * self.step) ** 2
+                yield f"areas holds {area}, whose square is below min_side = {self.min_side}: give {least} or more"
+
+
 class PairDataConfig(Section):
     path: LocalPath
     """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
@@ -151,6 +171,8 @@ class PairDataConfig(Section):
     """Share of pairs that train with the empty caption, which classifier-free guidance needs."""
     mask_weight: float = Field(2.0, ge=0)
     """What a latent's squared error is multiplied by where its example has a mask that is white; elsewhere by 1."""
+    buckets: BucketsTable | None = None
+    """Several sizes, by aspect; unset: model.height × model.width for all."""
     shuffle: bool = True
     """False: the order of the files, epoch after epoch."""
     shuffle_blocks: int = Field(16, ge=1)

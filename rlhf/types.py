@@ -45,6 +45,10 @@ class Geometry:
     frames: int = 1
 
 
+Sized = Callable[[int, int], Geometry]
+"""What is made of a picture of (H, W) pixels, or where it is a prompt's first source."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """Where a medium lies in a table: row `row`, from 0, of a row group or record batch; `number`, from 1, of the whole."""

@@ -35,6 +35,7 @@ from rlhf.data.batches import EncodedExample, batches_of
 from rlhf.data.encoding import encode_all
 from rlhf.data.examples import read_index
 from rlhf.data.media import encode_png
+from rlhf.data.sizes import Sizes
 from rlhf.data.sources import open_source
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
@@ -50,6 +51,7 @@ Labels = Literal["true", "shuffled"]
 SIDE, BATCH, HELD_OUT, DRAWS = 32, 16, 64, 4
 BETA, LEARNING_RATE = 1000.0, 1e-3
 GEOMETRY = Geometry(height=SIDE, width=SIDE)
+SIZED = Sizes(sizes=(GEOMETRY,))
 
 COLOURS = {
     "red": (0.8, 0.2, 0.2),
@@ -96,7 +98,7 @@ def read_pairs(path: Path, folder: Path, split: str = "train") -> Path:
 
 def encode(family: Family, pairs: Path) -> list[EncodedExample]:
     """Every pair with its winner and loser."""
-    indexed = IndexedExamples(family, pairs, GEOMETRY, ("winner", "loser"))
+    indexed = IndexedExamples(family, pairs, (SIZED,), ("winner", "loser"))
     visits = [Visit(row=row) for row in range(len(indexed.index.table))]
     wanted = [encoding for visit in visits for encoding in indexed.encodings(visit)]
     rows = encode_all(family.load_codec("cpu"), wanted, BATCH)
@@ -147,7 +149,7 @@ def fit_vae(folder: Path, pairs: Path, steps: int) -> None:
         sample_size=SIDE,
     )
     index = read_index(pairs)
-    shown = [example.targets for example in index.examples(range(len(index.table)), GEOMETRY)]
+    shown = [example.targets for example in index.examples(range(len(index.table)), SIZED)]
     pictures = np.concatenate([open_source(of[role], GEOMETRY) for role in ("winner", "loser") for of in shown])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)

@@ -23,6 +23,7 @@ from rlhf.data.batches import EncodedExample, batches_of
 from rlhf.data.encoding import encode_all
 from rlhf.data.examples import blocks_of, check_block, write_index
 from rlhf.data.records import BadInput
+from rlhf.data.sizes import Sizes
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import SFT
@@ -95,7 +96,7 @@ def encode(family: Family, edits: Path) -> list[EncodedExample]:
     if problems := [problem for part in parts for problem in part.problems]:
         raise BadInput(problems)
     write_index(index, parts)
-    indexed = IndexedExamples(family, index, GEOMETRY, ("target",))
+    indexed = IndexedExamples(family, index, (Sizes(sizes=(GEOMETRY,)),), ("target",))
     captions = indexed.index.table["caption"].to_pylist()
     free = INSTRUCTIONS["improve"].trained
     visits = [Visit(row=row, blank=caption in free and row % 2 == 0) for row, caption in enumerate(captions)]

@@ -65,6 +65,15 @@ def _only(buckets: Set[Hashable]) -> Hashable:
     return next(iter(buckets))
 
 
+def buckets_of(family: Family, prompts: Iterable[Prompt]) -> np.ndarray | None:
+    """int32 (prompts,): a number per bucket; None where there is but one. Raises Refused for a prompt that the family does not
+    take.
+    """
+    numbers = dict[Hashable, int]()
+    found = [numbers.setdefault(family.bucket(prompt), len(numbers)) for prompt in prompts]
+    return np.array(found, np.int32) if len(numbers) > 1 else None
+
+
 def check_buckets(family: Family, prompts: Iterable[Prompt], batch_size: int) -> None:
     """Raise Refused for a prompt that the family does not take, or where prompts that may meet in a batch have two buckets."""
     found = dict.fromkeys(family.bucket(prompt) for prompt in prompts)

@@ -30,7 +30,7 @@ from rlhf.data.formats import FOLDER, Block
 from rlhf.data.media import PictureFile, mask_range
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
-from rlhf.types import Cell, Example, Geometry, Prompt, Source
+from rlhf.types import Cell, Example, Prompt, Sized, Source
 
 FORMAT = 7
 MEDIA = ("picture_0", "picture_1", "sources", "mask")
@@ -97,9 +97,9 @@ class PairIndex:
     unlabelled: int = 0
     """Rows that say themselves (has_label) that nobody chose."""
 
-    def examples(self, rows: range, geometry: Geometry) -> Iterator[Example]:
+    def examples(self, rows: range, sized: Sized) -> Iterator[Example]:
         """The pairs of some rows, read some thousands at a time. Roles come in the order of the two pictures; one alone is a
-        target. geometry: of the prompts.
+        target. sized: of the prompts, by the first of the two.
         """
         for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
             for row in self.table.slice(start, min(ROWS_AT_ONCE, rows.stop - start)).to_pylist():
@@ -110,7 +110,7 @@ class PairIndex:
                     key=row["image_id"] or str(row["number"]),
                     instruction=row["caption"],
                     sources=tuple(map(source, row["sources"])),
-                    geometry=geometry,
+                    geometry=sized(row["picture_0"]["height"], row["picture_0"]["width"]),
                 )
                 yield Example(
                     prompt=prompt,

@@ -7,7 +7,7 @@ The stream is a pure function of (seed, cursor): a permutation per epoch made fr
 nothing but the cursor and no library's random generator can change the order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,15 +17,13 @@ from rlhf.data.media import PictureFile
 from rlhf.data.records import Field, Problem
 from rlhf.models.family import Family
 from rlhf.tables import EditModelTable
-from rlhf.types import Fit, Geometry, Item, Prompt, Source, seed_from
+from rlhf.types import Fit, Geometry, Item, Prompt, Sized, Source, seed_from
 
 ITEM_COLUMNS = ("food_name", "food_type", "city_name", "shop_name")
 ITEM_FIELDS = (
     Field(name="image_id", unique=True, remedy="give the image_id of a JSONL row"),
     *(Field(name=name, may_be_empty=True) for name in ITEM_COLUMNS),
 )
-Sized = Callable[[int, int], Geometry]
-"""What is generated where the first source has (H, W) pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)

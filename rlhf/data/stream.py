@@ -1,7 +1,8 @@
 """Which pair trains when, and how it is cropped, mirrored and captioned: pure functions of (seed, position).
 
-Every epoch visits each pair once. Blocks are permuted, and rows are permuted within windows of some blocks, so that
-whoever reads pictures as they come holds a few blocks and not the data set; one window is a plain permutation. A resume
+Every epoch visits each pair once. Blocks are permuted, and rows are permuted within windows of some blocks, so that whoever
+reads pictures as they come holds a few blocks and not the data set; one window is a plain permutation. Where not all pairs may
+share a batch, each batch is of one bucket, and a bucket's last batch of an epoch is filled up with its first pairs. A resume
 needs nothing but the number of steps done, on any number of ranks.
 """
 
@@ -37,11 +38,14 @@ class PairStream:
     """Pairs per block, in the index's order."""
     data: PairDataConfig
     seed: int
+    batch_size: int = 1
+    buckets: np.ndarray | None = None
+    """int32 (pairs,): pairs of one number may share a batch. None: all may."""
 
     def __getitem__(self, position: int) -> Visit:
         data = self.data
-        epoch, place = divmod(position, self._count)
-        row = int(_order(self, epoch)[place]) if data.shuffle else place
+        epoch, place = divmod(position, self.epoch)
+        row = int(_order(self, epoch)[place]) if data.shuffle or self._groups is not None else place
         down, across = (_unit(self.seed, way, position) for way in ("crop down", "crop across"))
         return Visit(
             row=row,
@@ -55,9 +59,18 @@ class PairStream:
         start = (step - 1) * trainer.pairs_per_step + rank * trainer.pairs_per_rank
         return [self[place] for place in range(start, start + trainer.pairs_per_rank)]
 
+    @property
+    def _groups(self) -> np.ndarray | None:
+        """`buckets` where batches must be made of them."""
+        return self.buckets if self.batch_size > 1 else None
+
     @cached_property
-    def _count(self) -> int:
-        return sum(self.block_sizes)
+    def epoch(self) -> int:
+        """Positions of an epoch."""
+        if (groups := self._groups) is None:
+            return sum(self.block_sizes)
+        counts = np.bincount(groups)
+        return int((-(-counts // self.batch_size)).sum()) * self.batch_size
 
 
 def held_out_visits(held_out: HeldOutConfig, trainer: TrainerConfig, count: int) -> list[Visit]:
@@ -74,7 +87,28 @@ def _unit(seed: int, what: str, position: int) -> float:
 
 @lru_cache(maxsize=2)
 def _order(stream: PairStream, epoch: int) -> np.ndarray:
-    """Index rows in the order of an epoch, int64 (pairs,)."""
+    """Index rows in the order of an epoch, int64 (positions,)."""
+    rows = _shuffled(stream, epoch) if stream.data.shuffle else np.arange(sum(stream.block_sizes))
+    if (groups := stream._groups) is None:
+        return rows
+    batches = _batches(rows, groups[rows], stream.batch_size)
+    if stream.data.shuffle:
+        batches = batches[permutation(seed_from(stream.seed, "batches", epoch), len(batches))]
+    return batches.ravel()
+
+
+def _batches(rows: np.ndarray, buckets: np.ndarray, size: int) -> np.ndarray:
+    """int64 (batches, size): rows of one bucket each, in the order of their first rows."""
+    found, firsts = list[np.ndarray](), list[np.ndarray]()
+    for bucket in np.unique(buckets):
+        (places,) = np.nonzero(buckets == bucket)
+        whole = np.resize(places, -(-len(places) // size) * size).reshape(-1, size)
+        found.append(rows[whole])
+        firsts.append(whole[:, 0])
+    return np.concatenate(found)[np.argsort(np.concatenate(firsts), kind="stable")]
+
+
+def _shuffled(stream: PairStream, epoch: int) -> np.ndarray:
     firsts = np.concatenate([[0], np.cumsum(stream.block_sizes)])
     blocks = permutation(seed_from(stream.seed, "blocks", epoch), len(stream.block_sizes))
     window = len(blocks) if stream.data.latents == "cached" else stream.data.shuffle_blocks  # mixed with each other

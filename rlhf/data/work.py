@@ -31,7 +31,7 @@ from rlhf.models.family import Family
 from rlhf.runs.folder import Fence
 from rlhf.tables import HeldOutConfig, PairDataConfig
 from rlhf.training_tables import TrainerConfig
-from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt, Source
+from rlhf.types import Batch, Encoding, Example, Geometry, Pair, Prompt, Sized, Source
 
 HELD_OUT_STEP = 0
 """The step whose noise the evaluation uses: training begins at 1."""
@@ -118,37 +118,45 @@ class OnlineWork:
 class IndexedExamples:
     """The rows of an index: texts and media that are encodings."""
 
-    def __init__(self, family: Family, file: Path, geometry: Geometry, roles: Sequence[str]):
-        """roles: those of the objective, the only media that are read."""
+    def __init__(self, family: Family, file: Path, sizes: Sequence[Sized], roles: Sequence[str]):
+        """sizes: of every area that examples are trained at; the rows of each follow those of the one before. roles: those of
+        the objective, the only media that are read.
+        """
         self.index = read_index(file)
-        self.block_sizes = self.index.sizes
-        self._family, self._geometry, self._roles = family, geometry, tuple(roles)
+        self.block_sizes = self.index.sizes * len(sizes)
+        self.blocks = np.tile(self.index.table["block"].to_numpy(), len(sizes))
+        """The block that each row's media lie in."""
+        self._family, self._sizes, self._roles = family, tuple(sizes), tuple(roles)
 
     def encodings(self, visit: Visit, example: Example | None = None) -> tuple[Encoding, ...]:
         """Everything that is encoded of a visit, cropped and mirrored as that says: of the prompt that the model is told, and
         then of each role. What is preferred is a target too. `example`: its row, for whoever has read it.
         """
-        if example is None:
-            (example,) = self.index.examples(range(visit.row, visit.row + 1), self._geometry)
+        example = example or self._example(visit)
         shown = partial(replace, mirrored=visit.mirrored, crop=visit.crop)
         prompt = replace(example.prompt, sources=tuple(map(shown, example.prompt.sources)))
         told = self._family.unguided(prompt) if visit.blank else prompt
         assert told is not None, "recipes refuse caption dropout for a family without an unguided prompt"
         media = [example.targets.get(role) or example.targets["winner"] for role in self._roles]
-        targets = (self._family.target(shown(source), self._geometry) for source in media)
+        targets = (self._family.target(shown(source), prompt.geometry) for source in media)
         return (*self._family.encodings(told), *targets)
 
     def encoded(self, visit: Visit, row: ReadRow) -> EncodedExample:
         """A visit as tensors."""
-        (example,) = self.index.examples(range(visit.row, visit.row + 1), self._geometry)
+        example = self._example(visit)
         rows = [row(encoding) for encoding in self.encodings(visit, example)]
         told = rows[: len(rows) - len(self._roles)]
         x0 = {role: found["latents"].float() for role, found in zip(self._roles, rows[len(told) :], strict=True)}
         mask = None
         if example.mask:
             shown = replace(example.mask, mirrored=visit.mirrored, crop=visit.crop)
-            mask = share_under(shown, self._geometry, x0[self._roles[0]].shape[-2:])
+            mask = share_under(shown, example.prompt.geometry, x0[self._roles[0]].shape[-2:])
         return EncodedExample(rows=told, bucket=self._family.bucket(example.prompt), x0=x0, mask=mask)
+
+    def _example(self, visit: Visit) -> Example:
+        area, row = divmod(visit.row, len(self.index.table))
+        (example,) = self.index.examples(range(row, row + 1), self._sizes[area])
+        return example
 
 
 def share_under(mask: Source, geometry: Geometry, latents: torch.Size) -> Tensor:
@@ -189,13 +197,16 @@ class ExamplesPlace:
     """Where examples are: the file of an index, or the folder of an online run's record."""
 
     path: Path
-    geometry: Geometry
+    sizes: tuple[Sized, ...] = ()
+    """Of every area that the examples of an index are trained at."""
+    buckets: np.ndarray | None = None
+    """See `PairStream`."""
     recorded: bool = False
 
     def open(self, family: Family, roles: Sequence[str]) -> Examples:
         if self.recorded:
             return RecordedExamples(family, self.path, roles)
-        return IndexedExamples(family, self.path, self.geometry, roles)
+        return IndexedExamples(family, self.path, self.sizes, roles)
 
 
 class OfflineWork:
@@ -222,7 +233,13 @@ class OfflineWork:
         self._process = with_times(family.process, self._trainer.timesteps, self._trainer.timestep_shift)
         self._training = training.open(family, self._roles)
         self._held_out = held_out.open(family, self._roles) if held_out else None
-        self._stream = PairStream(block_sizes=self._training.block_sizes, data=self._data, seed=self._seed)
+        self._stream = PairStream(
+            block_sizes=self._training.block_sizes,
+            data=self._data,
+            seed=self._seed,
+            batch_size=self._trainer.train_batch_size,
+            buckets=training.buckets,
+        )
 
     def batches(self, step: int, rank: int, handed: None, values: Sequence[EncodedRows]) -> list[Batch]:
         """values: rows that encoders made beside the trainer; all others are in the cache."""
@@ -240,13 +257,13 @@ class OfflineWork:
             return rows[encoding] if encoding in rows else self._cache.row(encoding)
 
         encoded = [self._training.encoded(visit, row) for visit in visits]
-        return self._batches(encoded, step, first)
+        return self._batches(encoded, step, first, self._trainer.train_batch_size)
 
-    def _batches(self, encoded: Sequence[EncodedExample], step: int, first_index: int) -> list[Batch]:
+    def _batches(self, encoded: Sequence[EncodedExample], step: int, first_index: int, size: int) -> list[Batch]:
         return batches_of(
             self._family,
             encoded,
-            self._trainer.train_batch_size,
+            size,
             seed=self._seed,
             step=step,
             first_index=first_index,
@@ -255,16 +272,20 @@ class OfflineWork:
         )
 
     def held_out(self, rank: int) -> list[Batch]:
-        """The first pairs as they are, `eval.draws` times, at noise that never changes."""
-        if self._held_out is None:
+        """The first pairs as they are, `eval.draws` times, at noise that never changes; one by one where not all may share a
+        batch.
+        """
+        place = self._places[1]
+        if self._held_out is None or place is None:
             return []
+        size = self._trainer.train_batch_size if place.buckets is None else 1
         visits = held_out_visits(self._evaluation, self._trainer, sum(self._held_out.block_sizes))
         mine = len(visits) // self._trainer.ranks
         first, batches = rank * mine, list[Batch]()
         for draw in range(self._evaluation.draws):
             index = draw * self._evaluation.max_pairs + first
             encoded = [self._held_out.encoded(visit, self._cache.row) for visit in visits[first : first + mine]]
-            batches += self._batches(encoded, HELD_OUT_STEP, index)
+            batches += self._batches(encoded, HELD_OUT_STEP, index, size)
         return batches
 
 

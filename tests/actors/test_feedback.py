@@ -8,6 +8,7 @@ from actors.feedback import Scores, _keep, _prompts, read_scores, relabel, score
 from actors.judging import Judging
 from rlhf.data.examples import read_index
 from rlhf.data.media import decode_image
+from rlhf.data.sizes import Sizes
 from rlhf.errors import Refused
 from rlhf.rewards.config import JudgesConfig
 from rlhf.rewards.questions import sources_of
@@ -17,6 +18,7 @@ from tests.judge_server import warmth
 from tests.rlhf.data.pair_tables import index_of, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
+SIZED = Sizes(sizes=(SIZE,))
 ROWS = [row(seed, label=seed % 2) for seed in range(40)]
 
 
@@ -30,7 +32,7 @@ def scored(index, kept, url, max_failure_rate=0.5):
     judging = Judging(judges, ["hps"], {})
     said: list[str] = []
     try:
-        score_pairs(index, SIZE, "hps", judging, {}, kept, max_failure_rate, said.append)
+        score_pairs(index, SIZED, "hps", judging, {}, kept, max_failure_rate, said.append)
     finally:
         judging.close()
     return said
@@ -96,7 +98,7 @@ def test_a_picture_that_changed_stops_it_and_is_named(cluster, judge_server, tmp
 def test_each_picture_is_judged_with_its_pairs_caption_item_and_source_at_its_own_size(tmp_path):
     items = {"0": {"price": "3"}, "1": {"price": "4"}}
     index = read_index(index_of(write_jsonl(tmp_path, 2, source=True), source_counts=range(1, 2), items=items))
-    pairs = list(index.examples(range(2), SIZE))
+    pairs = list(index.examples(range(2), SIZED))
     prompts = _prompts(pairs, items, [(8, 8), (8, 16), (4, 8), (8, 8)])
     assert [(prompt.geometry.height, prompt.geometry.width) for prompt in prompts] == [(8, 8), (8, 16), (4, 8), (8, 8)]
     assert [prompt.sources for prompt in prompts] == [pair.prompt.sources for pair in pairs for _ in range(2)]

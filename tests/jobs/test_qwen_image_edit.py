@@ -52,7 +52,7 @@ def write_examples(folder: Path, name: str, numbers: range) -> Path:
         sources = write_sources(folder, i, i % 4)
         pictures = {role: f"pictures/{i}_{role}.png" for role in ("winner", "loser")}
         for j, picture in enumerate(pictures.values()):
-            (folder / picture).write_bytes(png(500 + 10 * i + j, 60, 40))
+            (folder / picture).write_bytes(png(500 + 10 * i + j, *SIZES[i % 2]))
         lines.append({"prompt": TEXTS[i % 3], **pictures} | ({"source": sources} if sources else {}))
     (folder / name).write_text("\n".join(map(json.dumps, lines)))
     return folder / name
@@ -79,7 +79,16 @@ def changed(model: Path, **export: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "how", "latents"), [("dpo", "full", "on_the_fly"), ("sft", "lora", "cached")])
 def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_path, objective, how, latents):
-    recipe = train_recipe(tmp_path, model, how, objective=objective, data={"latents": latents, "caption_dropout": 0.3})
+    buckets = {"areas": [48 * 32, 64 * 64], "step": 16, "min_side": 16, "max_side": 96}
+    batches = {"train_batch_size": 2} if latents == "cached" else {}
+    recipe = train_recipe(
+        tmp_path,
+        model,
+        how,
+        objective=objective,
+        data={"latents": latents, "caption_dropout": 0.3, "buckets": buckets},
+        trainer=batches,
+    )
     path = train.run(recipe)
     steps = [row for row in rows_of(path) if "train/loss" in row]
     held_out = [row["eval/loss"] for row in rows_of(path) if "eval/loss" in row]

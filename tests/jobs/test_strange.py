@@ -143,9 +143,11 @@ def test_it_trains_on_pairs_with_one_and_two_sources(cluster, model, tmp_path, o
     assert names == {("read", "origins"), ("latents",)}
 
 
-def test_batches_that_would_mix_numbers_of_sources_are_refused(model, tmp_path):
-    recipe = train_recipe(tmp_path, model, trainer={"train_batch_size": 2})
-    with pytest.raises(Refused, match=r"cannot share a batch, .* trainer\.train_batch_size = 2: set it to 1"):
+def test_batches_that_would_mix_numbers_of_sources_as_they_come_are_refused(model, tmp_path):
+    recipe = train_recipe(tmp_path, model, trainer={"train_batch_size": 2}, data={"latents": "on_the_fly"})
+    with pytest.raises(
+        Refused, match=r"of 4 kinds that cannot share a batch.*data\.latents = .cached., or .*train_batch_size"
+    ):
         read_example_sets(recipe, ("winner", "loser"), partial(checks.in_threads, print))
 
 

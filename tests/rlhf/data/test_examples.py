@@ -11,12 +11,14 @@ import pytest
 from rlhf.data.examples import blocks_of, read_index
 from rlhf.data.media import decode_image
 from rlhf.data.records import BadInput
+from rlhf.data.sizes import Sizes
 from rlhf.data.sources import open_source, read_column
 from rlhf.errors import Refused
 from rlhf.types import Geometry
 from tests.rlhf.data.pair_tables import index_of, png, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
+SIZED = Sizes(sizes=(SIZE,))
 BROKEN = {
     "undecodable bytes": ({"jpg_0": b"no picture"}, "jpg_0", "is unreadable"),
     "truncated picture": ({"jpg_1": png(3)[:200]}, "jpg_1", "is unreadable"),
@@ -35,7 +37,7 @@ def check(file, **needs):
 
 
 def example_of(index, row):
-    (example,) = index.examples(range(row, row + 1), SIZE)
+    (example,) = index.examples(range(row, row + 1), SIZED)
     return example
 
 
@@ -94,7 +96,7 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
     ]
     last = example_of(index, 5)
     assert pictures_of(last) == {"winner": decoded(rows[5]["jpg_0"]), "loser": decoded(rows[5]["jpg_1"])}
-    assert list(index.examples(range(4, 6), SIZE)) == [example_of(index, 4), last]
+    assert list(index.examples(range(4, 6), SIZED)) == [example_of(index, 4), last]
     write_parquet(file, [row(seed + 50) for seed in range(6)])
     with pytest.raises(Refused, match="row 6 changed since it was checked"):
         pictures_of(last)
@@ -102,9 +104,9 @@ def test_an_index_read_again_finds_the_pictures_and_notices_that_they_changed(tm
 
 def test_rows_are_read_some_at_a_time(tmp_path, monkeypatch):
     index, _ = check(write_parquet(tmp_path / "pairs.parquet", [row(seed) for seed in range(7)]))
-    whole = list(index.examples(range(7), SIZE))
+    whole = list(index.examples(range(7), SIZED))
     monkeypatch.setattr("rlhf.data.examples.ROWS_AT_ONCE", 2)
-    assert list(index.examples(range(7), SIZE)) == whole and len(whole) == 7
+    assert list(index.examples(range(7), SIZED)) == whole and len(whole) == 7
 
 
 def test_relabelling_changes_the_winners_alone(tmp_path):
@@ -208,7 +210,7 @@ def test_a_line_without_a_loser_is_a_target_where_none_is_needed(tmp_path):
     assert [(p.line, p.field) for p in problems] == [(1, "loser"), (3, "loser")]
     index, problems = check(file, needs_loser=False)
     assert [(p.line, p.field) for p in problems] == [(3, "loser")], "a loser that is given must be one"
-    lone, pair = index.examples(range(2), SIZE)
+    lone, pair = index.examples(range(2), SIZED)
     assert {role: source.path for role, source in lone.targets.items()} == {"target": str(tmp_path / first["winner"])}
     assert pair.targets["loser"].path == str(tmp_path / second["loser"]) and list(pair.targets) == ["winner", "loser"]
 
@@ -358,12 +360,12 @@ def test_a_table_holds_targets_their_sources_and_masks(tmp_path, ending):
             open_source(source, read=read_column)[0].tolist()
             for source in (*example.prompt.sources, example.targets["target"])
         ]
-        for example in index.examples(range(3), SIZE)
+        for example in index.examples(range(3), SIZED)
     ]
     assert opened == [[decoded(png(seed)) for seed in seeds] for seeds in ((1, 2), (3, 4, 5), (7, 8))]
-    masks = [example.mask for example in index.examples(range(3), SIZE)]
+    masks = [example.mask for example in index.examples(range(3), SIZED)]
     assert masks[0] is masks[2] is None and open_source(masks[1], read=read_column)[0].tolist() == decoded(png(6))
-    assert [example.prompt.instruction for example in index.examples(range(3), SIZE)] == ["one", "two", "three"]
+    assert [example.prompt.instruction for example in index.examples(range(3), SIZED)] == ["one", "two", "three"]
 
 
 def test_a_table_may_name_its_columns_as_ours_and_hold_one_source(tmp_path):

@@ -8,10 +8,12 @@ import pytest
 from rlhf.data import layouts
 from rlhf.data.examples import read_index
 from rlhf.data.records import BadInput, Problem
+from rlhf.data.sizes import Sizes
 from rlhf.types import Geometry
 from tests.rlhf.data.pair_tables import encoded, index_of, png
 
 SIZE = Geometry(height=16, width=16)
+SIZED = Sizes(sizes=(SIZE,))
 
 
 def write(folder, *names):
@@ -255,7 +257,7 @@ def test_an_example_comes_back_from_the_index_with_its_stem_as_key(tmp_path):
     write(tmp_path, *PAIR, "control_images/a_control_1.png", "training_images/a_mask.png")
     index = read_index(index_of(tmp_path, source_counts=range(1, 4), needs_loser=False))
     assert not index.problems
-    (example,) = index.examples(range(1), SIZE)
+    (example,) = index.examples(range(1), SIZED)
     assert example.prompt.key == "a" and example.prompt.instruction == "caption of a"
     assert [source.path for source in example.prompt.sources] == [
         str(tmp_path / name) for name in (PAIR[2], "control_images/a_control_1.png")
@@ -273,5 +275,5 @@ def test_blocks_hold_64_stems(tmp_path):
     write(tmp_path, *(f"{number:03d}.{end}" for number in range(130) for end in ("png", "txt")))
     index = read_index(index_of(tmp_path, needs_loser=False))
     assert index.sizes == (64, 64, 2)
-    keys = [example.prompt.key for example in index.examples(range(130), SIZE)]
+    keys = [example.prompt.key for example in index.examples(range(130), SIZED)]
     assert keys == [f"{number:03d}" for number in range(130)]

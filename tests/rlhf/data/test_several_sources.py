@@ -11,6 +11,7 @@ from rlhf.data.batches import check_buckets
 from rlhf.data.examples import read_index
 from rlhf.data.prompts import read_prompts
 from rlhf.data.records import BadInput
+from rlhf.data.sizes import Sizes
 from rlhf.data.sources import open_source, seen_source
 from rlhf.errors import Refused
 from rlhf.types import Geometry, Prompt, Source
@@ -22,6 +23,7 @@ def sized(height: int, width: int) -> Geometry:
 
 
 SIZE = Geometry(height=16, width=16)
+SIZED = Sizes(sizes=(SIZE,))
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def contents(folder, *numbers):
 def test_a_pair_has_its_sources_in_their_order_through_the_index(folder):
     index, problems = pairs(folder, ["3.png", "2.png"], "4.png", ["5.png"])
     assert not problems
-    prompts = [example.prompt for example in index.examples(range(3), SIZE)]
+    prompts = [example.prompt for example in index.examples(range(3), SIZED)]
     assert [[s.content for s in p.sources] for p in prompts] == [
         contents(folder, *some) for some in ((3, 2), (4,), (5,))
     ]

@@ -62,3 +62,46 @@ def test_without_them_pairs_are_as_they_are():
     assert {(v.mirrored, v.blank, v.crop) for v in (stream(hflip=False)[i] for i in range(99))} == {
         (False, False, (0.5, 0.5))
     }
+
+
+# --- buckets -----------------------------------------------------------------------------------------------------------
+
+BUCKETS = np.array([0, 1, 0, 2, 0, 0, 1, 0, 0, 3, *[0] * 10, *[1] * 13], np.int32)
+"""Of the 33 pairs: 17, 15, 1 and 1 … of four kinds."""
+
+
+def grouped(size=4, **changes):
+    data = PairDataConfig(**{"path": "pairs", "caption_dropout": 0.0} | changes)
+    return PairStream(block_sizes=SIZES, data=data, seed=3, batch_size=size, buckets=BUCKETS)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("size", [2, 3, 4, 16])
+def test_every_batch_is_of_one_bucket_and_no_pair_is_lost(size, shuffle):
+    pairs = grouped(size, shuffle=shuffle)
+    counts = np.bincount(BUCKETS)
+    assert pairs.epoch == sum(-(-count // size) * size for count in counts)
+    for epoch in range(3):
+        rows = np.array([pairs[epoch * pairs.epoch + i].row for i in range(pairs.epoch)])
+        assert all(len(set(BUCKETS[batch])) == 1 for batch in rows.reshape(-1, size))
+        seen = np.bincount(rows, minlength=COUNT)
+        assert seen.min() >= 1, "every pair once"
+        for bucket, count in enumerate(counts):
+            extra = seen[bucket == BUCKETS].sum() - count
+            assert extra == -count % size and seen[bucket == BUCKETS].max() <= -(-(count + extra) // count)
+
+
+def test_batches_come_in_another_order_every_epoch_unless_that_is_the_files():
+    mixed, plain = grouped(), grouped(shuffle=False)
+    first, second = ([mixed[e * mixed.epoch + i].row for i in range(mixed.epoch)] for e in range(2))
+    assert first != second
+    batches = np.array([plain[i].row for i in range(plain.epoch)]).reshape(-1, 4)
+    assert sorted(batches[:, 0]) == batches[:, 0].tolist(), "by the first pair of each"
+    kinds = BUCKETS[np.array(first).reshape(-1, 4)[:, 0]]
+    assert any(kinds[i] != kinds[i + 1] for i in range(len(kinds) - 1)), "buckets are not trained one after the other"
+
+
+def test_one_at_a_time_nothing_is_grouped():
+    alone = grouped(size=1)
+    plain = PairStream(block_sizes=SIZES, data=PairDataConfig(path="pairs", caption_dropout=0.0), seed=3)
+    assert alone.epoch == COUNT and [alone[i] for i in range(99)] == [plain[i] for i in range(99)]

@@ -9,6 +9,7 @@ import torch
 
 from rlhf.data.batches import batches_of, noise_seed, t_seed
 from rlhf.data.cache import EncodingCache, commit, write_part
+from rlhf.data.sizes import Sizes
 from rlhf.data.stream import Visit
 from rlhf.data.work import ExamplesPlace, IndexedExamples, OfflineWork
 from rlhf.diffusion.process import RectifiedFlow, with_times
@@ -20,6 +21,7 @@ from rlhf.types import Encoded, Encoding, Geometry, noise_from
 from tests.rlhf.data.pair_tables import encoded, index_of, png, row, write_jsonl, write_parquet
 
 SIZE = Geometry(height=16, width=16)
+SIZED = Sizes(sizes=(SIZE,))
 KIND = Kind(folders=(), dtype=torch.float32)
 PAIR = ("winner", "loser")
 
@@ -61,12 +63,12 @@ def visit(row, mirrored=False, blank=False):
 
 def examples_of(file, roles=PAIR, source_counts=range(1)):
     index = index_of(file, source_counts=source_counts, needs_loser="loser" in roles)
-    return IndexedExamples(FAMILY, index, SIZE, roles)
+    return IndexedExamples(FAMILY, index, (SIZED,), roles)
 
 
 def shown(examples, row):
     """An example as it is in its files."""
-    (example,) = examples.index.examples(range(row, row + 1), SIZE)
+    (example,) = examples.index.examples(range(row, row + 1), SIZED)
     return example
 
 
@@ -193,7 +195,7 @@ def test_a_mask_that_changed_after_the_check_is_refused(tmp_path):
 
 def test_offline_work_uses_the_weight_of_the_recipe(tmp_path):
     examples = examples_of(write_masked(tmp_path / "set"), roles=("target",))
-    place = ExamplesPlace(path=tmp_path / "set.index", geometry=SIZE)
+    place = ExamplesPlace(path=tmp_path / "set.index", sizes=(SIZED,))
     data = PairDataConfig(path="x", hflip=False, caption_dropout=0, shuffle=False, mask_weight=5.0)
     trainer = TrainerConfig(train_batch_size=2, gradient_accumulation_steps=1)
     held_out = HeldOutConfig(path="x", max_pairs=2, draws=1)
@@ -207,7 +209,7 @@ def test_offline_work_uses_the_weight_of_the_recipe(tmp_path):
 def work(tmp_path: Path, ranks: int, batch: int) -> OfflineWork:
     examples = examples_of(write_parquet(tmp_path / "p.parquet", [row(i) for i in range(8)]))
     place = filled(tmp_path / "cache", examples)
-    there = ExamplesPlace(path=tmp_path / "p.index", geometry=SIZE)
+    there = ExamplesPlace(path=tmp_path / "p.index", sizes=(SIZED,))
     trainer = TrainerConfig(ranks=ranks, train_batch_size=batch, gradient_accumulation_steps=4 // ranks // batch)
     opened = OfflineWork(
         trainer, PairDataConfig(path="p"), HeldOutConfig(draws=2), place, there, there, roles=PAIR, seed=3

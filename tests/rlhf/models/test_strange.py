@@ -15,6 +15,7 @@ from rlhf.data.batches import EncodedExample, batches_of, condition_of, unguided
 from rlhf.data.cache import EncodingCache, commit, write_part
 from rlhf.data.encoding import encode_all as encode_files
 from rlhf.data.sampler import encodings_for_sampling, sample_prompts
+from rlhf.data.sizes import Sizes
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import DPO, SFT
@@ -163,7 +164,7 @@ def test_captions_that_are_dropped_share_the_batch_of_those_that_are_not(family,
         lines.append({"prompt": TEXTS[3], "target": f"{i}_target.png", "source": [f"{i}_source.png"]})
     (tmp_path / "targets.jsonl").write_text("\n".join(map(json.dumps, lines)))
     index = index_of(tmp_path / "targets.jsonl", source_counts=range(1, 3), needs_loser=False)
-    examples = IndexedExamples(family, index, replace(CLIP, frames=1), ("target",))
+    examples = IndexedExamples(family, index, (Sizes(sizes=(replace(CLIP, frames=1),)),), ("target",))
     visits = [Visit(row=row, mirrored=False, blank=blank, crop=(0.5, 0.5)) for row, blank in ((0, True), (1, False))]
     rows = encode_files(family.load_codec("cpu"), [e for visit in visits for e in examples.encodings(visit)], 2)
     found = [examples.encoded(visit, rows.__getitem__) for visit in visits]
