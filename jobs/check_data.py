@@ -1,4 +1,8 @@
-"""What is in a data set of `jobs.train`, and everything that is wrong with it: python -m jobs.check_data PATH [--split train]
+"""What is in a data set of `jobs.train`, and everything that is wrong with it:
+
+    python -m jobs.check_data PATH [--split train] [--area 1048576 [--step 64]]
+
+With an area in pixels it tells how many examples each of data.buckets gets.
 
 Every picture is decoded; no model is loaded, no cluster started and nothing is written. With a problem the status is 2.
 """
@@ -9,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from actors.checks import in_threads
 from jobs.cli import run_main, say
@@ -17,7 +22,11 @@ from rlhf.data.examples import PairIndex, blocks_of, check_block
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole
+from rlhf.data.sizes import Sizes, sides
 from rlhf.data.work import is_record, record_size
+from rlhf.errors import Refused
+from rlhf.tables import BucketsTable
+from rlhf.types import Geometry
 
 SHOWN = 8
 """Different sizes that are listed."""
@@ -28,12 +37,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="what data.path of jobs.train may be: a file or a folder")
     parser.add_argument("--split", default="train", help="of a folder with files of several splits")
-    arguments = parser.parse_args()
-    check_data(arguments.path.absolute(), arguments.split)
+    parser.add_argument("--area", type=int, help="of data.buckets, in pixels")
+    parser.add_argument("--step", type=int, default=64, help="of data.buckets, in pixels")
+    given = parser.parse_args()
+    try:
+        buckets = BucketsTable(areas=(given.area,), step=given.step) if given.area is not None else None
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise Refused(f"--area {given.area} --step {given.step}: {what}") from error
+    check_data(given.path.absolute(), given.split, buckets)
 
 
-def check_data(path: Path, split: str) -> None:
-    """Print what is there. Raises: BadInput with every problem."""
+def check_data(path: Path, split: str, buckets: BucketsTable | None = None) -> None:
+    """Print what is there, and what goes into buckets of one area. Raises: BadInput with every problem."""
     if is_record(path):
         say(f"the record of an online run: {record_size(path)} pairs with their latents")
         return
@@ -46,7 +62,7 @@ def check_data(path: Path, split: str) -> None:
     parts = in_threads(say, blocks, _check) if blocks else []
     problems += [problem for part in parts for problem in part.problems]
     if any(len(part.table) for part in parts):
-        for line in described(parts):
+        for line in described(parts, buckets):
             say(line)
     elif not problems:
         problems.append(whole(path, "holds no example", "give a data set with rows"))
@@ -60,7 +76,7 @@ def _check(block: Block) -> PairIndex:
     return check_block(block, source_counts=counts, items=None, needs_loser=False)
 
 
-def described(parts: Sequence[PairIndex]) -> Iterator[str]:
+def described(parts: Sequence[PairIndex], buckets: BucketsTable | None) -> Iterator[str]:
     """Lines about the examples that are good, of which there are some."""
     rows = pa.concat_tables([part.table for part in parts]).to_pylist()
     pairs = sum(row["picture_1"] is not None for row in rows)
@@ -72,6 +88,11 @@ def described(parts: Sequence[PairIndex]) -> Iterator[str]:
     yield f"control pictures of an example: {_counted(len(row['sources']) for row in rows)}"
     yield f"masks: {sum(row['mask'] is not None for row in rows)}"
     yield f"sizes (height × width): {_counted(_size(row['picture_0']) for row in rows)}"
+    if buckets is not None:
+        sized = Sizes(sizes=tuple(Geometry(height=h, width=w) for h, w in sides(buckets.areas[0], buckets)))
+        found = Counter(sized(row["picture_0"]["height"], row["picture_0"]["width"]) for row in rows)
+        counts = ", ".join(f"{size.height} × {size.width} ({count})" for size, count in found.most_common())
+        yield f"buckets: {counts}"
     if any(row["sources"] for row in rows):
         yield f"sizes of control pictures: {_counted(_size(source) for row in rows for source in row['sources'])}"
 

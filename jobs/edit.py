@@ -17,7 +17,7 @@ from actors.sampler import Sampler, SampleRequest
 from jobs.cli import parse, resolved_toml, run_main, say
 from jobs.recipes import EditRecipe, EditRequestConfig
 from rlhf.data.instructions import Unread, unread_report
-from rlhf.data.media import picture_file
+from rlhf.data.media import PictureFile, picture_file
 from rlhf.data.prompts import prompt_of, read_prompts, sized
 from rlhf.data.records import BadInput
 from rlhf.errors import Refused
@@ -49,14 +49,23 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         except BadInput as error:
             raise BadInput(error.problems, skippable=False) from error
         return [*found.prompts]
-    path = Path(str(edit.image))
+    pictures = [_picture("edit.image", str(edit.image)), *(_picture("edit.references", one) for one in edit.references)]
+    if len(pictures) not in family.source_counts:
+        most = max(family.source_counts)
+        raise Refused(f"edit.references = {list(edit.references)!r}: this model takes at most {most} pictures in all")
+    return [prompt_of(Path(str(edit.image)).stem, edit.prompt, pictures, {}, edit.fit, geometry)]
+
+
+def _picture(key: str, given: str) -> PictureFile:
+    """Raises Refused."""
+    path = Path(given).absolute()
     if not path.is_file():
-        raise Refused(f"edit.image = {str(path)!r} is no file; give a PNG, JPEG or WEBP")
+        raise Refused(f"{key} = {given!r} is no file; give a PNG, JPEG or WEBP")
     picture = picture_file(path.read_bytes())
     if isinstance(picture, tuple):
         what, remedy = picture
-        raise Refused(f"edit.image = {str(path)!r} {what}; {remedy}")
-    return [prompt_of(path.stem, edit.prompt, [replace(picture, path=str(path))], {}, edit.fit, geometry)]
+        raise Refused(f"{key} = {given!r} {what}; {remedy}")
+    return replace(picture, path=str(path))
 
 
 def files_of(edit: EditRequestConfig, todo: Sequence[Prompt]) -> dict[tuple[str, int], Path]:

@@ -7,6 +7,7 @@ from actors.cards import Share
 from actors.placement import Role
 from jobs.cli import say
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
+from rlhf.data.sizes import sizes_of
 from rlhf.diffusion.objectives import Objective
 from rlhf.models import load_family
 from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
@@ -23,15 +24,13 @@ def check_cards(recipe: OnlineDPORecipe | TrainRecipe, roles: Sequence[Role], ob
     """
     if not any(role.num_gpus for role in roles):
         return
-    family, model = load_family(recipe.model), recipe.model
+    family = load_family(recipe.model)
     say("working out the peak memory of each role: a minute or two for a model of 12 billion weights")
-    source = Source(path="", content="", height=model.height, width=model.width)
-    prompt = Prompt(
-        key="",
-        instruction="",
-        sources=(source,) * max(family.source_counts),
-        geometry=Geometry(height=model.height, width=model.width, frames=model.frames),
-    )
+    geometry, most = _largest(recipe), max(family.source_counts)
+    source = Source(path="", content="", height=geometry.height, width=geometry.width)
+    prompt = Prompt(key="", instruction="", sources=(source,) * most, geometry=geometry)
+    if most > 1:
+        say(f"for prompts of {most} sources, which is the most that this model takes")
     card = cards.card_bytes(recipe.cluster)
     found = {role.name: _share(recipe, role, objective, prompt, card) for role in roles if role.num_gpus}
     shares = [share for share in found.values() if share]
@@ -62,6 +61,15 @@ def _share(
     assert role.judge, role.name
     judged = judge_peak(role.judge, recipe.judges[role.judge], card)
     return Share(role=role, peak=judged) if judged else None
+
+
+def _largest(recipe: OnlineDPORecipe | TrainRecipe) -> Geometry:
+    """Of what is trained on."""
+    if isinstance(recipe, TrainRecipe):
+        sizes = [size for some in sizes_of(recipe.model, recipe.data.buckets) for size in some.sizes]
+        return max(sizes, key=lambda size: size.height * size.width)
+    model = recipe.model
+    return Geometry(height=model.height, width=model.width, frames=model.frames)
 
 
 def _hours(recipe: OnlineDPORecipe | TrainRecipe, objective: Objective, prompt: Prompt) -> str:

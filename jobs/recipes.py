@@ -122,6 +122,8 @@ class EditRequestConfig(Section):
     """What is edited, and where the PNGs go."""
 
     image: LocalPath | None = None
+    references: tuple[str, ...] = ()
+    """Further pictures beside `image`, for a model that takes several."""
     prompt: str = ""
     data: LocalPath | None = None
     """A JSONL like data.path, instead of one image."""
@@ -137,6 +139,8 @@ class EditRequestConfig(Section):
             yield f"give either image or data: image = {self.image!r}, data = {self.data!r}"
         if self.data is not None and self.prompt:
             yield f"prompt = {self.prompt!r} belongs to image: the rows of data have instructions of their own"
+        if self.data is not None and self.references:
+            yield f"references = {list(self.references)!r} belong to image: a row of data has a list of pictures"
 
 
 class EditRecipe(Section):

@@ -4,6 +4,7 @@ import pytest
 
 from jobs.check_data import check_data
 from rlhf.data.records import BadInput
+from rlhf.tables import BucketsTable
 from tests.rlhf.data.pair_tables import png, row, write_parquet
 
 
@@ -37,6 +38,11 @@ def test_a_folder_is_described(tmp_path, capsys):
         "sizes (height × width): 24 × 32 (2), 24 × 48 (1)",
         "sizes of control pictures: 24 × 32 (2), 16 × 16 (1), 24 × 48 (1)",
     ]
+
+
+def test_buckets_are_told_for_an_area(tmp_path, capsys):
+    check_data(write(tmp_path / "set"), "train", BucketsTable(areas=(512**2,)))
+    assert "buckets: 448 × 576 (2), 320 × 704 (1)" in capsys.readouterr().out
 
 
 def test_pairs_and_ties_are_counted(tmp_path, capsys):

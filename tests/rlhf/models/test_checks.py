@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -171,3 +172,21 @@ def test_a_trained_folder_with_other_settings_of_equal_shapes_is_refused(folders
     (trained / "config.json").write_text(json.dumps(config | {"axes_dims_rope": [8, 4, 4]}))
     with pytest.raises(Refused, match=r"axes_dims_rope = \[8, 4, 4\], but the base model has \[4, 6, 6\]"):
         check_denoiser(family, trained)
+
+
+def test_a_vision_language_model_of_newer_names_is_taken_and_loads_the_same(copy):
+    """transformers 5 saves the older names, and reads both."""
+    table = copy("qwen_image_edit")
+    file = Path(table.path) / "text_encoder" / "model.safetensors"
+    stored = load_file(file)
+    before = check_model(table).load_codec("cpu")._reader.state_dict()
+    assert any(name.startswith("visual.") for name in stored) and any(name.startswith("model.layers.") for name in stored)
+
+    def newer(name):
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.", 1)
+
+    save_file({newer(name): tensor for name, tensor in stored.items()}, file)
+    after = check_model(table).load_codec("cpu")._reader.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

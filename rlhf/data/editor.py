@@ -1,0 +1,77 @@
+"""Edits from Python, without recipe, cluster or cache:
+
+    from rlhf.data.editor import Editor
+
+    editor = Editor("data/flux-kontext", lora="runs/NAME/v0/final/lora", device="cuda")
+    Image.fromarray(editor.edit("Warm light", "dish.jpg")).save("edit.png")
+
+With the same model, size, steps, seed and device it makes the pictures of `jobs.edit`. Left out: batches.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.data.media import picture_file
+from rlhf.data.prompts import prompt_of, sized
+from rlhf.data.sampler import encoded_now, sample_prompts
+from rlhf.errors import Refused
+from rlhf.models.checks import check_model, check_sampling
+from rlhf.tables import EditModelTable, SamplingTable
+from rlhf.types import Encoding, seed_from
+
+
+class Editor:
+    """A model on one device."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        family: str = "flux_kontext",
+        denoiser: str | Path | None = None,
+        lora: str | Path | None = None,
+        device: str = "cpu",
+        **model: Any,
+    ):
+        """path: a folder in the diffusers layout. denoiser: a trained folder in place of its own. lora: a file or its folder.
+        model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused.
+        """
+        fixed = model.keys() & {"height", "width"}
+        self._model = EditModelTable(path=str(path), family=family, **{"size": "fixed" if fixed else "auto"} | model)
+        self._family, self._device = check_model(self._model), device
+        folder = Path(denoiser) if denoiser else None
+        self._denoiser = self._family.load_denoiser(device, folder, Path(lora) if lora else None)
+        self._codec = self._family.load_codec(device)
+
+    def edit(
+        self, instruction: str, *pictures: str | Path, seed: int = 0, variant: int = 0, **sampling: Any
+    ) -> np.ndarray:
+        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises Refused."""
+        table = SamplingTable(**{"batch_size": 1} | sampling)
+        check_sampling(self._family, table)
+        files = []
+        for picture in pictures:
+            found = picture_file(str(Path(picture).absolute()), Path("/"))
+            if isinstance(found, tuple):
+                raise Refused(f"{picture}: {'; '.join(found)}")
+            files.append(found)
+        key = Path(pictures[0]).stem if pictures else ""
+        prompt = prompt_of(key, instruction, files, {}, "crop", sized(self._model, self._family))
+        rows = encoded_now(self._family, self._codec, [prompt], table)
+
+        def row(encoding: Encoding) -> Any:
+            return rows[encoding].tensors
+
+        x0 = sample_prompts(
+            self._family,
+            self._denoiser,
+            row,
+            table,
+            self._device,
+            prompts=[prompt],
+            noise_seeds=[seed_from(seed, key, variant)],
+            slots=[0],
+        )
+        return self._codec.decode(x0)[0, 0].numpy()

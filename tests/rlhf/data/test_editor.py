@@ -1,0 +1,61 @@
+"""Edits from Python are those of the command."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import edit
+from rlhf.data.editor import Editor
+from rlhf.errors import Refused
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
+from tests.rlhf.data.pair_tables import png
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, kontext):
+    return {
+        "flux_kontext": kontext,
+        "qwen_image_edit": write_qwen_image_edit(tmp_path_factory.mktemp("models") / "qwen"),
+    }
+
+
+@pytest.mark.parametrize(("family", "count"), [("flux_kontext", 1), ("qwen_image_edit", 1), ("qwen_image_edit", 3)])
+def test_the_same_picture_as_the_commands(folders, tmp_path, monkeypatch, family, count):
+    files = [tmp_path / f"{name}.png" for name in ("dish", "table", "light")[:count]]
+    for i, file in enumerate(files):
+        file.write_bytes(png(i, 60 + 8 * i, 40))
+    given = {"model.family": family, "model.path": folders[family], "model.height": 48, "model.width": 32}
+    given |= {"sampling.steps": 2, "edit.image": files[0], "edit.prompt": "warm", "edit.seed": 3, "edit.device": "cpu"}
+    given |= {"edit.out": tmp_path / "edits", "edit.references": [str(file) for file in files[1:]]}
+    monkeypatch.setattr(sys, "argv", ["edit", *(f"--{key}={value}" for key, value in given.items())])
+    edit.main()
+    editor = Editor(folders[family], family=family, height=48, width=32)
+    made = editor.edit("warm", *files, seed=3, steps=2)
+    assert np.array_equal(made, np.asarray(Image.open(tmp_path / "edits" / "dish_0.png")))
+    assert not np.array_equal(made, editor.edit("warm", *files, seed=4, steps=2))
+    if count > 1:
+        assert not np.array_equal(made, editor.edit("warm", files[0], seed=3, steps=2))
+
+
+def test_what_is_wrong_is_said(folders, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0)[:50])
+    editor = Editor(folders["flux_kontext"], height=48, width=32)
+    with pytest.raises(Refused, match=r"a\.png: .*is unreadable"):
+        editor.edit("warm", tmp_path / "a.png", steps=1)
+    with pytest.raises(Refused, match=r"has 0 sources; FLUX\.1 Kontext edits exactly one"):
+        editor.edit("warm", steps=1)
+    with pytest.raises(Refused, match=r"sampling\.negative_prompt = 'dark' is never read"):
+        editor.edit("warm", tmp_path / "a.png", negative_prompt="dark")
+    with pytest.raises(Refused, match=r"there is no such folder"):
+        Editor(tmp_path / "nothing")
+
+
+def test_more_pictures_than_the_model_takes_are_refused(folders, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(0))
+    given = {"model.path": folders["flux_kontext"], "edit.image": tmp_path / "a.png", "edit.device": "cpu"}
+    given |= {"edit.references": [str(tmp_path / "a.png")]}
+    monkeypatch.setattr(sys, "argv", ["edit", *(f"--{key}={value}" for key, value in given.items())])
+    with pytest.raises(Refused, match=r"edit\.references = \['.*a\.png'\]: this model takes at most 1 pictures in all"):
+        edit.main()
