@@ -68,7 +68,8 @@ class ModelSizes:
 
     def __init__(self, family: Family):
         denoiser = family.empty_denoiser(family.dtype)
-        self.parameters = sum(p.numel() for p in denoiser.parameters())
+        self.weights = sum(p.nbytes for p in denoiser.parameters())
+        """Bytes of the whole denoiser."""
         blocks = (module for module in denoiser.modules() if isinstance(module, family.blocks))
         self.block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
         self.compute_bytes = family.dtype.itemsize
@@ -104,7 +105,7 @@ def _kept_bytes(trainer: TrainerConfig) -> int:
 
 def sampler_role(model: ModelSizes, samplers: SamplersConfig, *, encodes: bool) -> Role:
     """encodes: conditions are not in a cache, so the text encoders are loaded too."""
-    nbytes = model.compute_bytes * model.parameters + (model.codec if encodes else model.decoder)
+    nbytes = model.weights + (model.codec if encodes else model.decoder)
     return _role("sampler", "sampler", samplers, samplers.count, nbytes)
 
 

@@ -78,7 +78,7 @@ def found(path: Path, model: Path | None, family: str) -> tuple[Path, ModelTable
     try:
         table = tomllib.loads(config.read_text(encoding="utf-8"))["model"]
         known = {key: value for key, value in table.items() if key in ModelTable.model_fields}
-        changes = {"dtype": "float32"} | ({"path": str(model)} if model else {})
+        changes = {"dtype": "float32", "base": "bf16"} | ({"path": str(model)} if model else {})
         return loras[0], ModelTable.model_validate(known | changes)
     except (ValueError, LookupError) as error:
         raise Refused(

@@ -47,6 +47,9 @@ class ModelTable(Section):
     have Dev's index."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What the networks compute in; trained weights stay fp32. float16 trains under a dynamic loss scale."""
+    base: Literal["bf16", "fp8", "int8", "nf4", "fp4"] = "bf16"
+    """How the frozen linear layers that a LoRA is trained on are kept, in trainer and samplers alike: bf16 as `dtype` says, fp8
+    and int8 in half of that, nf4 and fp4 in a quarter. The folder holds plain weights, which are quantised when loaded."""
     guidance_scale: float | None = None
     """Of classifier-free guidance when sampling; a network with embedded guidance is told it in training too. Unset: the
     family's own default."""

@@ -29,6 +29,7 @@ from rlhf.diffusion.process import RectifiedFlow
 from rlhf.errors import Refused
 from rlhf.models.family import Kind, Need, Rows, check_finite, index, stacked
 from rlhf.models.folder import LoadParts, Parts, load_trained
+from rlhf.models.quantised import Base, quantise_layers
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -158,6 +159,7 @@ class Strange:
     guidance_scale: float = 2.0
     """1: the conditional branch alone."""
     dtype: torch.dtype = torch.bfloat16
+    base: Base = "bf16"
 
     blocks: ClassVar[tuple[type[nn.Module], ...]] = (StrangeBlock,)
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out", "up", "down")
@@ -190,7 +192,7 @@ class Strange:
     def empty_denoiser(self, dtype: torch.dtype) -> StrangeTransformer:
         with torch.device("meta"):
             denoiser = StrangeTransformer.from_config(self._config)
-        return nn.Module.to(denoiser, dtype)
+        return quantise_layers(nn.Module.to(denoiser, dtype), self.blocks, self.base)
 
     def finish(self, denoiser: nn.Module, device: str) -> None:
         for module in denoiser.modules():
@@ -198,9 +200,7 @@ class Strange:
                 module.frequencies, module.turns = frequencies(device), turns_of_frames(device)
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> StrangeTransformer:
-        found = load_trained(
-            StrangeTransformer, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
-        )
+        found = load_trained(self, StrangeTransformer, folder, lora, device)
         self.finish(found, device)
         return found
 

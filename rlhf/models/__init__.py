@@ -33,4 +33,6 @@ def load_family(model: ModelTable) -> Family:
         ) from error
     guidance = {} if model.guidance_scale is None else {"guidance_scale": model.guidance_scale}
     denoiser = Path(model.denoiser) if model.denoiser else None
-    return make(path=Path(model.path), denoiser=denoiser, dtype=getattr(torch, model.dtype), **guidance)
+    return make(
+        path=Path(model.path), denoiser=denoiser, dtype=getattr(torch, model.dtype), base=model.base, **guidance
+    )

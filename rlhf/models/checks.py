@@ -33,7 +33,7 @@ from rlhf.shards.files import (
 )
 from rlhf.tables import ModelTable, SolverTable
 
-QUANTISED = "quantised models are not read: give the model in bfloat16, float16 or float32"
+QUANTISED = "quantised models are not read: give the model in bfloat16, float16 or float32, and set model.base"
 
 
 def check_model(model: ModelTable, *, weights: bool = True) -> Family:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from rlhf.diffusion.process import Process
 from rlhf.errors import NotFinite
+from rlhf.models.quantised import Base
 from rlhf.tables import SamplingTable
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -112,6 +113,10 @@ class Family(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def base(self) -> Base:
+        """How the denoiser's linear layers are kept: see `rlhf.models.quantised`."""
+
+    @property
     def process(self) -> Process: ...
     @property
     def denoiser_path(self) -> Path:
@@ -124,7 +129,7 @@ class Family(Protocol):
         """
 
     def empty_denoiser(self, dtype: torch.dtype) -> nn.Module:
-        """The trainable network on the meta device: shapes without memory."""
+        """The trainable network on the meta device, with the layers of its `base`: shapes without memory."""
 
     def finish(self, denoiser: nn.Module, device: str) -> None:
         """Fill in what an empty denoiser lacks beside its parameters: buffers and tables that are plain attributes.

@@ -39,6 +39,7 @@ from rlhf.models.folder import (
     vae_factor,
 )
 from rlhf.models.packing import pack, unpack
+from rlhf.models.quantised import Base, quantise_layers
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -59,6 +60,7 @@ class FluxKontext:
     """A trained folder in place of `path`/transformer."""
     guidance_scale: float = 3.5
     dtype: torch.dtype = torch.bfloat16
+    base: Base = "bf16"
 
     blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (FluxTransformerBlock, FluxSingleTransformerBlock)
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -106,7 +108,7 @@ class FluxKontext:
         with torch.device("meta"):
             denoiser = FluxTransformer2DModel.from_config(read_json(self.path / self.denoiser_folder / "config.json"))
         # diffusers' own `to` warns about parts to keep in fp32: Flux has none.
-        return torch.nn.Module.to(denoiser, dtype)
+        return quantise_layers(torch.nn.Module.to(denoiser, dtype), self.blocks, self.base)
 
     def finish(self, denoiser: torch.nn.Module, device: str) -> None:
         """Nothing: the network has neither buffers nor tables."""
@@ -114,9 +116,7 @@ class FluxKontext:
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> FluxTransformer2DModel:
-        return load_trained(
-            FluxTransformer2DModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
-        )
+        return load_trained(self, FluxTransformer2DModel, folder, lora, device)
 
     def load_codec(self, device: str, parts: LoadParts = Parts) -> "KontextCodec":
         return KontextCodec(parts(self.path, device), self.dtype)

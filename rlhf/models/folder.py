@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
 from rlhf.errors import Refused
-from rlhf.models.family import check_finite
+from rlhf.models.family import Family, check_finite
 from rlhf.models.lora import load_lora
+from rlhf.models.quantised import quantise_layers
 from rlhf.shards.files import AGAIN, DIFFUSERS, read_json
 from rlhf.types import Geometry
 
@@ -57,11 +58,14 @@ class Parts:
 LoadParts = Callable[[Path, str], Parts]
 
 
-def load_trained(cls: Any, folder: Path, lora: Path | None, prefix: str, device: str, dtype: torch.dtype) -> Any:
-    """A denoiser for sampling, frozen, with a LoRA if one is given: its file, or its folder and the modules trained with it."""
-    model = cls.from_pretrained(folder, dtype=dtype)
+def load_trained(family: Family, cls: Any, folder: Path | None, lora: Path | None, device: str) -> Any:
+    """A denoiser for sampling, frozen and kept as the family's `base` says: its own or that of a folder. lora: its file, or its
+    folder with the modules trained with it.
+    """
+    model = cls.from_pretrained(folder or family.denoiser_path, dtype=family.dtype)
+    model = quantise_layers(model.requires_grad_(False), family.blocks, family.base)
     if lora is not None:
-        load_lora(model, lora, prefix)
+        load_lora(model, lora, family.denoiser_folder)
     return model.to(device).eval().requires_grad_(False)
 
 

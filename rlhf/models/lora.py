@@ -139,9 +139,10 @@ def _fault(key: str, shapes: Shapes, layers: Mapping[str, nn.Module]) -> str:
     other = f"{name}.lora_{'B' if half == 'A' else 'A'}.weight"
     if other not in shapes:
         return f"{key}, lacks its other half {other.removeprefix(f'{name}.')}"
-    weight: Any = layers[name].weight
-    rank, ones = next(iter(shapes[f"{name}.lora_A.weight"]), 0), (1,) * (weight.ndim - 2)
-    fits = (rank, *weight.shape[1:]) if half == "A" else (weight.shape[0], rank, *ones)
+    layer: Any = layers[name]
+    whole = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+    rank, ones = next(iter(shapes[f"{name}.lora_A.weight"]), 0), (1,) * (len(whole) - 2)
+    fits = (rank, *whole[1:]) if half == "A" else (whole[0], rank, *ones)
     return "" if shapes[key] == fits and rank else f"{key}, has shape {shapes[key]}, but its layer takes {fits}"
 
 

@@ -150,7 +150,9 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     denoiser = family.empty_denoiser(family.dtype)
     trainable.add(denoiser, (), family.dtype)
-    without_data(denoiser.eval().requires_grad_(True), fake)  # the tracker puts hooks on parameters
+    for parameter in denoiser.eval().parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # the tracker puts hooks on parameters
+    without_data(denoiser, fake)
     family.finish(denoiser, DEVICE)
     codec, size, scale = _codec(family, fake), sampling.batch_size, sampling.guidance_scale
     with fake, Tracing(denoiser, *modules_of(codec)) as tracing:

@@ -44,6 +44,7 @@ from rlhf.models.folder import (
     to_pixels,
 )
 from rlhf.models.packing import pack, unpack
+from rlhf.models.quantised import Base, quantise_layers
 from rlhf.shards.files import AGAIN, read_json
 from rlhf.types import CENTRE, Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -120,6 +121,7 @@ class QwenImageEdit:
     guidance_scale: float = 4.0
     """1 or less runs the conditional branch only."""
     dtype: torch.dtype = torch.bfloat16
+    base: Base = "bf16"
 
     blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (QwenImageTransformerBlock,)
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -189,7 +191,7 @@ class QwenImageEdit:
     def empty_denoiser(self, dtype: torch.dtype) -> QwenImageTransformer2DModel:
         with torch.device("meta"):
             denoiser = QwenImageTransformer2DModel.from_config(self._config)
-        return torch.nn.Module.to(denoiser, dtype)
+        return quantise_layers(torch.nn.Module.to(denoiser, dtype), self.blocks, self.base)
 
     def finish(self, denoiser: torch.nn.Module, device: str) -> None:
         """The tables of RoPE, which are plain attributes."""
@@ -201,9 +203,7 @@ class QwenImageEdit:
     def load_denoiser(
         self, device: str, folder: Path | None = None, lora: Path | None = None
     ) -> QwenImageTransformer2DModel:
-        return load_trained(
-            QwenImageTransformer2DModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
-        )
+        return load_trained(self, QwenImageTransformer2DModel, folder, lora, device)
 
     def load_codec(self, device: str, parts: LoadParts = Parts) -> "QwenImageCodec":
         return QwenImageCodec(parts(self.path, device), self)

@@ -37,6 +37,7 @@ from rlhf.models.folder import (
     token_shares,
     vae_factor,
 )
+from rlhf.models.quantised import Base, quantise_layers
 from rlhf.shards.files import read_json
 from rlhf.types import Condition, Encoded, Encoding, Geometry, Prompt, Source
 
@@ -63,6 +64,7 @@ class StableDiffusion:
     guidance_scale: float | None = None
     """1 or less runs the conditional branch only; None: as in the pipelines, 7.5, XL 5."""
     dtype: torch.dtype = torch.bfloat16
+    base: Base = "bf16"
 
     # What diffusers recomputes one by one. Its down and up blocks hold up to thirty of these: a billion parameters in XL.
     blocks: ClassVar[tuple[type[torch.nn.Module], ...]] = (ResnetBlock2D, BasicTransformerBlock)
@@ -135,15 +137,13 @@ class StableDiffusion:
     def empty_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         with torch.device("meta"):
             denoiser = UNet2DConditionModel.from_config(self._unet)
-        return torch.nn.Module.to(denoiser, dtype)
+        return quantise_layers(torch.nn.Module.to(denoiser, dtype), self.blocks, self.base)
 
     def finish(self, denoiser: torch.nn.Module, device: str) -> None:
         """Nothing: the network has neither buffers nor tables."""
 
     def load_denoiser(self, device: str, folder: Path | None = None, lora: Path | None = None) -> UNet2DConditionModel:
-        return load_trained(
-            UNet2DConditionModel, folder or self.denoiser_path, lora, self.denoiser_folder, device, self.dtype
-        )
+        return load_trained(self, UNet2DConditionModel, folder, lora, device)
 
     def load_codec(self, device: str, parts: LoadParts = Parts) -> "StableDiffusionCodec":
         found = parts(self.path, device)

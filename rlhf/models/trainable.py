@@ -350,7 +350,12 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def load_trainable(table: TrainableTable, family: Family) -> Trainable:
-    """What a recipe's `[trainable]` means for a family."""
+    """What a recipe's `[trainable]` means for a family. Raises Refused for weights to be trained that would be quantised."""
+    if family.base != "bf16" and (table.kind != "lora" or table.patterns):
+        raise Refused(
+            f'model.base = "{family.base}" keeps weights that cannot be trained themselves: set trainable.kind = "lora" without '
+            'patterns, or model.base = "bf16"'
+        )
     parts: list[Part] = []
     if table.kind == "full":
         parts.append(Full())

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.diffusion.objectives import Objective, Predict
 from rlhf.errors import Refused
+from rlhf.models import quantised
 from rlhf.models.family import Family
 from rlhf.models.trainable import Trainable, owner
 from rlhf.shards import distributed
@@ -136,7 +137,8 @@ class Trainer:
             if whole is not None:
                 rows.copy_(whole[first:last])
             elif len(rows):
-                rows.copy_(checkpoint.rows(owner(name)[1], first, last, parameter.shape))
+                base, dtype = self.family.base, self.family.dtype
+                rows.copy_(quantised.rows_of(checkpoint, owner(name)[1], parameter, first, last, base, dtype))
 
     def keep(self, side: str) -> None:
         """Keep a frozen side, equal to the policy. A collective; called for every side that the objective names."""

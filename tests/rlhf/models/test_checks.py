@@ -180,7 +180,9 @@ def test_a_vision_language_model_of_newer_names_is_taken_and_loads_the_same(copy
     file = Path(table.path) / "text_encoder" / "model.safetensors"
     stored = load_file(file)
     before = check_model(table).load_codec("cpu")._reader.state_dict()
-    assert any(name.startswith("visual.") for name in stored) and any(name.startswith("model.layers.") for name in stored)
+    assert any(name.startswith("visual.") for name in stored) and any(
+        name.startswith("model.layers.") for name in stored
+    )
 
     def newer(name):
         if name.startswith("visual."):
