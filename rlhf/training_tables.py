@@ -18,6 +18,9 @@ class TrainableTable(Section):
     """Of LoRA, whose update is scaled by alpha / rank; unset: 16."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
     """Of LoRA: module name endings; unset: the family's attention and MLP projections."""
+    init: Literal["kaiming", "gaussian"] | None = None
+    """Of LoRA: how A begins, B being zero. `kaiming`: uniform in ±1/√in, as PEFT's `init_lora_weights = True`; `gaussian`: normal
+    with deviation 1/rank, as its "gaussian". Unset: kaiming."""
     start: LocalPath | None = None
     """Of LoRA: a file, or a folder such as RUN/final/lora, whose adapters are trained further; of this rank. Unset: new ones."""
     patterns: tuple[str, ...] = ()
@@ -31,7 +34,9 @@ class TrainableTable(Section):
         return values
 
     def conflicts(self) -> Iterator[str]:
-        for key in ("rank", "alpha", "targets", "start"):
+        if self.init is not None and self.start is not None:
+            yield f"init = {self.init!r} and start = {self.start!r}: a LoRA that is trained further is begun already"
+        for key in ("rank", "alpha", "targets", "init", "start"):
             if self.kind != "lora" and (value := getattr(self, key)) is not None:
                 yield f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
         if self.kind == "modules" and not self.patterns:

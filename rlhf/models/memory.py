@@ -131,6 +131,16 @@ def empty_condition(family: Family, prompt: Prompt, size: int) -> Condition:
     return family.condition([rows] * size, family.bucket(prompt))
 
 
+def _hookable(network: nn.Module) -> nn.Module:
+    """With a gradient for every parameter, since the tracker puts hooks on them; those that can have none become buffers."""
+    for owner in network.modules():
+        for name, parameter in [*owner._parameters.items()]:
+            if parameter is not None and not parameter.is_floating_point():
+                del owner._parameters[name]
+                owner.register_buffer(name, parameter.data)
+    return network.requires_grad_(True)
+
+
 class _Resetting:
     """A network whose every call the tracker takes for the first."""
 
@@ -150,9 +160,7 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     denoiser = family.empty_denoiser(family.dtype)
     trainable.add(denoiser, (), family.dtype)
-    for parameter in denoiser.eval().parameters():
-        parameter.requires_grad_(parameter.is_floating_point())  # the tracker puts hooks on parameters
-    without_data(denoiser, fake)
+    without_data(_hookable(denoiser.eval()), fake)
     family.finish(denoiser, DEVICE)
     codec, size, scale = _codec(family, fake), sampling.batch_size, sampling.guidance_scale
     with fake, Tracing(denoiser, *modules_of(codec)) as tracing:

@@ -101,6 +101,7 @@ class LoRA(Part):
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    init: str = "kaiming"
     begin: Path | None = None
     """A LoRA whose adapters are trained further."""
     label: ClassVar[str | None] = "lora"
@@ -288,8 +289,8 @@ class Trainable:
         return {name: parameter for whose, name, parameter in named if whose == side or not self.twins}
 
     def start(self, name: str, shape: Sequence[int], seed: int, begun: Mapping[str, Tensor]) -> Tensor | None:
-        """What an adapter begins with on every side, fp32 and whole: its values in `begun` or, of a new one, A uniform in
-        ±1/sqrt(in) (PEFT's Kaiming choice) and B zero.
+        """What an adapter begins with on every side, fp32 and whole: its values in `begun` or, of a new one, A as
+        `trainable.init` says and B zero.
 
         None: the parameter is in the checkpoint.
         """
@@ -300,6 +301,8 @@ class Trainable:
         if ".lora_B." in name:
             return torch.zeros(tuple(shape))
         generator = torch.Generator().manual_seed(seed_from(seed, owner(name)[1]))
+        if any(isinstance(part, LoRA) and part.init == "gaussian" for part in self.parts):
+            return torch.empty(tuple(shape)).normal_(generator=generator) / shape[0]
         return torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
     def begun(self, family: Family) -> dict[str, Tensor]:
@@ -363,7 +366,8 @@ def load_trainable(table: TrainableTable, family: Family) -> Trainable:
         assert table.rank is not None and table.alpha is not None
         begin = Path(table.start) if table.start else None
         targets = tuple(table.targets or family.lora_targets)
-        parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=targets, begin=begin))
+        init = table.init or "kaiming"
+        parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=targets, init=init, begin=begin))
     if table.patterns:
         parts.append(Modules(patterns=table.patterns))
     return Trainable(parts=tuple(parts))

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from rlhf.models import FAMILIES
+from rlhf.models import FAMILIES, load_family
 from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
-from rlhf.tables import SamplingTable
+from rlhf.models.quantised import STORED
+from rlhf.models.trainable import load_for_sampling, load_trainable
+from rlhf.tables import ModelTable, SamplingTable
+from rlhf.training_tables import TrainableTable
 from rlhf.types import Geometry, Prompt, Source
 from tests import worlds
 
@@ -40,6 +43,19 @@ def test_a_sampler_holds_the_denoiser_and_the_vae_and_what_a_batch_needs(family)
     pixels = 2 * 3 * 64 * 64 * 4
     assert small > 2 * pixels, "two pictures and what they were decoded from"
     assert large == pytest.approx(2 * small, rel=0.1), "all but sizes that belong to no picture"
+
+
+@pytest.mark.parametrize("base", STORED)
+def test_a_quantised_base_takes_what_it_says(kontext, base):
+    family = load_family(ModelTable(path=str(kontext), base=base))
+    lora = load_trainable(TrainableTable(kind="lora", rank=4), family)
+    peak, plain = (
+        sampler_peak(found, lora, SamplingTable(batch_size=2), prompt_of(found))
+        for found in (family, load_family(ModelTable(path=str(kontext))))
+    )
+    denoiser = load_for_sampling(family, lora, "cpu")
+    assert peak.kinds["parameters"] == nbytes(denoiser) + nbytes(family.load_codec("cpu").vae)
+    assert peak.kinds["parameters"] < plain.kinds["parameters"]
 
 
 def test_an_encoder_holds_what_it_was_asked_for_and_a_batch(family):

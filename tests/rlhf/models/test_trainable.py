@@ -299,3 +299,16 @@ def test_a_file_that_is_not_this_lora_s_is_refused(kontext, tmp_path):
         begun(family, tmp_path)
     with pytest.raises(ValueError, match='belongs to LoRA, but kind = "full"'):
         TrainableTable(start=str(file))
+
+
+def test_a_gaussian_start_is_pefts(kontext):
+    """Normal with deviation 1/rank (PEFT's `reset_lora_parameters`); B is zero."""
+    table = TrainableTable(kind="lora", rank=4, alpha=4.0, init="gaussian")
+    made = load_trainable(table, worlds.family(kontext))
+    a = made.start("x.lora_A.policy.weight", (4, 100_000), 3, {})
+    assert a.std().item() == pytest.approx(0.25, rel=0.01) and abs(a.mean().item()) < 0.005
+    assert a.abs().max() > 0.8, "no uniform one"
+    assert torch.equal(a, made.start("x.lora_A.reference.weight", (4, 100_000), 3, {}))
+    assert not made.start("x.lora_B.policy.weight", (5, 4), 3, {}).any()
+    with pytest.raises(ValueError, match="init = 'gaussian' and start = 'a'"):
+        TrainableTable(kind="lora", init="gaussian", start="a")
