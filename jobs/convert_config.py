@@ -72,7 +72,7 @@ NONE = {
     r"data\.init_args\.prompt_image_dropout_rate": "control pictures are never left out",
     r"(train|cache)\.(vae_encoder|text_encoder|text_encoder_2)_device|(cache|predict)\.devices.*": DEVICES,
     r"train\.low_memory": 'encoders are gone before training, unless data.latents = "on_the_fly"',
-    r"(train\.resume_from_checkpoint|resume)": "a stopped run goes on by itself; other weights begin by trainable.start",
+    r"(train\.resume_from_checkpoint|resume)": "a stopped run goes on by itself; run.resume goes on from a checkpoint of ours",
     r"optimizer\.init_args\.(use_bias_correction|safeguard_warmup)": "Prodigy does it always",
     r"logging\.(logging_dir|report_to)": "TensorBoard files and metrics.jsonl lie in the run's folder",
     r"validation\..*": "set eval.path to examples that are held out",

@@ -20,7 +20,8 @@ class RunConfig(Section):
     dir: LocalPath = "runs"
     """Folder that holds every run; this one writes to `dir`/`name`/vN. Shared by all nodes."""
     seed: int = Field(42, ge=0)
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"
+    """`auto`: an unfinished run goes on. `never`: a new vN. RUN/vN/checkpoint_000100: a new vN that goes on from there."""
     save_every: int = Field(100, ge=1)
     """Steps between committed checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.errors import Refused
 from rlhf.names import name_fault
@@ -35,6 +35,8 @@ MAY_DIFFER, MUST_AGREE = (
     ("run.seed",),
 )
 """A resume may change where and how to run, not what; with another seed it would not continue the first half."""
+BEGUN_FROM = "begun_from"
+"""Holds the path of the checkpoint of another run that this one went on from."""
 SPLIT = ("trainer.ranks", "trainer.train_batch_size", "trainer.gradient_accumulation_steps")
 """How the pairs of an update are split may change too, if their product stays: a cluster may have lost a node."""
 
@@ -95,14 +97,14 @@ class RunFolder:
     """File descriptor that holds the lock: a plain number, so that no garbage collection frees it."""
 
     @classmethod
-    def claim(
-        cls, root: Path | str, name: str, config_toml: str, resume: Literal["auto", "never"] = "auto"
-    ) -> "RunFolder":
+    def claim(cls, root: Path | str, name: str, config_toml: str, resume: str = "auto") -> "RunFolder":
         """Take the folder to write to, creating it if need be.
 
-        The newest vN is resumed if it is unfinished; else, and with resume = "never", it is vN+1. Raises RunInUse, and Refused
-        naming every key by which `config_toml`, the resolved configuration, may not differ from a resumed run's.
+        The newest vN is resumed if it is unfinished; else, and with resume = "never", it is vN+1. With a checkpoint's path it is
+        vN+1 too, which goes on from there, and is resumed when the same is asked for again. Raises RunInUse, and Refused naming
+        every key by which `config_toml`, the resolved configuration, may not differ from a resumed run's.
         """
+        source = _named(resume)
         if fault := name_fault(name):
             raise Refused(f"run.name = {name!r} {fault}")
         parent = made(Path(root) / name, "run.dir")
@@ -112,23 +114,27 @@ class RunFolder:
             path.mkdir(exist_ok=True)
             lock = _lock(path)
             try:
-                return cls._take(path, config_toml, lock)
+                return cls._take(path, config_toml, lock, source)
             except BaseException:
                 os.close(lock)
                 raise
 
     @classmethod
-    def foreseen(cls, root: Path | str, name: str, config_toml: str, resume: Literal["auto", "never"] = "auto") -> str:
+    def foreseen(cls, root: Path | str, name: str, config_toml: str, resume: str = "auto") -> str:
         """What `claim` would do, in words. Raises Refused where it would, but for a live driver."""
         check_place(Path(root) / name, "run.dir")
+        source = _named(resume)
         path = _next(Path(root) / name, resume)
+        if not _started(path) and source:
+            _refuse_changes(source.parent, config_toml)
+            return f"would begin in {path} from {source}"
         if not _started(path):
             return f"would begin in {path}"
         _refuse_changes(path, config_toml)
         return f"would go on in {path} from step {max(_checkpoints(path, committed=True), default=0)}"
 
     @classmethod
-    def _take(cls, path: Path, config_toml: str, lock: int) -> "RunFolder":
+    def _take(cls, path: Path, config_toml: str, lock: int, source: Path | None) -> "RunFolder":
         config = path / "config.toml"
         started = _started(path)
         if config.exists() and not started:
@@ -137,6 +143,9 @@ class RunFolder:
             _refuse_changes(path, config_toml)
         else:
             write_durably(config, config_toml)
+        if source and not any(_checkpoints(path, committed=True)):
+            _begin_from(path, source, config_toml)
+            started = True
         number = path / "epoch"
         resumed = number.exists()
         epoch = int(number.read_text()) + 1 if resumed else 1
@@ -242,12 +251,51 @@ class RunFolder:
         return moved
 
 
+def _named(resume: str) -> Path | None:
+    """The checkpoint that run.resume names; None: none. Raises Refused."""
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume).expanduser().absolute()
+    if not (path / "COMMITTED").is_file() or not re.fullmatch(r"checkpoint_\d+", path.name):
+        there = sorted(f"checkpoint_{step:06d}" for step in _checkpoints(path.parent, committed=True))
+        found = f"{path.parent} holds {', '.join(there)}" if there else "there is none beside it"
+        raise Refused(f'run.resume = {resume!r} is no committed checkpoint; {found}; or give "auto" or "never"')
+    return path
+
+
+def _begin_from(path: Path, source: Path, config_toml: str) -> None:
+    """Give a new run's folder a checkpoint of another, linked where that can be, and the rows up to it. Raises Refused."""
+    _refuse_changes(source.parent, config_toml)
+    write_durably(path / BEGUN_FROM, str(source))
+    step, target = int(source.name.removeprefix("checkpoint_")), path / source.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_linked, ignore=shutil.ignore_patterns("COMMITTED"))
+    if (digest := source.parent / "pairs.digest").exists():
+        write_durably(path / digest.name, digest.read_text())
+    if (base := source.parent / "samples" / "base").is_dir():  # which is sampled once, at the start of a run
+        shutil.copytree(base, path / "samples" / "base", dirs_exist_ok=True)
+    rows = [line for line, row in _rows(source.parent) if row is not None and row <= step]
+    write_durably(path / "metrics.jsonl", "".join(rows))
+    _sync_tree(target)
+    write_durably(target / "COMMITTED", (source / "COMMITTED").read_text())
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 def _next(parent: Path, resume: str) -> Path:
     """The folder that a run writes to: the newest vN if it is unfinished and may be resumed, else the one after it."""
     there = parent.iterdir() if parent.exists() else ()
     newest = max((int(path.name[1:]) for path in there if re.fullmatch(r"v\d+", path.name)), default=0)
     path = parent / f"v{newest}"
-    over = path.exists() and (resume == "never" or (path / "final").exists())
+    source = _named(resume)
+    begun = path / BEGUN_FROM
+    other = source is not None and not (begun.exists() and begun.read_text() == str(source))
+    over = path.exists() and (resume == "never" or other or (path / "final").exists())
     return parent / f"v{newest + 1}" if over else path
 
 

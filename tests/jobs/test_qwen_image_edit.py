@@ -99,6 +99,11 @@ def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_p
     else:
         assert held_out[2] < held_out[0]
         assert changed(model, lora=path / "final" / "lora")
+        named = recipe.run.model_copy(update={"resume": str(path / "checkpoint_000002")})
+        again = train.run(recipe.model_copy(update={"run": named}))
+        assert again == path.parent / "v1"
+        rows = [row for row in rows_of(again) if "train/loss" in row]
+        assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in steps], "from step 3 on anew"
     names = {place.names for place in read_manifest(recipe.data.cache).places.values()}
     assert names == {("prompt_embeds",), ("latents",)}
 

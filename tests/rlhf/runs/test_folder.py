@@ -334,3 +334,80 @@ def test_an_updates_pairs_may_be_split_otherwise_but_not_be_more_or_fewer(claim)
     claim(split(4, 1, 16)).release()
     with pytest.raises(Refused, match=r"trainer.ranks × .*steps: was 64, now 32\n"):
         claim(split(4, 2, 4))
+
+
+# --- going on from a checkpoint that is named --------------------------------------------------------------------------
+
+
+def two_checkpoints(claim):
+    """A finished v0 with checkpoints of steps 2 and 4, rows of steps 1 to 4, and the digest of its pairs."""
+    folder = claim()
+    for step in (1, 2, 3, 4):
+        with (folder.path / "metrics.jsonl").open("a") as rows:
+            rows.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
+        if step % 2 == 0:
+            save(folder, step)
+    (folder.path / "pairs.digest").write_text("abc")
+    finish(folder)
+    folder.release()
+    return folder.path
+
+
+def test_a_named_checkpoint_begins_the_next_version_and_the_same_command_goes_on_there(claim):
+    first = two_checkpoints(claim)
+    named = str(first / "checkpoint_000002")
+    second = claim(resume=named)
+    assert second.path == first.parent / "v1" and second.started and not second.resumed
+    assert second.last_committed() == 2 and (second.path / "pairs.digest").read_text() == "abc"
+    assert steps_of(second.path / "metrics.jsonl") == [1, 2]
+    for file in (first / "checkpoint_000002").rglob("*"):
+        copy = second.path / "checkpoint_000002" / file.relative_to(first / "checkpoint_000002")
+        assert file.is_dir() or copy.read_bytes() == file.read_bytes()
+    save(second, 3)
+    second.release()
+    again = claim(resume=named)
+    assert again.path == second.path and again.resumed and again.last_committed() == 3
+    again.prune(1)
+    again.release()
+    assert (first / "checkpoint_000002" / "COMMITTED").exists(), "the other run keeps what it has"
+    third = claim(resume=str(first / "checkpoint_000004"))
+    assert third.path == first.parent / "v2" and third.last_committed() == 4
+    third.release()
+
+
+def test_what_is_begun_from_is_foreseen(claim, tmp_path):
+    first = two_checkpoints(claim)
+    named = str(first / "checkpoint_000002")
+    said = RunFolder.foreseen(tmp_path, "demo", CONFIG, named)
+    assert said == f"would begin in {first.parent / 'v1'} from {named}" and not (first.parent / "v1").exists()
+    claim(resume=named).release()
+    assert RunFolder.foreseen(tmp_path, "demo", CONFIG, named) == f"would go on in {first.parent / 'v1'} from step 2"
+
+
+def test_a_start_that_broke_off_while_it_copied_begins_again(claim, monkeypatch):
+    first = two_checkpoints(claim)
+    named = str(first / "checkpoint_000002")
+    monkeypatch.setattr("rlhf.runs.folder._sync_tree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        claim(resume=named)
+    monkeypatch.undo()
+    assert not (first.parent / "v1" / "checkpoint_000002" / "COMMITTED").exists()
+    second = claim(resume=named)
+    assert second.path == first.parent / "v1" and second.last_committed() == 2
+    second.release()
+
+
+def test_another_configuration_cannot_go_on_from_there(claim, tmp_path):
+    first = two_checkpoints(claim)
+    with pytest.raises(Refused, match="was started with another configuration"):
+        RunFolder.claim(
+            tmp_path, "demo", CONFIG + "\n[trainer]\nmax_train_steps = 9\n", str(first / "checkpoint_000002")
+        )
+
+
+@pytest.mark.parametrize("where", ["checkpoint_000003", "final", "checkpoint_000002/state", "nothing"])
+def test_what_is_no_checkpoint_is_refused_with_those_that_are_there(claim, where):
+    first = two_checkpoints(claim)
+    with pytest.raises(Refused, match=r"run\.resume = '.*' is no committed checkpoint; ") as told:
+        claim(resume=str(first / where))
+    assert ("holds checkpoint_000002, checkpoint_000004" in str(told.value)) == ("/" not in where)
