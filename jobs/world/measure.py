@@ -46,7 +46,7 @@ def edited(folder: Path, pictures: Tensor, instructions: Sequence[str], *, steps
     codec, denoiser = family.load_codec("cpu"), family.load_denoiser("cpu")
     source = Source(path="", content="", height=GEOMETRY.height, width=GEOMETRY.width)
     prompts = [
-        Prompt(key=str(i), instruction=text, sources=(replace(source, content=str(i)),), geometry=GEOMETRY)
+        Prompt(key=str(i), instruction=text, sources=(replace(source, path=str(i), content=str(i)),), geometry=GEOMETRY)
         for i, text in enumerate(instructions)
     ]
     wanted = [encoding for prompt in prompts for encoding in family.encodings(prompt)]
