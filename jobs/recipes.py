@@ -52,6 +52,8 @@ class OnlineDPORecipe(Section):
                 f"trainer.epochs = {self.trainer.epochs} belongs to jobs.train; online, prompts are sampled anew in every epoch: "
                 "leave it out and set trainer.max_train_steps"
             )
+        if self.trainer.timestep_weighting != "none":
+            yield f"trainer.timestep_weighting = {self.trainer.timestep_weighting!r} is of SFT, in jobs.train: leave it out"
         if self.model.size == "auto" and self.trainer.train_batch_size != 1:
             yield (
                 f'model.size = "auto" mixes picture sizes, but trainer.train_batch_size = {self.trainer.train_batch_size} '
@@ -90,6 +92,8 @@ class TrainRecipe(Section):
         return [self.data.choice_model] if self.data.choice_model else []
 
     def conflicts(self) -> Iterator[str]:
+        if self.objective == "dpo" and self.trainer.timestep_weighting != "none":
+            yield f'trainer.timestep_weighting = {self.trainer.timestep_weighting!r} is of objective = "sft": leave it out'
         yield from self.judges.unusable(self.judge_names, "data.choice_model")
         yield from _without_items("data.choice_model =", self.judge_names, self.judges, self.data.item_metadata)
 

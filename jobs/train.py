@@ -31,7 +31,8 @@ from jobs.recipes import TrainRecipe
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples, OfflineWork
 from rlhf.diffusion.objectives import DPO, SFT, Objective
-from rlhf.diffusion.process import with_times
+from rlhf.diffusion.process import RectifiedFlow, with_times
+from rlhf.errors import Refused
 from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
@@ -63,6 +64,12 @@ def check(recipe: TrainRecipe) -> None:
     family = check_model(recipe.model)
     load_trainable(recipe.trainable, family).begun(family)
     with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
+    weighting = recipe.trainer.timestep_weighting
+    if weighting != "none" and not isinstance(family.process, RectifiedFlow):
+        raise Refused(
+            f"trainer.timestep_weighting = {weighting!r} is of flow matching, not of a {type(family.process).__name__}: "
+            "leave it out"
+        )
     check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 
@@ -90,7 +97,9 @@ def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
 
 
 def objective(recipe: TrainRecipe) -> Objective:
-    return SFT() if recipe.objective == "sft" else DPO(beta=recipe.dpo.beta)
+    if recipe.objective == "sft":
+        return SFT(weighting=recipe.trainer.timestep_weighting)
+    return DPO(beta=recipe.dpo.beta)
 
 
 def plan(recipe: TrainRecipe) -> Plan:

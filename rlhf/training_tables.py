@@ -64,6 +64,8 @@ class TrainerConfig(Section):
     """How training times are drawn, see `rlhf.diffusion.process.RectifiedFlow`; unset: the family's way (FLUX: logit_normal)."""
     timestep_shift: float | Literal["tokens"] = 1.0
     """Moves them towards noise (above 1) or data; "tokens": by the size of the target, as in sampling."""
+    timestep_weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Of SFT on a flow: what an error at t counts, 1, t⁻² or 2 / (π·(1 − 2t + 2t²))."""
     max_train_steps: int = Field(1000, ge=1)
     """Updates."""
     epochs: int | None = Field(None, ge=1)

@@ -1,7 +1,7 @@
 """Objectives: from predictions of a policy (and of frozen sides) to a loss.
 
 An objective knows no model and no data source: it is handed a function `predict` per side, the family's process and a batch.
-Left out: weighting of the loss over t (public flow-matching DPO uses a constant β; so do we).
+Left out: weighting of preferences over t (public flow-matching DPO uses a constant β; so do we).
 
 Shapes: B examples, C latent channels, … height and width, with frames before them where there are any, D = C·… dimensions.
 """
@@ -89,14 +89,25 @@ class DPO:
         }
 
 
+WEIGHTINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    "sigma_sqrt": lambda t: t**-2.0,
+    "cosmap": lambda t: 2 / (torch.pi * (1 - 2 * t + 2 * t**2)),
+}
+"""What an error at t counts, of a flow (σ = t): diffusers' `compute_loss_weighting_for_sd3`; cosmap: SD3 (2403.03206), 3.1."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFT:
-    """Supervised fine-tuning on targets: loss = mean e(policy). Keeps no frozen side."""
+    """Supervised fine-tuning on targets: loss = mean w(t)·e(policy). Keeps no frozen side."""
 
+    weighting: str = "none"
+    """One of WEIGHTINGS."""
     roles: ClassVar[tuple[str, ...]] = ("target",)
     sides: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, predict: Mapping[str, Predict], process: Process, batch: Batch) -> Loss:
         (error,) = errors(predict[POLICY], process, batch, self.roles)
-        loss = (error * batch.weight["target"]).mean()
-        return loss, {"target_error": loss.detach()}
+        weight = batch.weight["target"]
+        loss = (error * weight * WEIGHTINGS[self.weighting](batch.t)).mean()
+        return loss, {"target_error": (error.detach() * weight).mean()}

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from rlhf.diffusion.ddpm import DDPM
-from rlhf.diffusion.objectives import DPO, SFT, preference_logit
+from rlhf.diffusion.objectives import DPO, SFT, WEIGHTINGS, preference_logit
 from rlhf.diffusion.process import RectifiedFlow, per_sample
 from rlhf.types import POLICY, REFERENCE, Batch
 from tests.worlds import part
@@ -146,6 +147,18 @@ def test_sft_is_the_targets_error_alone():
     expected = (linear(0.3)(x_t, examples.t, examples.condition) - (examples.noise - x0)).square().mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert scalars == {"target_error": loss}
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_errors_are_weighted_over_t_as_in_diffusers_trainers(weighting):
+    examples = batch(roles=("target",))
+    x0, t = examples.x0["target"], examples.t
+    loss, scalars = SFT(weighting=weighting)({POLICY: linear(0.3)}, PROCESS, examples)
+    prediction = linear(0.3)(PROCESS.noisy(x0, examples.noise, t), t, examples.condition)
+    error = (prediction - (examples.noise - x0)).square().flatten(1).mean(1)
+    theirs = compute_loss_weighting_for_sd3(weighting, t)
+    assert loss.item() == pytest.approx((error * theirs).mean().item(), rel=1e-6)
+    assert scalars["target_error"].item() == pytest.approx(error.mean().item(), abs=1e-12)
 
 
 EVERY_OBJECTIVE = pytest.mark.parametrize("objective", [DPO(beta=3.0), SFT()], ids=["dpo", "sft"])
