@@ -154,6 +154,9 @@ def ahead(pair: Pair) -> str:
 
 
 def describe(answer: Any) -> str:
+    """What judges say; None: none was asked."""
+    if answer is None:
+        return ""
     if not isinstance(answer, Score):
         return f"not judged: {answer.reason}"
     verdict = "PASS" if answer.verdict.valid else "FAIL"

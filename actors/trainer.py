@@ -6,6 +6,7 @@ the source (`sources.py`). Left out: building a new group after `TrainerLost`, w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import monotonic
@@ -17,15 +18,19 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.publication import Publication, Published, put
 from actors.ranks import FETCH_TIMEOUT_S, Rank, RankGroup, RankLost
+from rlhf.data.batches import latents_to_array
+from rlhf.data.cache import EncodingCache
+from rlhf.data.sampler import sample_prompts
 from rlhf.data.work import Work
 from rlhf.diffusion.objectives import Objective
 from rlhf.models import load_family
 from rlhf.models.trainable import Trainable
 from rlhf.runs.folder import Fence
 from rlhf.shards import distributed
-from rlhf.tables import ModelTable, RunConfig
+from rlhf.tables import ModelTable, RunConfig, SamplingTable
 from rlhf.training.trainer import Trainer
 from rlhf.training_tables import TrainerConfig
+from rlhf.types import Prompt
 
 
 class TrainerLost(RankLost):
@@ -72,6 +77,15 @@ class TrainerWorker(Rank):
     def evaluate(self) -> dict[str, float]:
         return self.trainer.evaluate(self._setup.work.held_out(self.rank))
 
+    def sample(
+        self, cache: EncodingCache, sampling: SamplingTable, share: Sequence[tuple[Prompt, int]]
+    ) -> list[ray.ObjectRef]:
+        """References to the latents of prompts and noise seeds, as `latents_to_array` keeps them; of as many on every rank."""
+        trainer = self.trainer
+        sample = partial(sample_prompts, trainer.family, trainer.policy, cache.row, sampling, trainer.device, slots=[0])
+        found = [sample(prompts=[prompt], noise_seeds=[seed])[0] for prompt, seed in share]
+        return [ray.put(latents_to_array(latents)) for latents in found]
+
     def publish(self, side: str) -> list[Published]:
         self._setup.fence.check()
         return put(self.trainer.shards(side))
@@ -114,6 +128,17 @@ class TrainerGroup:
     def evaluate(self) -> dict[str, float]:
         """`eval/…` scalars of the objective on what is held out."""
         return {f"eval/{name}": value for name, value in self._group.all("evaluate")[0].items()}
+
+    def sample(
+        self, cache: EncodingCache, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingTable
+    ) -> list[ray.ObjectRef]:
+        """References to latents that the policy makes of prompts, with conditions from the cache, from noise of these seeds."""
+        ranks, wanted = len(self._group.workers), [*zip(prompts, seeds, strict=True)]
+        count = -(-len(wanted) // ranks)
+        wanted += [wanted[-1]] * (count * ranks - len(wanted))
+        shares = [wanted[rank * count : (rank + 1) * count] for rank in range(ranks)]
+        found = self._group.all("sample", cache, sampling, each=shares)
+        return [*chain(*found)][: len(prompts)]
 
     def publish(self, version: int, side: str = "policy") -> Publication:
         """`policy` or `ema` weights of all ranks in the object store."""

@@ -75,7 +75,7 @@ NONE = {
     r"(train\.resume_from_checkpoint|resume)": "a stopped run goes on by itself; run.resume goes on from a checkpoint of ours",
     r"optimizer\.init_args\.(use_bias_correction|safeguard_warmup)": "Prodigy does it always",
     r"logging\.(logging_dir|report_to)": "TensorBoard files and metrics.jsonl lie in the run's folder",
-    r"validation\..*": "set eval.path to examples that are held out",
+    r"validation\..*": "set validation.path to prompts, eval.path to examples that are held out",
     r"predict\..*": "jobs.edit and jobs.evaluate have flags of their own",
 }
 """Patterns of keys without a counterpart, and why."""

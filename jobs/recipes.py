@@ -78,6 +78,7 @@ class TrainRecipe(Section):
     model: tables.SizedModelTable
     data: tables.PairDataConfig
     eval: tables.HeldOutConfig = tables.HeldOutConfig()
+    validation: tables.ValidationTable = tables.ValidationTable()
     dpo: OfflineDPO = OfflineDPO()
     trainable: TrainableTable = TrainableTable()
     trainer: TrainerConfig = TrainerConfig()

@@ -7,7 +7,7 @@ trainer ranks, and runs the loop of `rlhf.loops.train`. The same command goes on
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from actors.feedback import write_record
 from actors.reporting import Reporter
 from actors.sources import Feed, OfflineSource
 from actors.trainer import RankSetup, TrainerGroup
+from actors.validation import Validation, sampling_of
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
 from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
 from jobs.feedback import Labelled, relabel_by_judge
@@ -28,6 +29,9 @@ from jobs.fit import check_cards
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
 from jobs.preprocess import encode_missing, warn_of_unread
 from jobs.recipes import TrainRecipe
+from rlhf.data.prompts import read_prompts
+from rlhf.data.sampler import encodings_for_sampling
+from rlhf.data.sizes import sizes_of
 from rlhf.data.stream import PairStream
 from rlhf.data.work import IndexedExamples, OfflineWork
 from rlhf.diffusion.objectives import DPO, SFT, Objective
@@ -35,11 +39,11 @@ from rlhf.diffusion.process import RectifiedFlow, with_times
 from rlhf.errors import Refused
 from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
-from rlhf.models.checks import check_model
+from rlhf.models.checks import check_model, check_sampling
 from rlhf.models.trainable import load_trainable
 from rlhf.training.optimizers import check_optimizer
 from rlhf.training_tables import TrainerConfig
-from rlhf.types import REFERENCE
+from rlhf.types import REFERENCE, Encoding, Prompt
 from serve_apps import deploy
 
 
@@ -53,6 +57,7 @@ def main() -> None:
         check(recipe)
         examples = read_example_sets(recipe, objective(recipe).roles, partial(checks.in_threads, say))
         say(examples.report())
+        validation_prompts(recipe)
         recipe = ended_by_epochs(recipe, examples)
         dry_run(recipe.run, plan(recipe), recipe.cluster, resolved_toml(recipe))
     else:
@@ -72,6 +77,22 @@ def check(recipe: TrainRecipe) -> None:
         )
     check_optimizer(recipe.trainer.optimizer)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
+
+
+def validation_prompts(recipe: TrainRecipe) -> tuple[Prompt, ...]:
+    """What pictures are made of while the run trains. Raises Refused."""
+    table, family = recipe.validation, load_family(recipe.model)
+    if table.path is None:
+        return ()
+    sized = sizes_of(recipe.model, recipe.data.buckets)[0]
+    found = read_prompts(table.path, "crop", sized, key="validation.path", source_counts=family.source_counts)
+    check_sampling(family, table)
+    return found.prompts[: table.max_prompts]
+
+
+def validation_encodings(recipe: TrainRecipe, prompts: Sequence[Prompt]) -> Iterator[Encoding]:
+    family, sampling = load_family(recipe.model), sampling_of(recipe.validation)
+    return (encoding for prompt in prompts for encoding in encodings_for_sampling(family, prompt, sampling))
 
 
 def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
@@ -138,14 +159,15 @@ def run(recipe: TrainRecipe) -> Path:
             (folder.path / "left_out.txt").write_text(examples.left_out() + "\n", encoding="utf-8")
         for name, answer in labelled.records.items():
             write_record(folder.path / name, *answer)
-        encodings = wanted(recipe, roles, examples)
+        shown = validation_prompts(recipe)
+        encodings = chain(wanted(recipe, roles, examples), validation_encodings(recipe, shown))
         what, family = "captions and pictures", load_family(recipe.model)
         manifest = encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, what, say)
         prompts = [found.prompts() for found in examples.named().values()]
         warn_of_unread(family, examples.cache, manifest, chain(*prompts), say)
         group = placement.reserve(needed.roles[:1])
         started.stack.callback(ray.util.remove_placement_group, group)
-        train_until_done(folder, partial(train_once, recipe, started, examples, labelled.swapped, group))
+        train_until_done(folder, partial(train_once, recipe, started, examples, shown, labelled.swapped, group))
         return folder.path
 
 
@@ -153,6 +175,7 @@ def train_once(
     recipe: TrainRecipe,
     started: Started,
     examples: ExampleSets,
+    shown: Sequence[Prompt],
     about_data: Mapping[str, float],
     group: PlacementGroup,
     stack: ExitStack,
@@ -187,10 +210,12 @@ def train_once(
     def evaluate(step: int) -> None:
         tracker.log(step, trainer.evaluate())
 
+    validate = Validation(recipe.model, recipe.validation, shown, examples.cache, trainer, tracker, run.seed)
     refresh_every = recipe.dpo.reference_refresh_every if REFERENCE in learns.sides else 0
     duties = [
         Duty(every=refresh_every, do=lambda step: trainer.refresh(REFERENCE)),
         *([Duty(every=recipe.eval.every, do=evaluate, at_start=True)] if examples.evaluation else []),
+        *([Duty(every=recipe.validation.every, do=validate, at_start=True)] if shown else []),
         *saving(run, folder, source, trainer),
     ]
     train(recipe.trainer.max_train_steps, folder, source, trainer, tracker, duties)

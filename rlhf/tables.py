@@ -252,6 +252,17 @@ class HeldOutConfig(Section):
     """(t, noise) draws per pair, always the same ones."""
 
 
+class ValidationTable(SolverTable):
+    """Pictures that are made while a run trains, always of the same prompts and noise."""
+
+    path: LocalPath | None = None
+    """JSONL like data.path of jobs.online_dpo: image_id, prompt, and image where the model sees one. Unset: none are made."""
+    every: int = Field(100, ge=1)
+    """Steps; also before the first."""
+    max_prompts: int = Field(4, ge=1)
+    """Of the first so many."""
+
+
 class PreprocessConfig(Section):
     encoders: int = Field(1, ge=1)
     """Processes that hold the text encoders and the VAE."""

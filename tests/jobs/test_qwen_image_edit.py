@@ -81,6 +81,8 @@ def changed(model: Path, **export: Path) -> bool:
 def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_path, objective, how, latents):
     buckets = {"areas": [48 * 32, 64 * 64], "step": 16, "min_side": 16, "max_side": 96}
     batches = {"train_batch_size": 2} if latents == "cached" else {}
+    shown = [{"image_id": str(i), "prompt": "warm", "image": write_sources(tmp_path, 40 + i, 1 + i)} for i in range(3)]
+    (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, shown)))
     recipe = train_recipe(
         tmp_path,
         model,
@@ -88,11 +90,15 @@ def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_p
         objective=objective,
         data={"latents": latents, "caption_dropout": 0.3, "buckets": buckets},
         trainer=batches,
+        validation={"path": str(tmp_path / "shown.jsonl"), "every": 2, "steps": 2},
     )
     path = train.run(recipe)
     steps = [row for row in rows_of(path) if "train/loss" in row]
     held_out = [row["eval/loss"] for row in rows_of(path) if "eval/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4] and len(set(held_out)) == 3
+    sheets = sorted(file.name for file in (path / "samples").glob("*.png"))
+    assert sheets == [f"eval_{name}.png" for name in ("base_step_000000", "policy_step_000002", "policy_step_000004")]
+    assert sorted(file.name for file in (path / "samples" / "base").glob("*.png")) == ["1.png", "2.png", "3.png"]
     if objective == "dpo":
         assert steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) != steps[3]["train/loss"]
         assert changed(model, folder=path / "final" / "transformer")
