@@ -63,10 +63,10 @@ def load_trained(family: Family, cls: Any, folder: Path | None, lora: Path | Non
     folder with the modules trained with it.
     """
     model = cls.from_pretrained(folder or family.denoiser_path, dtype=family.dtype)
-    model = quantise_layers(model.requires_grad_(False), family.blocks, family.base)
-    if lora is not None:
+    if lora is not None:  # before, since PEFT gives adapters the dtype of their layer
         load_lora(model, lora, family.denoiser_folder)
-    return model.to(device).eval().requires_grad_(False)
+    model = quantise_layers(model.requires_grad_(False), family.blocks, family.base)
+    return model.to(device).eval()
 
 
 def check_axes(config: Path) -> None:

@@ -125,11 +125,14 @@ def _code_values(base: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def quantise_layers(denoiser: nn.Module, blocks: tuple[type[nn.Module], ...], base: str) -> nn.Module:
-    """Put `QuantisedLinear` in place of every linear layer inside the blocks, filled unless it lies on the meta device."""
+    """Put a `QuantisedLinear` in place of every linear layer inside the blocks but adapters', filled unless on the meta device."""
     if base == "bf16":
         return denoiser
     inside = [block for block in denoiser.modules() if isinstance(block, blocks)]
-    for owner in [module for block in inside for module in block.modules()]:
+    owners = [module for block in inside for module in block.modules()]
+    for owner in owners:
+        if isinstance(owner, nn.ModuleDict):  # PEFT's, of adapters
+            continue
         for name, layer in list(owner.named_children()):
             if type(layer) is not nn.Linear or layer.in_features % 2:
                 continue

@@ -26,6 +26,7 @@ from rlhf.tables import ModelTable
 from rlhf.training.trainer import Trainer
 from rlhf.training_tables import TrainableTable, TrainerConfig
 from tests import worlds
+from tests.rlhf.models.test_lora_layouts import adapters
 
 BASES = tuple(STORED)
 EVERY = pytest.mark.parametrize("base", BASES)
@@ -242,6 +243,27 @@ def test_it_learns_and_a_sampler_predicts_what_the_trainer_does_to_the_bit(two_r
         buffers.load(parameters, buffer, manifest)
     with torch.no_grad():
         assert torch.equal(family.predict(plain, batch.x0["target"], batch.t, batch.condition), prediction)
+
+
+@EVERY
+def test_a_lora_of_a_file_is_applied_to_it_unrounded(kontext, tmp_path, base):
+    """As on a plain base with the weights that the quantised one restores."""
+    lora = tmp_path / "lora.safetensors"
+    plain = on_base(kontext, "flux_kontext", "bf16").load_denoiser("cpu")
+    save_file({name: value / 8 for name, value in adapters(plain).items()}, lora)
+    folder = restored_folder(kontext, tmp_path / "plain", "flux_kontext", base)
+    pairs = worlds.pairs(2)
+    found = []
+    for path, kept, file in ((kontext, base, lora), (folder, "bf16", lora), (kontext, base, None)):
+        family = on_base(path, "flux_kontext", kept)
+        denoiser = family.load_denoiser("cpu", lora=file)
+        with torch.no_grad():
+            found.append(family.predict(denoiser, pairs.x0["winner"], pairs.t, pairs.condition))
+        dtypes = {p.dtype for name, p in denoiser.named_parameters() if "lora_" in name}
+        assert dtypes <= {torch.float32} and not any(p.requires_grad for p in denoiser.parameters())
+    mine, theirs, without = found
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=4 * EPS * 160 * theirs.abs().max().item())
+    assert (mine - without).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("table", [TrainableTable(), TrainableTable(kind="modules", patterns=("norm_out",))])
