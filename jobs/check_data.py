@@ -90,7 +90,8 @@ def described(parts: Sequence[PairIndex], buckets: BucketsTable | None) -> Itera
     yield f"sizes (height × width): {_counted(_size(row['picture_0']) for row in rows)}"
     if buckets is not None:
         sized = Sizes(sizes=tuple(Geometry(height=h, width=w) for h, w in sides(buckets.areas[0], buckets)))
-        found = Counter(sized(row["picture_0"]["height"], row["picture_0"]["width"]) for row in rows)
+        preferred = (row[f"picture_{row['winner']}"] for row in rows)
+        found = Counter(sized(picture["height"], picture["width"]) for picture in preferred)
         counts = ", ".join(f"{size.height} × {size.width} ({count})" for size, count in found.most_common())
         yield f"buckets: {counts}"
     if any(row["sources"] for row in rows):

@@ -60,6 +60,15 @@ class ExampleSets:
         """By the keys of the recipe that say where they are."""
         return {"data.path": self.training} | ({"eval.path": self.evaluation} if self.evaluation else {})
 
+    def bucketed(self, family: Family) -> "ExampleSets":
+        """The same, with what may share a batch worked out. Raises Refused for a prompt that the family does not take."""
+
+        def worked_out(found: ExampleSet) -> ExampleSet:
+            return replace(found, place=replace(found.place, buckets=buckets_of(family, found.prompts())))
+
+        evaluation = self.evaluation and worked_out(self.evaluation)
+        return replace(self, training=worked_out(self.training), evaluation=evaluation)
+
     def report(self) -> str:
         """What there is, and what was left out."""
         other = "the record of an online run"
@@ -105,8 +114,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    found = [replace(one, place=replace(one.place, buckets=buckets_of(family, one.prompts()))) for one in found]
-    sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
+    sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache).bucketed(family)
     size, buckets = recipe.trainer.train_batch_size, sets.training.place.buckets
     if recipe.data.latents == "on_the_fly" and size > 1 and buckets is not None:
         raise Refused(
@@ -174,13 +182,15 @@ def _record(recipe: TrainRecipe, key: str, folder: Path, family: Family, cache: 
     return ExampleSet(place=ExamplesPlace(path=folder, recorded=True))
 
 
-def refuse_other_examples(examples: ExampleSets, folder: RunFolder) -> None:
+def refuse_other_examples(examples: ExampleSets, folder: RunFolder, batch_size: int) -> None:
     """Raise Refused where a run that goes on would train on other examples than it began with.
 
     What an update trains on follows from its number and the index: one row more would be another run.
     """
     index, path, file = examples.training.index, examples.training.place.path, folder.path / "pairs.digest"
     mine = fingerprint(path.parent, [path.name]) if index is None else f"{index.digest()} {len(index.table)}"
+    if examples.training.place.buckets is not None and batch_size > 1:  # which batches there are depends on it
+        mine += f" in batches of {batch_size}"
     if not folder.started:
         write_durably(file, mine)
     elif (began := file.read_text()) != mine:

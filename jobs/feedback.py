@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from actors.feedback import Feedback, read_scores, relabel, score_pairs
@@ -85,10 +84,7 @@ def _relabelled(pairs: ExampleSet, scores: Path, answer: Feedback) -> ExampleSet
     file = scores.with_name(scores.name.replace("scores-", "index-")).with_suffix(".arrow")
     index = _index(pairs).relabelled(answer.winners, answer.scored)
     write_index(file, [index])
-    place = replace(pairs.place, path=file)
-    if place.buckets is not None:
-        place = replace(place, buckets=place.buckets[np.tile(answer.scored, len(place.sizes))])
-    return replace(pairs, place=place, index=index)
+    return replace(pairs, place=replace(pairs.place, path=file), index=index)
 
 
 def scores_file(judges: JudgesConfig, judge: str, pairs: ExampleSet) -> Path:

@@ -93,6 +93,8 @@ class TrainRecipe(Section):
         return [self.data.choice_model] if self.data.choice_model else []
 
     def conflicts(self) -> Iterator[str]:
+        if self.data.buckets and not self.data.buckets.areas:
+            yield from self.data.buckets.unfit(self.model.height * self.model.width, "model.height × model.width")
         if self.objective == "dpo" and self.trainer.timestep_weighting != "none":
             yield f'trainer.timestep_weighting = {self.trainer.timestep_weighting!r} is of objective = "sft": leave it out'
         yield from self.judges.unusable(self.judge_names, "data.choice_model")

@@ -143,6 +143,7 @@ def run(recipe: TrainRecipe) -> Path:
     check_cards(recipe, needed.roles, objective(recipe))
     with ExitStack() as stack:
         stack.enter_context(cluster(recipe.cluster, namespace=recipe.run.name))  # the check needs it, and no folder yet
+        shown = validation_prompts(recipe)
         examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))
         say(examples.report())
         recipe = ended_by_epochs(recipe, examples)
@@ -151,15 +152,14 @@ def run(recipe: TrainRecipe) -> Path:
         folder, labelled = started.folder, Labelled(examples=examples)
         if judge := recipe.data.choice_model:
             labelled = relabel_by_judge(recipe.judges, recipe.serve, judge, examples, started.name, say)
-            examples = labelled.examples
+            examples = labelled.examples.bucketed(load_family(recipe.model))  # other winners, other sizes
             if examples.evaluation:
                 refuse_too_few(recipe, examples.evaluation)
-        refuse_other_examples(examples, folder)
+        refuse_other_examples(examples, folder, recipe.trainer.train_batch_size)
         if examples.left_out():
             (folder.path / "left_out.txt").write_text(examples.left_out() + "\n", encoding="utf-8")
         for name, answer in labelled.records.items():
             write_record(folder.path / name, *answer)
-        shown = validation_prompts(recipe)
         encodings = chain(wanted(recipe, roles, examples), validation_encodings(recipe, shown))
         what, family = "captions and pictures", load_family(recipe.model)
         manifest = encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, what, say)

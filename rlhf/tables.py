@@ -55,6 +55,10 @@ class ModelTable(Section):
     """Of classifier-free guidance when sampling; a network with embedded guidance is told it in training too. Unset: the
     family's own default."""
 
+    def conflicts(self) -> Iterator[str]:
+        if self.base != "bf16" and self.dtype == "float16":
+            yield f'base = "{self.base}" has scales that float16 cannot hold: set dtype = "bfloat16"'
+
 
 class SizedModelTable(ModelTable):
     height: int = Field(ge=16, multiple_of=8)
@@ -83,6 +87,7 @@ class EvaluatedModelTable(ModelTable):
     width: int | None = Field(None, ge=16, multiple_of=16)
 
     def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
         if (self.height is None) != (self.width is None):
             yield f"height = {self.height} and width = {self.width}: give both or neither"
 
@@ -147,9 +152,16 @@ class BucketsTable(Section):
         if self.min_side > self.max_side:
             yield f"min_side = {self.min_side} is above max_side = {self.max_side}"
         for area in self.areas:
-            if math.isqrt(area) // self.step * self.step < self.min_side:
-                least = (-(-self.min_side // self.step) * self.step) ** 2
-                yield f"areas holds {area}, whose square is below min_side = {self.min_side}: give {least} or more"
+            yield from self.unfit(area, "areas")
+
+    def unfit(self, area: int, key: str) -> Iterator[str]:
+        """What is wrong with an area that `key` gives."""
+        side = math.isqrt(area) // self.step * self.step
+        if side < self.min_side:
+            least = (-(-self.min_side // self.step) * self.step) ** 2
+            yield f"{key} holds {area}, whose square is below min_side = {self.min_side}: give {least} or more, or lower min_side"
+        if side > self.max_side:
+            yield f"{key} holds {area}, whose square is above max_side = {self.max_side}: raise max_side"
 
 
 class PairDataConfig(Section):
@@ -259,8 +271,8 @@ class ValidationTable(SolverTable):
     """JSONL like data.path of jobs.online_dpo: image_id, prompt, and image where the model sees one. Unset: none are made."""
     every: int = Field(100, ge=1)
     """Steps; also before the first."""
-    max_prompts: int = Field(4, ge=1)
-    """Of the first so many."""
+    max_prompts: int = Field(4, ge=1, le=8)
+    """Of the first so many, which is what a sheet shows."""
 
 
 class PreprocessConfig(Section):

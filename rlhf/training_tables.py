@@ -163,6 +163,8 @@ class TrainerConfig(Section):
                 f'optimizer = "prodigy" finds the rate, which learning_rate = {self.learning_rate:g} multiplies: set 1.0, or '
                 "less to go below what it finds"
             )
+        if self.optimizer == "prodigy" and self.scale_lr:
+            yield 'optimizer = "prodigy" finds the rate, which scale_lr would multiply: leave scale_lr out'
         if self.lr_scheduler == "piecewise_constant" and rules is None:
             yield f'lr_scheduler = "piecewise_constant" needs lr_step_rules, {example}'
         if self.lr_scheduler != "piecewise_constant" and rules is not None:

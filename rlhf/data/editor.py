@@ -36,9 +36,12 @@ class Editor:
         **model: Any,
     ):
         """path: a folder in the diffusers layout. denoiser: a trained folder in place of its own. lora: a file or its folder.
-        model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused.
+        model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused, and
+        ValueError for a key or value that a recipe may not have.
         """
         fixed = model.keys() & {"height", "width"}
+        if len(fixed) == 1:
+            raise Refused(f"{next(iter(fixed))} alone: give height and width, or neither")
         self._model = EditModelTable(path=str(path), family=family, **{"size": "fixed" if fixed else "auto"} | model)
         self._family, self._device = check_model(self._model), device
         folder = Path(denoiser) if denoiser else None
@@ -48,7 +51,7 @@ class Editor:
     def edit(
         self, instruction: str, *pictures: str | Path, seed: int = 0, variant: int = 0, **sampling: Any
     ) -> np.ndarray:
-        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises Refused."""
+        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises as above."""
         table = SamplingTable(**{"batch_size": 1} | sampling)
         check_sampling(self._family, table)
         files = []

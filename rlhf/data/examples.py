@@ -99,18 +99,19 @@ class PairIndex:
 
     def examples(self, rows: range, sized: Sized) -> Iterator[Example]:
         """The pairs of some rows, read some thousands at a time. Roles come in the order of the two pictures; one alone is a
-        target. sized: of the prompts, by the first of the two.
+        target. sized: of the prompts, by the winner.
         """
         for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
             for row in self.table.slice(start, min(ROWS_AT_ONCE, rows.stop - start)).to_pylist():
                 source = partial(_source, self.blocks[row["block"]], row["row"], row["number"])
                 roles = ("winner", "loser") if row["winner"] == 0 else ("loser", "winner")
                 sides = enumerate(roles if row["picture_1"] else ("target",))
+                preferred = row[f"picture_{row['winner']}"]
                 prompt = Prompt(
                     key=row["image_id"] or str(row["number"]),
                     instruction=row["caption"],
                     sources=tuple(map(source, row["sources"])),
-                    geometry=sized(row["picture_0"]["height"], row["picture_0"]["width"]),
+                    geometry=sized(preferred["height"], preferred["width"]),
                 )
                 yield Example(
                     prompt=prompt,

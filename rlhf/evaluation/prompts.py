@@ -7,6 +7,7 @@ pictures, or a .txt file with one prompt a line (blank lines are nothing). Every
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from rlhf.data.checks import check_file, no_rows, refuse
 from rlhf.data.prompts import Prompts, read_items, read_prompts
@@ -44,7 +45,8 @@ def weight_problems(tuned: WeightsTable, family: Family) -> list[Problem]:
             return [replace(whole(tuned.denoiser, what, remedy), field="tuned.denoiser")]
     if tuned.lora is not None:
         try:
-            check_lora(Path(tuned.lora), family.empty_denoiser(family.dtype), family.denoiser_folder)
+            plain = cast(Family, replace(cast(Any, family), base="bf16"))  # a base is quantised after a LoRA is read
+            check_lora(Path(tuned.lora), plain.empty_denoiser(family.dtype), family.denoiser_folder)
         except Misfit as error:
             return [replace(whole(error.file, error.what, error.remedy), field="tuned.lora")]
     return []

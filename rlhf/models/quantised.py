@@ -125,7 +125,7 @@ def _code_values(base: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def quantise_layers(denoiser: nn.Module, blocks: tuple[type[nn.Module], ...], base: str) -> nn.Module:
-    """Put a `QuantisedLinear` in place of every linear layer inside the blocks but adapters', filled unless on the meta device."""
+    """Put a `QuantisedLinear` in place of every linear layer inside the blocks, adapters' apart; unless on meta it is filled."""
     if base == "bf16":
         return denoiser
     inside = [block for block in denoiser.modules() if isinstance(block, blocks)]

@@ -104,13 +104,12 @@ class RunFolder:
         vN+1 too, which goes on from there, and is resumed when the same is asked for again. Raises RunInUse, and Refused naming
         every key by which `config_toml`, the resolved configuration, may not differ from a resumed run's.
         """
-        source = _named(resume)
         if fault := name_fault(name):
             raise Refused(f"run.name = {name!r} {fault}")
         parent = made(Path(root) / name, "run.dir")
         with (parent / "claim.lock").open("a") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
-            path = _next(parent, resume)
+            path, source = _decide(parent, resume, config_toml)
             path.mkdir(exist_ok=True)
             lock = _lock(path)
             try:
@@ -123,13 +122,9 @@ class RunFolder:
     def foreseen(cls, root: Path | str, name: str, config_toml: str, resume: str = "auto") -> str:
         """What `claim` would do, in words. Raises Refused where it would, but for a live driver."""
         check_place(Path(root) / name, "run.dir")
-        source = _named(resume)
-        path = _next(Path(root) / name, resume)
-        if not _started(path) and source:
-            _refuse_changes(source.parent, config_toml)
-            return f"would begin in {path} from {source}"
+        path, source = _decide(Path(root) / name, resume, config_toml)
         if not _started(path):
-            return f"would begin in {path}"
+            return f"would begin in {path}{f' from {source}' if source else ''}"
         _refuse_changes(path, config_toml)
         return f"would go on in {path} from step {max(_checkpoints(path, committed=True), default=0)}"
 
@@ -144,7 +139,7 @@ class RunFolder:
         else:
             write_durably(config, config_toml)
         if source and not any(_checkpoints(path, committed=True)):
-            _begin_from(path, source, config_toml)
+            _begin_from(path, source)
             started = True
         number = path / "epoch"
         resumed = number.exists()
@@ -257,15 +252,23 @@ def _named(resume: str) -> Path | None:
         return None
     path = Path(resume).expanduser().absolute()
     if not (path / "COMMITTED").is_file() or not re.fullmatch(r"checkpoint_\d+", path.name):
-        there = sorted(f"checkpoint_{step:06d}" for step in _checkpoints(path.parent, committed=True))
-        found = f"{path.parent} holds {', '.join(there)}" if there else "there is none beside it"
+        there = sorted(str(path.parent / one) for one in _names(path.parent)) or sorted(
+            str(path / one) for one in _names(path)
+        )
+        found = f"there are {', '.join(there)}" if there else "give the path of one, RUN/vN/checkpoint_000100"
         raise Refused(f'run.resume = {resume!r} is no committed checkpoint; {found}; or give "auto" or "never"')
+    if not (path.parent / "config.toml").is_file():
+        raise Refused(f"run.resume = {resume!r}: its run's config.toml is not beside it; give it where it was written")
     return path
 
 
-def _begin_from(path: Path, source: Path, config_toml: str) -> None:
-    """Give a new run's folder a checkpoint of another, linked where that can be, and the rows up to it. Raises Refused."""
-    _refuse_changes(source.parent, config_toml)
+def _names(run: Path) -> list[str]:
+    """Of a run's committed checkpoints."""
+    return [f"checkpoint_{step:06d}" for step in _checkpoints(run, committed=True)]
+
+
+def _begin_from(path: Path, source: Path) -> None:
+    """Give a new run's folder a checkpoint of another, linked where that can be, and the rows up to it."""
     write_durably(path / BEGUN_FROM, str(source))
     step, target = int(source.name.removeprefix("checkpoint_")), path / source.name
     shutil.rmtree(target, ignore_errors=True)
@@ -287,16 +290,20 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _next(parent: Path, resume: str) -> Path:
-    """The folder that a run writes to: the newest vN if it is unfinished and may be resumed, else the one after it."""
+def _decide(parent: Path, resume: str, config_toml: str) -> tuple[Path, Path | None]:
+    """The folder that a run writes to, and the checkpoint that it begins with where it is new; None: with none.
+
+    The newest vN if it is unfinished and may be resumed, else the one after it. Raises Refused.
+    """
+    if source := _named(resume):
+        _refuse_changes(source.parent, config_toml)
     there = parent.iterdir() if parent.exists() else ()
     newest = max((int(path.name[1:]) for path in there if re.fullmatch(r"v\d+", path.name)), default=0)
     path = parent / f"v{newest}"
-    source = _named(resume)
     begun = path / BEGUN_FROM
     other = source is not None and not (begun.exists() and begun.read_text() == str(source))
     over = path.exists() and (resume == "never" or other or (path / "final").exists())
-    return parent / f"v{newest + 1}" if over else path
+    return parent / f"v{newest + 1}" if over else path, source
 
 
 def _started(path: Path) -> bool:

@@ -35,7 +35,8 @@ class Prodigy(Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= _begun(parameter)
-        first = self.state[parameters[0]]
+        shared = (self.state[parameter] for parameter in parameters if "d" in self.state[parameter])
+        first = next(shared, self.state[parameters[0]])
         if "d" not in first:  # kept beside one parameter, since they are of all
             for name, value in (("d", D0), ("distance", 0.0)):
                 first[name] = zeros((1,), device_mesh=parameters[0].device_mesh, placements=[Replicate()])

@@ -108,14 +108,54 @@ def test_fragments_are_put_over_a_whole_file(tmp_path, fragment, expected):
     assert not any("unknown" in line for line in comments)
 
 
-@pytest.mark.parametrize(("name", "base"), [("camenduru/x_fp8_e4m3fn_diffusers", "fp8"), ("eramth/x-4bit-fp4", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "base"), [("camenduru/x_fp8_e4m3fn_diffusers", "fp8"), ("eramth/x-4bit-fp4", "fp4"), ("a/x-4bit", "nf4")]
+)
 def test_a_model_that_is_quantised_already_is_the_plain_one_on_such_a_base(tmp_path, name, base):
     text = f"model: {{pretrained_model_name_or_path: {name}}}\ntrain: {{trainer: FluxKontext}}"
     recipe, comments = convert(tmp_path, WHOLE, text)
     assert (recipe.model.family, recipe.model.path) == ("flux_kontext", "data/flux.1-kontext-dev")
-    assert recipe.model.base in (base, "fp4") and any(
-        "is quantised, and such files are not read" in line for line in comments
+    assert recipe.model.base == base and any("is quantised, and such files are not read" in line for line in comments)
+
+
+def test_a_quantised_2509_is_a_2509(tmp_path):
+    recipe, _ = convert(
+        tmp_path, "model: {pretrained_model_name_or_path: someone/Qwen-Image-Edit-2509-4bit, quantize: true}"
     )
+    assert (recipe.model.path, recipe.model.base) == ("data/qwen-image-edit-2509", "nf4")
+
+
+def test_qfluxs_own_defaults_hold_where_its_file_says_nothing(tmp_path):
+    recipe, _ = convert(tmp_path, "optimizer: {class_path: bitsandbytes.optim.Adam8bit}")
+    data, trainer = recipe.data, recipe.trainer
+    assert (data.hflip, data.caption_dropout, data.mask_weight) == (False, 0.0, 1.0)
+    assert (trainer.train_batch_size, trainer.gradient_accumulation_steps, trainer.weight_decay) == (1, 1, 0.0)
+    plain, _ = convert(tmp_path, "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1}}")
+    assert (plain.trainer.sgd_momentum, plain.trainer.weight_decay) == (0.0, 0.0)
+
+
+def test_what_its_shipped_files_hold_too(tmp_path):
+    """null, a size inside the processor, half a cosine, no precision, a data set of the hub."""
+    text = """
+model: {lora: {pretrained_weight: null, init_lora_weights: gaussian}}
+data:
+  init_args:
+    dataset_path: [{repo_id: someone/faces, split: train}]
+    image_size: null
+    processor: {class_path: x.y, init_args: {target_size: [832, 576], controls_size: [[512, 512]], process_type: resize}}
+train: {mixed_precision: no}
+lr_scheduler: {scheduler_type: cosine, warmup_steps: 50, num_cycles: 0.5, power: 1.0}
+loss: {mask_loss: true, class_path: a.b}
+"""
+    recipe, comments = convert(tmp_path, text)
+    assert recipe.trainable.init == "gaussian" and recipe.trainable.start is None
+    assert (recipe.model.height, recipe.model.width, recipe.model.dtype) == (832, 576, "float32")
+    assert recipe.data.path == "data/faces" and recipe.data.mask_weight == 2.0
+    assert "# download it first: hf download someone/faces --repo-type dataset --local-dir data/faces" in comments
+    assert any("num_cycles = 0.5 has no counterpart" in line for line in comments)
+    assert not any("unknown" in line for line in comments)
+    constant, _ = convert(tmp_path, "lr_scheduler: {scheduler_type: constant, warmup_steps: 50}")
+    assert constant.trainer.lr_warmup_steps == 0
 
 
 def test_what_is_not_in_a_fragment_is_asked_for_and_what_is_unknown_is_named(tmp_path):
@@ -134,7 +174,7 @@ def test_what_is_not_in_a_fragment_is_asked_for_and_what_is_unknown_is_named(tmp
         ("optimizer: {class_path: torch.optim.Lion}", r"optimizer\.class_path = 'torch\.optim\.Lion' is none of AdamW"),
         ("train: {mixed_precision: int7}", r"train\.mixed_precision = 'int7': give bf16"),
         ("train: {max_train_steps: many}", r"the files make no recipe:\n  trainer\.max_train_steps: .*valid integer"),
-        ("data: {init_args: {image_size: 7}}", r"image_size = 7: give \[height, width\]"),
+        ("data: {init_args: {image_size: 7}}", r"target_size = 7: give \[height, width\]"),
     ],
 )
 def test_what_makes_no_recipe_is_refused(tmp_path, text, says):

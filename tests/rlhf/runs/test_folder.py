@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -399,10 +400,24 @@ def test_a_start_that_broke_off_while_it_copied_begins_again(claim, monkeypatch)
 
 def test_another_configuration_cannot_go_on_from_there(claim, tmp_path):
     first = two_checkpoints(claim)
+    there = sorted(first.parent.iterdir())
     with pytest.raises(Refused, match="was started with another configuration"):
         RunFolder.claim(
             tmp_path, "demo", CONFIG + "\n[trainer]\nmax_train_steps = 9\n", str(first / "checkpoint_000002")
         )
+    assert sorted(first.parent.iterdir()) == there, "a folder that was made would be resumed by the next plain command"
+
+
+def test_a_runs_own_folder_is_answered_with_its_checkpoints_and_a_copy_with_what_it_lacks(claim, tmp_path):
+    first = two_checkpoints(claim)
+    with pytest.raises(
+        Refused, match=r"no committed checkpoint; there are .*v0/checkpoint_000002, .*checkpoint_000004"
+    ):
+        claim(resume=str(first))
+    copy = tmp_path / "backup" / "checkpoint_000002"
+    shutil.copytree(first / "checkpoint_000002", copy)
+    with pytest.raises(Refused, match=r"config\.toml is not beside it; give it where it was written"):
+        claim(resume=str(copy))
 
 
 @pytest.mark.parametrize("where", ["checkpoint_000003", "final", "checkpoint_000002/state", "nothing"])
@@ -410,4 +425,4 @@ def test_what_is_no_checkpoint_is_refused_with_those_that_are_there(claim, where
     first = two_checkpoints(claim)
     with pytest.raises(Refused, match=r"run\.resume = '.*' is no committed checkpoint; ") as told:
         claim(resume=str(first / where))
-    assert ("holds checkpoint_000002, checkpoint_000004" in str(told.value)) == ("/" not in where)
+    assert (f"{first}/checkpoint_000002, {first}/checkpoint_000004" in str(told.value)) == ("/" not in where)
