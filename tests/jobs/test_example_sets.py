@@ -59,5 +59,5 @@ def test_where_batches_are_made_of_kinds_their_size_may_not_change(stable_diffus
         if may:
             refuse_other_examples(examples, again, 4)
         else:
-            with pytest.raises(Refused, match="in batches of 2, are .* in batches of 4"):
+            with pytest.raises(Refused, match=r"in batches of 2, are .* in batches of 4"):
                 refuse_other_examples(examples, again, 4)
