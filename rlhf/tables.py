@@ -141,7 +141,7 @@ class DataConfig(Section):
 class BucketsTable(Section):
     """Each example is trained at the bucket whose aspect is nearest to its target's; a batch holds one bucket."""
 
-    areas: tuple[int, ...] = ()
+    areas: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Pixels, at most; unset: model.height × model.width. Of several, every example is trained at each."""
     step: int = Field(64, ge=16, multiple_of=16)
     """Pixels that every side is a multiple of."""

@@ -161,7 +161,7 @@ class TrainerConfig(Section):
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             yield (
                 f'optimizer = "prodigy" finds the rate, which learning_rate = {self.learning_rate:g} multiplies: set 1.0, or '
-                "less to go below what it finds"
+                "down to 0.1 to stay below what it finds"
             )
         if self.optimizer == "prodigy" and self.scale_lr:
             yield 'optimizer = "prodigy" finds the rate, which scale_lr would multiply: leave scale_lr out'

@@ -53,6 +53,7 @@ class TabledFamily:
     denoiser_path: Path
     finishes: bool = True
     dtype: torch.dtype = torch.bfloat16
+    base: ClassVar = "bf16"
     process: ClassVar = RectifiedFlow()
     blocks: ClassVar = (Mixing,)
     lora_targets: ClassVar = ("mix",)
