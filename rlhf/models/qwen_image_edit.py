@@ -14,13 +14,11 @@ Shapes: B batch, C latent channels (16), H W pixels, h w latents (H/8, W/8), L t
 """
 
 import math
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-from unicodedata import normalize
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
@@ -45,47 +43,12 @@ from rlhf.models.folder import (
 )
 from rlhf.models.packing import pack, unpack
 from rlhf.models.quantised import Base, quantise_layers
+from rlhf.models.qwen_prompts import RESERVED, TEXT_TOKENS, VERSIONS, Version, padded, padded_text, put
 from rlhf.shards.files import AGAIN, read_json
 from rlhf.types import CENTRE, Condition, Encoded, Encoding, Geometry, Prompt, Source
 
-TURN = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
-END = "<|im_end|>\n<|im_start|>assistant\n"
-PAINT = TURN.format(
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects and "
-    "background:"
-)
-EDIT = TURN.format(
-    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how the "
-    "user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while "
-    "maintaining consistency with the original input where appropriate."
-)
-"""What the models were trained to read before an instruction, word for word, without sources and with them. It is not kept."""
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-RESERVED = re.compile(r"<\|\w+\|>")
-TEXT_TOKENS = (128, 256, 512, 1024)
-"""What a text is padded to: the first that cannot be too short. Tokens beyond the last are cut off."""
-READ_AREA = 384**2
-"""Pixels of a source as -2509 and later read it."""
 STEP, PATCH = 32, 2
 """Pixels that a source's sides are multiples of; latents along one side of a token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """How one of diffusers' pipelines puts a prompt."""
-
-    most_sources: int
-    numbered: bool = False
-    """Whether "Picture 1: ", … stands before each source."""
-    read_area: int | None = None
-    """Most pixels of a source as it is read; None: those of what is generated."""
-
-
-VERSIONS = {
-    "QwenImagePipeline": Version(most_sources=0),
-    "QwenImageEditPipeline": Version(most_sources=1),
-    "QwenImageEditPlusPipeline": Version(most_sources=3, numbered=True, read_area=READ_AREA),
-}
 
 
 class Bucket(NamedTuple):
@@ -290,15 +253,15 @@ class QwenImageEdit:
         """
         assert isinstance(bucket, Bucket)
         read, longest = self.tokens_read(bucket.read), max(len(row[0]["prompt_embeds"]) for row in rows)
-        length = read + max(bucket.text, _padded(longest - read))
+        length = read + max(bucket.text, padded(longest - read))
 
-        def padded(embeds: Tensor) -> dict[str, Tensor]:
+        def filled(embeds: Tensor) -> dict[str, Tensor]:
             there = torch.arange(length, device=embeds.device) < len(embeds)
             return {"prompt_embeds": pad(embeds, (0, 0, 0, length - len(embeds))), "prompt_mask": there}
 
         prompts, *sources = zip(*rows, strict=True)
         pictures = {f"source_{i}": stacked(some)["latents"] for i, some in enumerate(sources)}
-        return stacked([padded(row["prompt_embeds"]) for row in prompts]) | pictures
+        return stacked([filled(row["prompt_embeds"]) for row in prompts]) | pictures
 
     # --- predictions
 
@@ -347,19 +310,6 @@ class QwenImageEdit:
         return unpack(both * length, *x_t.shape[-2:])
 
 
-def padded_text(instruction: str, sources: int) -> int:
-    """Tokens that are surely enough for an instruction with what stands around it and its sources, whose own are not counted.
-
-    A token is a byte or more, whatever the vocabulary, so that no tokenizer is asked.
-    """
-    around = END + f"Picture 1: {PICTURE}" * sources
-    return _padded(len(normalize("NFC", instruction).encode()) + len(around.encode()))
-
-
-def _padded(tokens: int) -> int:
-    return next((most for most in TEXT_TOKENS if tokens <= most), TEXT_TOKENS[-1])
-
-
 class QwenImageCodec:
     """The vision-language model and the VAE of a folder, frozen."""
 
@@ -394,11 +344,7 @@ class QwenImageCodec:
 
     def _encode_prompt(self, encoding: Encoding, media: Sequence[Tensor]) -> Encoded:
         images = [picture[0].movedim(-1, 0) for picture in media]
-        before = EDIT if images else PAINT
-        shown = [
-            f"Picture {i}: {PICTURE}" if self.family.version.numbered else PICTURE for i in range(1, len(images) + 1)
-        ]
-        text = "".join((before, *shown, encoding.text or "", END))
+        before, text = put(encoding.text or "", len(images), self.family.version)
         if images:
             given = self._processor(text=[text], images=images, return_tensors="pt")
         else:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from rlhf.models.qwen_image_edit import EDIT, END, PAINT
+from rlhf.models.qwen_prompts import EDIT, END, PAINT
 
 MARKS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 WORDS = 2_000

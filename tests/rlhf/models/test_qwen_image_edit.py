@@ -20,7 +20,8 @@ from rlhf.data.media import fit_image
 from rlhf.errors import Refused
 from rlhf.models.family import sample_batch
 from rlhf.models.packing import pack, unpack
-from rlhf.models.qwen_image_edit import EDIT, END, PAINT, READ_AREA, padded_text, resized
+from rlhf.models.qwen_image_edit import resized
+from rlhf.models.qwen_prompts import EDIT, END, PAINT, READ_AREA, padded_text
 from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from rlhf.tables import SamplingTable
 from rlhf.types import Encoding, Geometry, Prompt, Source, noise_from
