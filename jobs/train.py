@@ -100,19 +100,13 @@ def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
     trainer = recipe.trainer
     if trainer.epochs is None:
         return recipe
-    place = examples.training.place
-    stream = PairStream(
-        block_sizes=(examples.training.count,),
-        data=recipe.data,
-        seed=0,
-        batch_size=trainer.train_batch_size,
-        buckets=place.buckets,
-    )
-    count = stream.epoch
-    steps = math.ceil(trainer.epochs * count / trainer.pairs_per_step)
-    say(
-        f"{trainer.epochs} epochs of {count} examples are {steps} updates; trainer.max_train_steps = {trainer.max_train_steps}"
-    )
+    count, buckets = examples.training.count, examples.training.place.buckets
+    size = trainer.train_batch_size
+    stream = PairStream(block_sizes=(count,), data=recipe.data, seed=0, batch_size=size, buckets=buckets)
+    repeated = f" ({stream.epoch - count} repeated to fill batches)" if stream.epoch > count else ""
+    steps = math.ceil(trainer.epochs * stream.epoch / trainer.pairs_per_step)
+    most = f"trainer.max_train_steps = {trainer.max_train_steps}"
+    say(f"{trainer.epochs} epochs of {count} examples{repeated} are {steps} updates; {most}")
     fewer = trainer.model_copy(update={"max_train_steps": min(steps, trainer.max_train_steps)})
     return recipe.model_copy(update={"trainer": fewer})
 

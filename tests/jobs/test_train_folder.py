@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -75,6 +76,19 @@ def test_epochs_and_steps_end_a_run_whichever_are_less(tmp_path, epochs, most, s
     half = recipe(tmp_path, **limits | {"trainer.train_batch_size": 3})  # 20 are no multiple of 3
     if epochs == 1:
         assert train.ended_by_epochs(half, checked(half)).trainer.max_train_steps == 7
+
+
+def test_examples_that_are_repeated_to_fill_batches_count_in_an_epoch_and_are_told(tmp_path, capsys):
+    lay_out(tmp_path / "world")
+    config = recipe(tmp_path, **{"trainer.epochs": 1})
+    found = checked(config)
+    kinds = np.array(
+        [0] * 17 + [1] * 3, np.int32
+    )  # a batch of 4 holds one kind: 20 places of the first and 4 of the second
+    sorted_out = replace(found, training=replace(found.training, place=replace(found.training.place, buckets=kinds)))
+    assert config.trainer.train_batch_size == 4 == config.trainer.pairs_per_step
+    assert train.ended_by_epochs(config, sorted_out).trainer.max_train_steps == 6
+    assert "1 epochs of 20 examples (4 repeated to fill batches) are 6 updates" in capsys.readouterr().out
 
 
 def test_preferences_cannot_be_learnt_from_a_folder_of_targets(tmp_path):
