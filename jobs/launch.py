@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 
 import psutil
 import ray
@@ -31,6 +32,7 @@ from rlhf.tables import RunConfig
 from rlhf.training_tables import TrainerConfig
 from serve_apps import deploy
 
+SETTLES_S = 5
 TRAINER_REBUILDS = 3
 """Times that a lost trainer group is rebuilt without a new commit in between before the run gives up."""
 
@@ -88,6 +90,22 @@ def free_resources(config: ClusterConfig) -> dict[str, float]:
     }
 
 
+def settled(roles: Sequence[Role], config: ClusterConfig) -> dict[str, float]:
+    """What is free, as soon as it is enough for the roles: Ray counts what a task took for a moment after its end, and the check
+    of the examples has only just ended. SETTLES_S later whatever is free.
+    """
+    ends = monotonic() + SETTLES_S
+    while True:
+        free = free_resources(config)
+        try:
+            placement.check(roles, free)
+            return free
+        except placement.NotEnoughResources:
+            if monotonic() > ends:
+                return free
+        sleep(0.1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run needs of the machines."""
@@ -134,7 +152,7 @@ def launch(run: RunConfig, plan: Plan, config: ClusterConfig, recipe: str) -> It
         running = serve.status().applications if any(role.judge for role in plan.roles) else {}
         # Not the judges that an earlier start of this run left behind.
         needed = [role for role in plan.roles if not (role.judge and deploy.app_name(name, role.judge) in running)]
-        free = free_resources(config)
+        free = settled(needed, config)
         say(placement.table(needed, free))
         placement.check(needed, free)
         placement.check_shared("run.dir", folder.path)

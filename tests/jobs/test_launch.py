@@ -2,7 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import ray
+
+from actors.placement import Role
+from jobs import launch
+from rlhf.section import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WAITS = """
@@ -34,3 +41,25 @@ def test_sigterm_ends_a_wait_in_order():
     assert (
         "stopped; the same command goes on from the last checkpoint" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+def test_what_an_ended_task_took_is_waited_for_and_what_is_too_much_is_still_refused(cluster, monkeypatch):
+    """The cluster's CPUs are all but taken for a second."""
+    cpus = ray.cluster_resources()["CPU"]
+    config = ClusterConfig(num_cpus=cpus, object_store_memory=100_000_000)
+
+    @ray.remote(num_cpus=cpus)
+    def hold():
+        time.sleep(1)
+
+    def role(num_cpus):
+        return Role(kind="trainer", name="trainer rank", count=1, num_cpus=num_cpus, num_gpus=0.0, nbytes=0)
+
+    held = hold.remote()
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) >= cpus and time.monotonic() < until:
+        time.sleep(0.02)
+    assert launch.settled([role(cpus)], config)["CPU"] == cpus
+    ray.get(held, timeout=60)
+    monkeypatch.setattr(launch, "SETTLES_S", 0.2)
+    assert launch.settled([role(cpus + 1)], config)["CPU"] == cpus
