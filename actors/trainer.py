@@ -7,7 +7,7 @@ the source (`sources.py`). Left out: building a new group after `TrainerLost`, w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,14 +23,14 @@ from rlhf.data.cache import EncodingCache
 from rlhf.data.sampler import sample_prompts
 from rlhf.data.work import Work
 from rlhf.diffusion.objectives import Objective
-from rlhf.models import load_family
+from rlhf.models import load_family, lora_files
 from rlhf.models.trainable import Trainable
 from rlhf.runs.folder import Fence
 from rlhf.shards import distributed
 from rlhf.tables import ModelTable, RunConfig, SamplingTable
-from rlhf.training.trainer import Trainer
+from rlhf.training.trainer import EMA, Trainer
 from rlhf.training_tables import TrainerConfig
-from rlhf.types import Prompt
+from rlhf.types import POLICY, Prompt
 
 
 class TrainerLost(RankLost):
@@ -101,10 +101,15 @@ class TrainerWorker(Rank):
 
     def export(self, folder: Path) -> None:
         """`transformer/` and `ema_transformer/` (of a LoRA `lora/` and `ema_lora/`, and so on) inside `folder`."""
-        dtype, kind = getattr(torch, self._setup.run.export_dtype), self.trainer.trainable.folder(self.trainer.family)
-        self.trainer.export(folder / kind, dtype=dtype)
-        if self.trainer.ema:
-            self.trainer.export(folder / f"ema_{kind}", which="ema", dtype=dtype)
+        trainer, run = self.trainer, self._setup.run
+        dtype, kind = getattr(torch, run.export_dtype), trainer.trainable.folder(trainer.family)
+        written = {kind: POLICY} | ({f"ema_{kind}": EMA} if trainer.ema else {})
+        for name, which in written.items():
+            trainer.export(folder / name, which=which, dtype=dtype)
+        if trainer.rank == 0:
+            for name, layout in product(written, run.lora_layouts):
+                tensors = lora_files.converted(trainer.family, folder / name, layout)
+                lora_files.write(tensors, folder / f"{name}_{layout}.safetensors", dtype)
 
 
 class TrainerGroup:

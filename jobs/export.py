@@ -7,22 +7,19 @@ a folder in the diffusers layout. One process, on the CPU, without Ray.
 
 import argparse
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from jobs.cli import run_main, say
 from jobs.report import newest
 from rlhf.errors import Refused, last_line
 from rlhf.models.checks import check_model
 from rlhf.models.family import Family
-from rlhf.models.lora import MODULES_FILE, file_of, read_lora
-from rlhf.models.lora_layouts import Layout, from_diffusers, layers_of
-from rlhf.runs.durable import durable
+from rlhf.models.lora import file_of
+from rlhf.models.lora_files import check_layout, converted, write
+from rlhf.models.lora_layouts import Layout
 from rlhf.runs.folder import check_place, made
 from rlhf.tables import ModelTable
 
@@ -52,7 +49,9 @@ def main() -> None:
     lora, model = found(given.run.absolute(), given.model, given.family)
     try:
         family = check_model(model)
-        tensors = None if merged else converted(family, lora, given.layout or "diffusers")
+        layout: Literal["diffusers"] | Layout = given.layout or "diffusers"
+        check_layout(family, layout, "--layout")
+        tensors = None if merged else converted(family, lora, layout)
         made(out.parent, "--out")
         if tensors is None:
             merge(family, lora, out, getattr(torch, given.dtype))
@@ -84,27 +83,6 @@ def found(path: Path, model: Path | None, family: str) -> tuple[Path, ModelTable
         raise Refused(
             f"{config} names no model ({last_line(error)}): give the LoRA itself, {loras[0]}, and --model"
         ) from error
-
-
-def converted(family: Family, lora: Path, layout: Literal["diffusers"] | Layout) -> dict[str, Tensor]:
-    """A LoRA in a layout. Raises Refused for one that does not fit, or that was trained together with modules."""
-    if (lora / MODULES_FILE).is_file():
-        raise Refused(f"{lora} holds whole modules beside the LoRA, which no other layout has: give --form merged")
-    denoiser = family.empty_denoiser(torch.float32)
-    tensors = read_lora(denoiser, lora, family.denoiser_folder)
-    if layout != "diffusers":
-        if not layers_of(denoiser):
-            known = f"--layout {layout} is known of FLUX and Qwen-Image"
-            raise Refused(f"{known}, not of a {type(denoiser).__name__}: give diffusers")
-        tensors = from_diffusers(tensors, denoiser, family.denoiser_folder, layout)
-    return tensors
-
-
-def write(tensors: Mapping[str, Tensor], out: Path, dtype: torch.dtype) -> None:
-    """alpha stays in float32, which knows every rank."""
-    written = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in tensors.items()}
-    with durable(out) as partial:
-        save_file({key: value.contiguous() for key, value in written.items()}, partial)
 
 
 def merge(family: Family, lora: Path, out: Path, dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ from rlhf.diffusion.process import with_times
 from rlhf.loops.train import Duty, evaluation, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model, check_sampling
+from rlhf.models.lora_files import check_layout
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompts
 from rlhf.training.optimizers import check_optimizer
@@ -65,6 +66,8 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
     """What can be refused before anything starts. Raises Refused."""
     family = load_family(recipe.model)
     load_trainable(recipe.trainable, family).begun(family)
+    for layout in recipe.run.lora_layouts:
+        check_layout(family, layout, "run.lora_layouts")
     with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     check_optimizer(recipe.trainer.optimizer)
     check_sampling(family, recipe.sampling)

@@ -45,6 +45,7 @@ class OnlineDPORecipe(Section):
         return [*self.reward.names, *(["filter"] if self.judges.filter.enabled else [])]
 
     def conflicts(self) -> Iterator[str]:
+        yield from _layouts_of_no_lora(self.run, self.trainable)
         yield from _without_items("the reward", self.reward.names, self.judges, self.data.item_metadata)
         yield from self.reward.unfilled(self.data.item_metadata)
         if self.trainer.epochs is not None:
@@ -93,6 +94,7 @@ class TrainRecipe(Section):
         return [self.data.choice_model] if self.data.choice_model else []
 
     def conflicts(self) -> Iterator[str]:
+        yield from _layouts_of_no_lora(self.run, self.trainable)
         if self.data.buckets and not self.data.buckets.areas:
             yield from self.data.buckets.unfit(self.model.height * self.model.width, "model.height × model.width")
         if self.objective == "dpo" and self.trainer.timestep_weighting != "none":
@@ -174,6 +176,15 @@ class ServeRecipe(Section):
     def conflicts(self) -> Iterator[str]:
         if not self.judge_names:
             yield "nothing to serve: give a judge its source, e.g. judges.hps.path or judges.filter.path"
+
+
+def _layouts_of_no_lora(run: tables.RunConfig, trainable: TrainableTable) -> Iterator[str]:
+    if run.lora_layouts and (trainable.kind != "lora" or trainable.patterns):
+        chosen = f'trainable.kind = "{trainable.kind}"' + (" with patterns" if trainable.patterns else "")
+        yield (
+            f"run.lora_layouts = {list(run.lora_layouts)!r} are layouts of a LoRA alone, but {chosen} trains other weights: "
+            "leave them out"
+        )
 
 
 def _without_items(asked_by: str, names: Sequence[str], judges: JudgesConfig, items: str | None) -> Iterator[str]:

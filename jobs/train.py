@@ -40,6 +40,7 @@ from rlhf.errors import Refused
 from rlhf.loops.train import Duty, saving, train
 from rlhf.models import load_family
 from rlhf.models.checks import check_model, check_sampling
+from rlhf.models.lora_files import check_layout
 from rlhf.models.trainable import load_trainable
 from rlhf.training.optimizers import check_optimizer
 from rlhf.training_tables import TrainerConfig
@@ -68,6 +69,8 @@ def check(recipe: TrainRecipe) -> None:
     """What can be refused before the rows are read. Raises Refused."""
     family = check_model(recipe.model)
     load_trainable(recipe.trainable, family).begun(family)
+    for layout in recipe.run.lora_layouts:
+        check_layout(family, layout, "run.lora_layouts")
     with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     weighting = recipe.trainer.timestep_weighting
     if weighting != "none" and not isinstance(family.process, RectifiedFlow):

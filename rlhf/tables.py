@@ -30,6 +30,8 @@ class RunConfig(Section):
     """Steps between exports of loadable weights into exports/; 0: only at the end, into final/."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of exported weights: float32 loses nothing that was learnt, the others load at half the size."""
+    lora_layouts: tuple[Literal["comfyui", "kohya"], ...] = ()
+    """In which an exported LoRA is written too, as final/lora_comfyui.safetensors, beside final/lora for diffusers."""
 
     def conflicts(self) -> Iterator[str]:
         if fault := name_fault(self.name):

@@ -159,7 +159,7 @@ def from_diffusers(
     tensors: Mapping[str, Tensor], denoiser: nn.Module, prefix: str, layout: Layout
 ) -> dict[str, Tensor]:
     """A file's tensors, in diffusers' layout with alpha = rank, under another program's names. See the module."""
-    weights = {name: module.weight for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    outputs = {name: module.out_features for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     half = ("lora_A.weight", "lora_B.weight") if layout == "comfyui" else ("lora_down.weight", "lora_up.weight")
     made = dict[str, Tensor]()
     for name, parts in layers_of(denoiser).items():
@@ -169,7 +169,7 @@ def from_diffusers(
         stacked = torch.cat([A for A, _ in adapters.values()])
         rows, column = list[Tensor](), 0
         for part in parts:
-            wide = stacked.new_zeros(weights[part].shape[0], len(stacked))
+            wide = stacked.new_zeros(outputs[part], len(stacked))
             if part in adapters:
                 _, B = adapters[part]
                 wide[:, column : column + B.shape[1]] = B

@@ -225,6 +225,12 @@ def test_rules_between_keys_say_both_values(recipe):
     assert problem.endswith(
         '[trainable]: rank = 8 belongs to LoRA, but kind = "full": set kind = "lora" or leave rank out'
     )
+    for options, chosen in (((), '"full"'), ((*LORA, "--trainable.patterns", '["proj_out"]'), '"lora" with patterns')):
+        [problem] = problems("--config", recipe, "--run.lora_layouts", '["kohya"]', *options)
+        assert problem.endswith(
+            f"run.lora_layouts = ['kohya'] are layouts of a LoRA alone, but trainable.kind = {chosen} trains other weights: "
+            "leave them out"
+        )
 
 
 def test_a_key_without_a_value(recipe):

@@ -113,7 +113,7 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(job, run_folder, tmp
         ((file, "--model", sd, "--family", "stable_diffusion", "--out", out), "keys that are not read"),
         (
             (tmp_path / "unet.safetensors", *of_sd, "--layout", "kohya", "--out", out),
-            "--layout kohya is known of FLUX and Qwen-Image, not of a UNet2DConditionModel",
+            "--layout: kohya is known of FLUX and Qwen-Image, not of a UNet2DConditionModel",
         ),
     ]:
         status, error = job(*arguments)

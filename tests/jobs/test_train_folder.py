@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from actors.checks import in_threads
 from jobs import edit, train
@@ -20,7 +23,10 @@ from jobs.recipes import TrainRecipe
 from jobs.world.data import NEW_EDIT
 from jobs.world.truth import attributes
 from rlhf.errors import Refused
+from rlhf.models.lora import LORA_FILE
+from rlhf.models.lora_layouts import to_diffusers
 from tests.jobs.test_configs import FOLDER
+from tests.rlhf.models.test_lora_layouts import assert_same, deltas
 
 EDITS = 24
 
@@ -56,13 +62,19 @@ def test_a_lora_learns_from_twenty_pairs_to_take_the_colours_away(cluster, tmp_p
     """Seen: the base keeps the vividness of photos that it was not trained on, and the LoRA halves it."""
     world = tmp_path / "world"
     lay_out(world)
-    run = train.run(recipe(tmp_path))
+    run = train.run(recipe(tmp_path, **{"run.lora_layouts": '["comfyui", "kohya"]'}))
     losses = [row["train/loss"] for line in (run / "metrics.jsonl").open() if "train/loss" in (row := json.loads(line))]
     assert len(losses) == 300 and np.mean(losses[-50:]) < 0.7 * np.mean(losses[:10])
     base = edited(world, tmp_path / "base", monkeypatch)
     tuned = edited(world, tmp_path / "tuned", monkeypatch, f"--tuned.lora={run / 'final' / 'lora'}")
     before, after = (attributes(pictures).vividness.numpy() for pictures in (base, tuned))
     assert after.mean() < 0.75 * before.mean() and (after < before).mean() > 0.9
+    expected = deltas(load_file(run / "final" / "lora" / LORA_FILE))
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(world / "kontext/transformer"))
+    for layout in ("comfyui", "kohya"):
+        other = load_file(run / "final" / f"lora_{layout}.safetensors")
+        assert_same(deltas(to_diffusers(other, denoiser, "transformer")), expected)
 
 
 @pytest.mark.parametrize(("epochs", "most", "steps"), [(None, 300, 300), (1, 300, 5), (3, 300, 15), (100, 300, 300)])
