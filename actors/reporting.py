@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a progress line, metric rows, TensorBoard, Ray metrics, and contact sheets.
+"""What a run shows while it runs: a progress line, metric rows, TensorBoard, wandb, Ray metrics, and contact sheets.
 
 Sheets are drawn in a task beside the data, so that the driver never holds a picture.
 """
@@ -21,6 +21,8 @@ from rlhf.errors import last_line
 from rlhf.runs.durable import durable
 from rlhf.runs.sheets import Cell, contact_sheet
 from rlhf.runs.tracking import FileTracker
+from rlhf.runs.wandb_run import WandbRun
+from rlhf.tables import TrackingTable
 from rlhf.types import Pair, Prompt, Score
 
 SHEET_ROWS = 8
@@ -38,8 +40,10 @@ SHOWN = {
 class Reporter:
     """The run's tracker. `resumed_at` is the committed step that it goes on from."""
 
-    def __init__(self, folder: Path, total_steps: int, resumed_at: int | None):
-        self._files = FileTracker(folder, resumed_at=resumed_at)
+    def __init__(self, folder: Path, total_steps: int, resumed_at: int | None, tracking: TrackingTable):
+        self._board = folder / "tensorboard" if "tensorboard" in tracking.report_to else None
+        self._files = FileTracker(folder, resumed_at=resumed_at, board=self._board is not None)
+        self._wandb = WandbRun(folder, tracking.project) if "wandb" in tracking.report_to else None
         self._folder, self._total = folder, total_steps
         self._gauges: dict[str, Gauge] = {}
         self._started = self._last = monotonic()
@@ -55,6 +59,8 @@ class Reporter:
         elif any(name.startswith("eval/") for name in scalars):
             self._say(f"  eval at step {step}: " + ", ".join(f"{n[5:]} {v:.4f}" for n, v in scalars.items()))
         self._files.log(step, scalars)
+        if self._wandb:
+            self._wandb.log(step, scalars)
         for name, value in scalars.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(f"rlhf_{name.replace('/', '_')}", name, tag_keys=("run",))
@@ -89,7 +95,7 @@ class Reporter:
             done, self._sheets = ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0)
             self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
-        self._sheets.append(draw_sheet.remote(file, self._folder / "tensorboard", step, rows, held_out))
+        self._sheets.append(draw_sheet.remote(file, self._board, step, rows, held_out))
 
     def _collect(self, drawn: list[ray.ObjectRef]) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""
@@ -103,11 +109,15 @@ class Reporter:
         """Wait for the last sheets. For the end of a run; one that fails or is stopped does not wait."""
         self._collect(self._sheets)
         self._files.close()
+        if self._wandb:
+            self._wandb.close()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], held_out: bool) -> None:
-    """Draw one contact sheet as PNG and as a TensorBoard image. `rows`: (prompt, [(label, media reference, answer)]).
+def draw_sheet(file: Path, board: Path | None, step: int, rows: list[Any], held_out: bool) -> None:
+    """Draw one contact sheet as PNG and, with a `board`, as a TensorBoard image.
+
+    rows: (prompt, [(label, media reference, answer)]).
 
     held_out: the base's edits are kept as files, since a run that is resumed samples none, and shown beside later ones.
     """
@@ -127,8 +137,9 @@ def draw_sheet(file: Path, board: Path, step: int, rows: list[Any], held_out: bo
     sheet = contact_sheet(cells)
     sheet.save(file)
     shows = file.stem.split("step")[0].strip("_") or "pairs"
-    with SummaryWriter(str(board), filename_suffix=f".{file.stem}") as writer:
-        writer.add_image(f"samples/{shows}", np.asarray(sheet), step, dataformats="HWC")
+    if board:
+        with SummaryWriter(str(board), filename_suffix=f".{file.stem}") as writer:
+            writer.add_image(f"samples/{shows}", np.asarray(sheet), step, dataformats="HWC")
 
 
 def with_base(row: list[Cell], kept: Path, is_base: bool) -> list[Cell]:

@@ -41,6 +41,7 @@ from rlhf.models.checks import check_model, check_sampling
 from rlhf.models.lora_files import check_layout
 from rlhf.models.trainable import load_trainable
 from rlhf.rewards.questions import check_prompts
+from rlhf.runs.wandb_run import check_report_to
 from rlhf.training.optimizers import check_optimizer
 from rlhf.types import REFERENCE, Prompt
 from serve_apps import deploy
@@ -70,6 +71,7 @@ def check(recipe: OnlineDPORecipe, data: Data) -> None:
         check_layout(family, layout, "run.lora_layouts")
     with_times(family.process, recipe.trainer.timesteps, recipe.trainer.timestep_shift)
     check_optimizer(recipe.trainer.optimizer)
+    check_report_to(recipe.tracking.report_to)
     check_sampling(family, recipe.sampling)
     check_buckets(family, data.training, recipe.trainer.train_batch_size)
     check_buckets(family, data.held_out, batch_size=1)
@@ -165,7 +167,7 @@ def train_once(
 ) -> None:
     """The loop on a trainer group of its own, from the last commit to the end."""
     folder, run, trainer_table = started.folder, recipe.run, recipe.trainer
-    tracker = Reporter(folder.path, trainer_table.max_train_steps, folder.last_committed())
+    tracker = Reporter(folder.path, trainer_table.max_train_steps, folder.last_committed(), recipe.tracking)
     setup = RankSetup(
         model=recipe.model,
         trainer=trainer_table,

@@ -24,6 +24,7 @@ class OnlineRunConfig(tables.RunConfig):
 
 class OnlineDPORecipe(Section):
     run: OnlineRunConfig = OnlineRunConfig()
+    tracking: tables.TrackingTable = tables.TrackingTable()
     model: tables.TrainedEditModelTable
     data: tables.DataConfig
     sampling: tables.SamplingTable = tables.SamplingTable()
@@ -76,6 +77,7 @@ class TrainRecipe(Section):
     objective: Literal["dpo", "sft"] = "dpo"
     """`sft` trains on the winners alone, without a reference."""
     run: OfflineRunConfig = OfflineRunConfig()
+    tracking: tables.TrackingTable = tables.TrackingTable()
     model: tables.SizedModelTable
     data: tables.PairDataConfig
     eval: tables.HeldOutConfig = tables.HeldOutConfig()

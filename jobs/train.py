@@ -42,6 +42,7 @@ from rlhf.models import load_family
 from rlhf.models.checks import check_model, check_sampling
 from rlhf.models.lora_files import check_layout
 from rlhf.models.trainable import load_trainable
+from rlhf.runs.wandb_run import check_report_to
 from rlhf.training.optimizers import check_optimizer
 from rlhf.training_tables import TrainerConfig
 from rlhf.types import REFERENCE, Encoding, Prompt
@@ -79,6 +80,7 @@ def check(recipe: TrainRecipe) -> None:
             "leave it out"
         )
     check_optimizer(recipe.trainer.optimizer)
+    check_report_to(recipe.tracking.report_to)
     deploy.check_sources(recipe.judges, recipe.serve, recipe.judge_names)
 
 
@@ -179,7 +181,7 @@ def train_once(
 ) -> None:
     """The loop on a trainer group of its own, from the last commit to the end; `about_data` is logged before the first step."""
     folder, run, learns = started.folder, recipe.run, objective(recipe)
-    tracker = Reporter(folder.path, recipe.trainer.max_train_steps, folder.last_committed())
+    tracker = Reporter(folder.path, recipe.trainer.max_train_steps, folder.last_committed(), recipe.tracking)
     if about_data and folder.last_committed() is None:
         tracker.log(0, about_data)
     source = OfflineSource(start_feed(recipe, examples, learns, stack))

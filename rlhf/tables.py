@@ -38,6 +38,14 @@ class RunConfig(Section):
             yield f"name = {self.name!r} {fault}"
 
 
+class TrackingTable(Section):
+    """Where a run's scalars are shown beside metrics.jsonl, which is always written."""
+
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    project: str = Field("diffusion-rlhf", min_length=1)
+    """Of wandb."""
+
+
 class ModelTable(Section):
     family: str = "flux_kontext"
     """A name of rlhf.models.FAMILIES, or module:NAME of a family of yours, importable on every node."""

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import tomli_w
 
-from jobs.build_world import MANIFEST, MODELS, SETTINGS
+from jobs.build_world import MANIFEST, SETTINGS
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
 from jobs.launch import cluster, dashboard
 from jobs.online_dpo import run
 from jobs.preprocess import read_data
 from jobs.recipes import OnlineDPORecipe
 from jobs.world.data import PACKAGE, write_photos
+from jobs.world.edits import EDIT_MODELS
 from rlhf.errors import Refused
 from rlhf.runs.folder import check_place
 from rlhf.runs.report import write_report
@@ -44,7 +45,8 @@ def main() -> None:
     world, config = home / "world", _recipe(home)
     if arguments.dry_run:
         print(resolved_toml(config))
-        print(f"to lay out in {world}, where they are not there yet: photos, {', '.join(MODELS)}")
+        models = ", ".join(sorted(path.name for path in PACKAGE.iterdir() if path.is_dir()))
+        print(f"to lay out in {world}, where they are not there yet: photos, {models}")
         return
     say("demo: laying out the miniature world")
     lay_out(world)
@@ -70,14 +72,16 @@ def lay_out(world: Path) -> None:
             raise Refused(f"{world} is not built to its end: run `python -m jobs.build_world --dir {world}` again")
         return
     write_photos(world)
-    hashes = json.loads((PACKAGE / MANIFEST).read_text())["sha256"]
-    files = {world / file: digest for file, digest in hashes.items()}
+    manifests = [json.loads((PACKAGE / kind.manifest).read_text()) for kind in EDIT_MODELS.values()]
+    files = {world / file: digest for manifest in manifests for file, digest in manifest["sha256"].items()}
     if all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == files[file] for file in files):
         return
-    for name in MODELS:
-        shutil.rmtree(world / name, ignore_errors=True)
-        shutil.copytree(PACKAGE / name, world / name)
-    shutil.copy(PACKAGE / MANIFEST, world / MANIFEST)
+    for path in PACKAGE.iterdir():
+        if path.is_dir():
+            shutil.rmtree(world / path.name, ignore_errors=True)
+            shutil.copytree(path, world / path.name)
+        else:
+            shutil.copy(path, world / path.name)
 
 
 def told(rows: Sequence[Mapping[str, float]], null: float) -> tuple[str, dict[str, float]]:

@@ -1,22 +1,26 @@
-"""The edit model of the miniature world: FLUX.1 Kontext's classes, small, taught the edits by this project's SFT objective.
+"""The edit models of the miniature worlds: each family's classes, small, taught the edits by this project's SFT objective.
 
-Its text encoders are frozen random ones that know the instructions' words: six kinds of edits need no more. Its transformer has
-two double and three single blocks, which begin as the identity (adaLN-Zero, Peebles & Xie, arXiv 2212.09748). What is kept is the
-average of the weights. Trained by `rlhf.training` in this process, without Ray.
+Their encoders are frozen random ones that know the instructions' words: six kinds of edits need no more. The blocks of their
+transformers begin as the identity (adaLN-Zero, Peebles & Xie, arXiv 2212.09748). What is kept is the average of the weights.
+Trained by `rlhf.training` in this process, without Ray.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin, QwenImageTransformer2DModel
 from PIL import Image
+from torch import nn
 
 from jobs.one_process import NothingHanded, OneRank, one_rank, train_in
+from jobs.world.autoencoders import Autoencoder, FluxVAE, QwenVAE
 from jobs.world.data import SIZE, Shots, random_of
 from jobs.world.looks import INSTRUCTIONS, KINDS, draw_source, edit, render, to_uint8
 from rlhf.data.batches import EncodedExample, batches_of
@@ -29,14 +33,13 @@ from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import SFT
 from rlhf.models.family import Family
 from rlhf.models.tiny import write_flux_kontext
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from rlhf.runs.folder import RunFolder
 from rlhf.tables import EditModelTable
 from rlhf.training_tables import TrainerConfig
 from rlhf.types import Batch, Geometry
 
 GEOMETRY = Geometry(height=SIZE, width=SIZE)
-SHAPE = {"layers": 2, "single_layers": 3, "heads": 3, "head_dim": 32, "channels": 16}
-TOKENS = 12
 BATCH, LEARNING_RATE, WARMUP, AVERAGE = 16, 1.5e-3, 100, 0.99
 ENCODED_AT_ONCE = 64
 
@@ -46,20 +49,81 @@ def texts() -> list[str]:
     return [text for words in INSTRUCTIONS.values() for text in (*words.trained, *words.rephrased)]
 
 
-def model_of(folder: Path) -> EditModelTable:
-    return EditModelTable(path=str(folder), height=SIZE, width=SIZE)
+def _write_kontext(folder: Path, vae: ModelMixin) -> None:
+    shape = {"layers": 2, "single_layers": 3, "heads": 3, "head_dim": 32, "channels": 16}
+    write_flux_kontext(folder, vae=vae, texts=texts(), tokens=12, **shape)
 
 
-def write_untrained(folder: Path, vae: AutoencoderKL) -> Path:
-    """A Kontext folder around `vae` whose transformer predicts 0."""
-    write_flux_kontext(folder, vae=vae, texts=texts(), tokens=TOKENS, **SHAPE)
-    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+def _write_qwen(folder: Path, vae: ModelMixin) -> None:
+    shape: dict[str, Any] = {"num_attention_heads": 3, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+    write_qwen_image_edit(folder, vae=vae, texts=texts(), channels=16, num_layers=4, **shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditModel:
+    """How the edit model of a family is made."""
+
+    folder: str
+    manifest: str
+    """Its names below a world's folder."""
+    vae: Callable[..., Autoencoder]
+    transformer: type[ModelMixin]
+    write: Callable[[Path, ModelMixin], None]
+    """A folder of random weights around a VAE."""
+    modulation: str
+    """Pattern of the parameters by which a block is told the time, which begin at 0."""
+    stored: torch.dtype
+    """Of the weights in the package, whose files stay below 5 MB."""
+    guidance_scale: float | None = None
+    """At which it edits; None: the family's own. Guidance by two branches, at 4 as for the real model, overdoes what this small
+    one does without: of what its edits should keep, 0.77 are left in place of 0.97."""
+
+
+EDIT_MODELS = {
+    "flux_kontext": EditModel(
+        folder="kontext",
+        manifest="manifest.json",
+        vae=FluxVAE,
+        transformer=FluxTransformer2DModel,
+        write=_write_kontext,
+        modulation=r"\.norm.*\.linear\.",
+        stored=torch.float32,
+    ),
+    "qwen_image_edit": EditModel(
+        folder="qwen",
+        manifest="qwen_manifest.json",
+        vae=QwenVAE,
+        transformer=QwenImageTransformer2DModel,
+        write=_write_qwen,
+        modulation=r"\.(img|txt)_mod\.",
+        stored=torch.bfloat16,
+        guidance_scale=1.0,
+    ),
+}
+"""By the family of `rlhf.models.FAMILIES`."""
+
+
+def model_of(folder: Path, family: str = "flux_kontext") -> EditModelTable:
+    scale = EDIT_MODELS[family].guidance_scale
+    return EditModelTable(family=family, path=str(folder), height=SIZE, width=SIZE, guidance_scale=scale)
+
+
+def vae_of(model: EditModelTable) -> Autoencoder:
+    """The trained VAE of a folder."""
+    return EDIT_MODELS[model.family].vae(Path(model.path) / "vae")
+
+
+def write_untrained(model: EditModelTable, vae: Autoencoder) -> None:
+    """The model's folder around `vae`, with a transformer that predicts 0."""
+    kind, folder = EDIT_MODELS[model.family], Path(model.path)
+    kind.write(folder, nn.Module.to(vae.model, kind.stored))
+    transformer = kind.transformer.from_pretrained(folder / "transformer")
+    zero = re.compile(rf"^proj_out\.|^norm_out\.linear\.|{kind.modulation}")
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
-            if name.startswith(("proj_out.", "norm_out.linear.")) or (".norm" in name and ".linear." in name):
+            if zero.search(name):
                 parameter.zero_()
     transformer.save_pretrained(folder / "transformer")
-    return folder
 
 
 def write_triples(folder: Path, shots: Shots, count: int, seed: int) -> Path:
@@ -123,8 +187,10 @@ class InMemory:
         return []
 
 
-def train_edits(folder: Path, examples: Sequence[EncodedExample], work: Path, *, steps: int, seed: int) -> None:
-    """Train the transformer of the Kontext folder and put the average of its weights in its place. work: for the run."""
+def train_edits(
+    model: EditModelTable, examples: Sequence[EncodedExample], work: Path, *, steps: int, seed: int
+) -> None:
+    """Train the transformer of the model's folder and put the average of its weights in its place. work: for the run."""
     config = TrainerConfig(
         train_batch_size=BATCH,
         gradient_accumulation_steps=1,
@@ -139,7 +205,8 @@ def train_edits(folder: Path, examples: Sequence[EncodedExample], work: Path, *,
     )
     run = RunFolder.claim(work / "runs", "edits", "", resume="never")
     with one_rank() as mesh:
-        trainer = OneRank(model_of(folder), config, SFT(), InMemory(examples, seed=seed), mesh, seed)
+        trainer = OneRank(model, config, SFT(), InMemory(examples, seed=seed), mesh, seed)
         train_in(run, NothingHanded(), trainer)
-    shutil.rmtree(folder / "transformer")
-    shutil.copytree(run.path / "final" / "ema_transformer", folder / "transformer")
+    kind = EDIT_MODELS[model.family]
+    trained = kind.transformer.from_pretrained(run.path / "final" / "ema_transformer", torch_dtype=kind.stored)
+    trained.save_pretrained(Path(model.path) / "transformer")

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from jobs.world import hps, vae
 from jobs.world.data import LOOKS, Shots, item_of, random_of
-from jobs.world.edits import ENCODED_AT_ONCE, GEOMETRY, model_of
+from jobs.world.edits import ENCODED_AT_ONCE, GEOMETRY, vae_of
 from jobs.world.filter import pass_probabilities, spoiled
 from jobs.world.looks import INSTRUCTIONS, KINDS, Kind, draw_source, edit, render, to_uint8
 from jobs.world.truth import as_pixels, attributes, kept, true_rate
 from rlhf.data.encoding import encode_media
-from rlhf.data.sampler import sample_prompts
+from rlhf.data.sampler import encodings_for_sampling, sample_prompts
 from rlhf.models import load_family
 from rlhf.rewards.config import CTRJudgeConfig
 from rlhf.rewards.ctr.model import CTRReward
 from rlhf.rewards.hpsv2 import load_model
-from rlhf.tables import SamplingTable
+from rlhf.tables import EditModelTable, SamplingTable
 from rlhf.types import Item, Prompt, Source, seed_from
 
 STEPS = 4
@@ -40,24 +39,37 @@ ASKED: dict[Kind, tuple[str, int]] = {
 """Which attribute an edit is asked to move, and which way."""
 
 
-def edited(folder: Path, pictures: Tensor, instructions: Sequence[str], *, steps: int = STEPS, seed: int = 0) -> Tensor:
-    """The pictures edited by the Kontext folder, from noise that depends on the seed and each one's number."""
-    family = load_family(model_of(folder))
-    codec, denoiser = family.load_codec("cpu"), family.load_denoiser("cpu")
+def edited(
+    model: EditModelTable,
+    pictures: Tensor,
+    instructions: Sequence[str],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    denoiser: Path | None = None,
+    lora: Path | None = None,
+) -> Tensor:
+    """The pictures edited by the model, from noise that depends on the seed and each one's number.
+
+    denoiser: a trained folder in place of the model's own. lora: a file or its folder.
+    """
+    family = load_family(model)
+    codec, network = family.load_codec("cpu"), family.load_denoiser("cpu", denoiser, lora)
     source = Source(path="", content="", height=GEOMETRY.height, width=GEOMETRY.width)
     prompts = [
         Prompt(key=str(i), instruction=text, sources=(replace(source, path=str(i), content=str(i)),), geometry=GEOMETRY)
         for i, text in enumerate(instructions)
     ]
-    wanted = [encoding for prompt in prompts for encoding in family.encodings(prompt)]
+    sampling = SamplingTable(steps=steps, batch_size=ENCODED_AT_ONCE)
+    wanted = [encoding for prompt in prompts for encoding in encodings_for_sampling(family, prompt, sampling)]
     media = {encoding: [pictures[int(source.path)][None] for source in encoding.sources] for encoding in wanted}
     rows = {encoding: row.tensors for encoding, row in encode_media(codec, media, ENCODED_AT_ONCE).items()}
-    sampling, made = SamplingTable(steps=steps, batch_size=ENCODED_AT_ONCE), list[Tensor]()
+    made = list[Tensor]()
     for start in range(0, len(prompts), ENCODED_AT_ONCE):
         some = prompts[start : start + ENCODED_AT_ONCE]
         seeds = [seed_from(seed, "edited", start + index) for index in range(len(some))]
         latents = sample_prompts(
-            family, denoiser, rows.__getitem__, sampling, "cpu", prompts=some, noise_seeds=seeds, slots=range(len(some))
+            family, network, rows.__getitem__, sampling, "cpu", prompts=some, noise_seeds=seeds, slots=range(len(some))
         )
         made.append(codec.decode(latents)[: len(some), 0])
     return torch.cat(made)
@@ -67,23 +79,22 @@ def sources(shots: Shots, seed: int) -> Tensor:
     return to_uint8(render(shots.photos, draw_source(len(shots), random_of(seed, "sources"))))
 
 
-def of_vae(model: AutoencoderKL, shots: Shots, seed: int) -> dict[str, float]:
+def of_vae(model: EditModelTable, shots: Shots, seed: int) -> dict[str, float]:
     given = vae.pictures(shots, len(shots), random_of(seed, "vae test")) / 2 + 0.5
-    return {"vae_db": vae.decibels(vae.reconstructed(model, given), given)}
+    return {"vae_db": vae.decibels(vae.reconstructed(vae_of(model), given), given)}
 
 
-def of_edits(folder: Path, shots: Shots, seed: int) -> dict[str, float]:
+def of_edits(model: EditModelTable, shots: Shots, seed: int) -> dict[str, float]:
     """Shares of edits that changed what was asked in the direction asked, sharper ones against the VAE's own reconstruction."""
     given = sources(shots, seed)
-    model = AutoencoderKL.from_pretrained(folder / "vae")
-    through = to_uint8(vae.reconstructed(model, as_pixels(given)))
+    through = to_uint8(vae.reconstructed(vae_of(model), as_pixels(given)))
     figures = dict[str, float]()
     made = list[Tensor]()
     for kind, words in INSTRUCTIONS.items():
         for wording, texts in (("trained", words.trained), ("rephrased", words.rephrased)):
             if not texts:
                 continue
-            answers = edited(folder, given, [texts[index % len(texts)] for index in range(len(given))], seed=seed)
+            answers = edited(model, given, [texts[index % len(texts)] for index in range(len(given))], seed=seed)
             if wording == "trained":
                 made.append(answers)
             if kind in ASKED:
@@ -103,15 +114,14 @@ def of_hps(file: Path, shots: Shots, seed: int) -> dict[str, float]:
     return {"hps_pair_accuracy": hps.accuracy(load_model(file), shots, 4000, seed)}
 
 
-def of_filter(folder: Path, kontext: Path, shots: Shots, seed: int) -> dict[str, float]:
+def of_filter(folder: Path, edits: EditModelTable, shots: Shots, seed: int) -> dict[str, float]:
     """Balanced accuracy, and shares by fault. A third each of the sound pictures are photos, reconstructions and base edits."""
     given = sources(shots, seed)
-    model = AutoencoderKL.from_pretrained(kontext / "vae")
     texts = [text for words in INSTRUCTIONS.values() for text in words.trained]
     sound = {
         "photo": given,
-        "reconstruction": to_uint8(vae.reconstructed(model, as_pixels(given))),
-        "base_edit": edited(kontext, given, [texts[index % len(texts)] for index in range(len(given))], seed=seed),
+        "reconstruction": to_uint8(vae.reconstructed(vae_of(edits), as_pixels(given))),
+        "base_edit": edited(edits, given, [texts[index % len(texts)] for index in range(len(given))], seed=seed),
     }
     figures = {f"filter_passes_{name}": _passed(folder, pictures) for name, pictures in sound.items()}
     broken, faults = spoiled(torch.cat(list(sound.values())), np.random.default_rng(seed))

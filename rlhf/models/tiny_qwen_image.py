@@ -96,14 +96,15 @@ def write_qwen_image_edit(
     seed: int = 0,
     *,
     pipeline: Pipeline = "QwenImageEditPlusPipeline",
+    vae: AutoencoderKLQwenImage | None = None,
     texts: Sequence[str] = (),
     channels: int = 4,
     **transformer: Any,
 ) -> Path:
     """Write a tiny folder of one of diffusers' pipelines and return its path.
 
-    texts: whose words are tokens; others are spelled in bytes. channels: of latents. Other keyword arguments go to
-    `QwenImageTransformer2DModel`.
+    vae: default a random one with so many `channels` of latents. texts: whose words are tokens; others are spelled in bytes.
+    Other keyword arguments go to `QwenImageTransformer2DModel`.
     """
     folder, tokenizer = Path(folder), _tokenizer(texts)
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +129,8 @@ def write_qwen_image_edit(
                 shift_terminal=0.02,
                 use_dynamic_shifting=True,
             ),
-            vae=AutoencoderKLQwenImage(
+            vae=vae
+            or AutoencoderKLQwenImage(
                 base_dim=8,
                 z_dim=channels,
                 dim_mult=[1, 1, 1, 1],

@@ -31,7 +31,7 @@ from rlhf.names import name_fault
 from rlhf.runs.durable import sync, write_durably
 
 MAY_DIFFER, MUST_AGREE = (
-    ("run.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s", "trainer.offload"),
+    ("run.", "tracking.", "cluster.", "serve.", "preprocess.", "trainer.num_", "trainer.timeout_s", "trainer.offload"),
     ("run.seed",),
 )
 """A resume may change where and how to run, not what; with another seed it would not continue the first half."""

@@ -51,6 +51,17 @@ def test_parts_are_built_once_measured_and_named_in_the_manifest(tmp_path):
     assert again["sha256"] == hashes and again["figures"] == figures
 
 
+@pytest.mark.slow
+def test_a_world_of_another_family_is_built_beside_it(tmp_path):
+    for _ in range(2):
+        written = World(tmp_path / "world", 0, SMALL, "qwen_image_edit").build()
+        manifest = json.loads(written.read_text())
+        assert written.name == "qwen_manifest.json" and {"vae_db", "follows_vivid_trained"} <= set(manifest["figures"])
+        assert {file.split("/")[0] for file in manifest["sha256"]} == {"qwen"} and "null" not in manifest
+    assert not [file for file in written.parent.glob("*/*/config.json") if "_name_or_path" in file.read_text()]
+    World(tmp_path / "world", 0, SMALL)._begin()  # the folder takes the other one too
+
+
 def test_another_seed_and_somebody_elses_folder_are_refused(tmp_path):
     with pytest.raises(Refused, match="is not empty and was not begun by this command"):
         (tmp_path / "mine.txt").write_text("")

@@ -62,7 +62,10 @@ def test_a_lora_learns_from_twenty_pairs_to_take_the_colours_away(cluster, tmp_p
     """Seen: the base keeps the vividness of photos that it was not trained on, and the LoRA halves it."""
     world = tmp_path / "world"
     lay_out(world)
-    run = train.run(recipe(tmp_path, **{"run.lora_layouts": '["comfyui", "kohya"]'}))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = {"run.lora_layouts": '["comfyui", "kohya"]', "tracking.report_to": '["wandb"]'}
+    run = train.run(recipe(tmp_path, **told))
+    assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1 and not (run / "tensorboard").exists()
     losses = [row["train/loss"] for line in (run / "metrics.jsonl").open() if "train/loss" in (row := json.loads(line))]
     assert len(losses) == 300 and np.mean(losses[-50:]) < 0.7 * np.mean(losses[:10])
     base = edited(world, tmp_path / "base", monkeypatch)

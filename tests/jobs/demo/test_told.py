@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from jobs.build_world import MANIFEST, MODELS
+from jobs.build_world import MANIFEST
 from jobs.demo.__main__ import RECIPE, lay_out, told
 from jobs.recipes import OnlineDPORecipe
 from jobs.world import learning
@@ -68,7 +68,11 @@ def test_models_that_are_not_the_packages_are_laid_out_anew_and_a_built_world_st
     world = tmp_path / "world"
     lay_out(world)
     first = files(world)
-    assert {path.parts[0] for path in first} >= {*MODELS, MANIFEST, "images", "edits", "world.json"}
+    assert {path.parts[0] for path in first} >= {path.name for path in PACKAGE.iterdir()} | {
+        "images",
+        "edits",
+        "world.json",
+    }
     old = world / "ctr" / "config.json"
     assert old.is_file()
     old.write_text("{}")
