@@ -1,33 +1,38 @@
-"""Encode an online recipe's prompts into its cache: `python -m jobs.preprocess --config jobs/configs/X.toml [--dry-run]`.
+"""Encode a recipe's data into its cache, ahead of time:
 
-Reads and checks all input first, then encodes what the cache lacks; a second run starts no encoder. `jobs.online_dpo`
-calls `read_data` and `preprocess` itself, so running this job is only worth it to prepare a cache beforehand, for
-example on another machine.
+    python -m jobs.preprocess --config jobs/configs/online_dpo_hps.toml [--section.key VALUE …] [--dry-run]
+    python -m jobs.preprocess train --config jobs/configs/sft_kontext.toml …
+
+The second is for recipes of `jobs.train`. Reads and checks all input first, then encodes what the cache lacks; a second run
+starts no encoder. The jobs that train do it themselves, so this one is only worth it to prepare a cache beforehand, for example
+on another machine.
 """
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from actors import placement
-from actors.encoders import encode
+from actors import checks, placement
 from actors.placement import Role
+from jobs import train
 from jobs.cli import Say, parse, resolved_toml, run_main, say
+from jobs.encoding import encode_missing, missing, warn_of_unread
+from jobs.example_sets import read_example_sets
 from jobs.launch import cluster, free_resources
-from jobs.recipes import OnlineDPORecipe
-from rlhf.data.cache import EncodingCache, Manifest, read_manifest
+from jobs.recipes import OnlineDPORecipe, TrainRecipe
+from rlhf.data.cache import EncodingCache, read_manifest
 from rlhf.data.fingerprint import fingerprints
-from rlhf.data.instructions import Unread, unread, unread_report
 from rlhf.data.prompts import Prompts, read_prompts, sized
 from rlhf.data.records import BadInput, Problem
 from rlhf.data.sampler import encodings_for_sampling
 from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.checks import check_model
-from rlhf.models.family import Family
 from rlhf.runs.folder import check_place
+from rlhf.section import ClusterConfig
 from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
 from rlhf.types import Encoding, Prompt
 
@@ -95,27 +100,6 @@ def _refuse_overlap(
         )
 
 
-def missing(cache: EncodingCache, encodings: Iterable[Encoding], manifest: Manifest) -> dict[str, Encoding]:
-    """What the cache lacks, by key, each once."""
-    wanted = {cache.key(encoding): encoding for encoding in encodings}
-    return {key: encoding for key, encoding in wanted.items() if key not in manifest.places}
-
-
-def encode_missing(
-    model: ModelTable, table: PreprocessConfig, cache: EncodingCache, wanted: Iterable[Encoding], what: str, log: Say
-) -> Manifest:
-    """Encode what the cache lacks, and say so where that is nothing; returns what is in it.
-
-    what: the name of all that is wanted. Raises: PreprocessFailed, StreamBroken, CacheError.
-    """
-    manifest = read_manifest(cache.folder)
-    if todo := missing(cache, wanted, manifest):
-        encode(model, table, str(cache.folder), todo, log)
-        return read_manifest(cache.folder)
-    log(f"preprocess: all {what} are in {cache.folder}")
-    return manifest
-
-
 def cache_place(model: ModelTable, folder: str) -> EncodingCache:
     """The cache of a recipe's model. Reads the encoders' files once to fingerprint them. Raises: IncompleteModel."""
     return EncodingCache(folder, fingerprints(load_family(model)))
@@ -145,45 +129,64 @@ def preprocess(
     return cache
 
 
-def warn_of_unread(
-    family: Family, cache: EncodingCache, manifest: Manifest, prompts: Iterable[Prompt], log: Say
-) -> None:
-    """Say what the encoders do not read of instructions whose encodings are in the cache."""
-    found, total = Unread(), 0
-    for prompt in prompts:
-        places = [manifest.places.get(cache.key(encoding)) for encoding in family.encodings(prompt)]
-        found |= unread(prompt, filter(None, places))
-        total += 1
-    for warning in unread_report(found, total):
-        log(warning)
-
-
-def check_room(recipe: OnlineDPORecipe, roles: Sequence[Role]) -> None:
+def check_room(cluster_table: ClusterConfig, roles: Sequence[Role]) -> None:
     """Print what encoding needs, if it needs anything; raise NotEnoughResources, with the table, where it does not fit."""
     if roles:
-        free = free_resources(recipe.cluster)
+        free = free_resources(cluster_table)
         say(placement.table(roles, free))
         placement.check(roles, free)
 
 
-def main() -> None:
-    recipe, is_dry = parse(OnlineDPORecipe, description=__doc__ or "")
+def encoder_roles(model: ModelTable, table: PreprocessConfig, todo: Mapping[str, Encoding]) -> list[Role]:
+    """The encoders, if anything is to be encoded."""
+    return [placement.encoder_role(placement.ModelSizes(load_family(model)), table, before=True)] if todo else []
+
+
+def say_todo(what: str, todo: Mapping[str, Encoding]) -> None:
+    texts = sum(not encoding.sources for encoding in todo.values())
+    say(f"{what}; to encode: {texts} texts, {len(todo) - texts} pictures")
+
+
+def online(recipe: OnlineDPORecipe, is_dry: bool) -> None:
     data = read_data(recipe.data, recipe.eval, recipe.model)
     if data.left_out:
         say(data.left_out)
     wanted = wanted_encodings(recipe.model, recipe.sampling, data.all)
     todo = missing(cache_place(recipe.model, recipe.data.cache), wanted, read_manifest(recipe.data.cache))
-    sizes = placement.ModelSizes(load_family(recipe.model))
-    roles = [placement.encoder_role(sizes, recipe.preprocess, before=True)] if todo else []
+    roles = encoder_roles(recipe.model, recipe.preprocess, todo)
     if is_dry:
         say(resolved_toml(recipe))
-        texts = sum(not encoding.sources for encoding in todo.values())
-        say(f"{len(data.all)} prompts; to encode: {texts} texts, {len(todo) - texts} pictures")
-        check_room(recipe, roles)
+        say_todo(f"{len(data.all)} prompts", todo)
+        check_room(recipe.cluster, roles)
         return
     with cluster(recipe.cluster, namespace="preprocess") if todo else nullcontext():
-        check_room(recipe, roles)
+        check_room(recipe.cluster, roles)
         preprocess(recipe.model, recipe.sampling, recipe.preprocess, recipe.data.cache, data.all, say)
+
+
+def of_train(recipe: TrainRecipe, is_dry: bool) -> None:
+    """A judge that relabels is not asked: both pictures of a pair are encoded, at the size of the one that is preferred now."""
+    check_model(recipe.model)
+    roles, shown = train.objective(recipe).roles, train.validation_prompts(recipe)
+    if is_dry:
+        say(resolved_toml(recipe))
+        examples = read_example_sets(recipe, roles, partial(checks.in_threads, say))
+        todo = missing(examples.cache, train.encodings(recipe, examples, shown), read_manifest(examples.cache.folder))
+        say_todo(examples.report(), todo)
+        check_room(recipe.cluster, encoder_roles(recipe.model, recipe.preprocess, todo))
+        return
+    with cluster(recipe.cluster, namespace="preprocess"):
+        examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))
+        say(examples.report())
+        train.fill_cache(recipe, examples, shown)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["train"]:
+        of_train(*parse(TrainRecipe, arguments[1:], description=__doc__ or ""))
+    else:
+        online(*parse(OnlineDPORecipe, arguments, description=__doc__ or ""))
 
 
 if __name__ == "__main__":

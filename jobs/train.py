@@ -23,11 +23,11 @@ from actors.sources import Feed, OfflineSource
 from actors.trainer import RankSetup, TrainerGroup
 from actors.validation import Validation, sampling_of
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
+from jobs.encoding import encode_missing, warn_of_unread
 from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
 from jobs.feedback import Labelled, relabel_by_judge
 from jobs.fit import check_cards
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
-from jobs.preprocess import encode_missing, warn_of_unread
 from jobs.recipes import TrainRecipe
 from rlhf.data.prompts import read_prompts
 from rlhf.data.sampler import encodings_for_sampling
@@ -95,9 +95,19 @@ def validation_prompts(recipe: TrainRecipe) -> tuple[Prompt, ...]:
     return found.prompts[: table.max_prompts]
 
 
-def validation_encodings(recipe: TrainRecipe, prompts: Sequence[Prompt]) -> Iterator[Encoding]:
+def encodings(recipe: TrainRecipe, examples: ExampleSets, shown: Sequence[Prompt]) -> Iterator[Encoding]:
+    """All that is encoded before training. shown: `validation_prompts`."""
     family, sampling = load_family(recipe.model), sampling_of(recipe.validation)
-    return (encoding for prompt in prompts for encoding in encodings_for_sampling(family, prompt, sampling))
+    yield from wanted(recipe, objective(recipe).roles, examples)
+    yield from (encoding for prompt in shown for encoding in encodings_for_sampling(family, prompt, sampling))
+
+
+def fill_cache(recipe: TrainRecipe, examples: ExampleSets, shown: Sequence[Prompt]) -> None:
+    """Encode what the cache lacks, and warn of what the encoders do not read of captions. Ray must be initialised."""
+    cache, needed, what = examples.cache, encodings(recipe, examples, shown), "captions and pictures"
+    manifest = encode_missing(recipe.model, recipe.preprocess, cache, needed, what, say)
+    captions = chain.from_iterable(found.prompts() for found in examples.named().values())
+    warn_of_unread(load_family(recipe.model), cache, manifest, captions, say)
 
 
 def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
@@ -159,11 +169,7 @@ def run(recipe: TrainRecipe) -> Path:
             (folder.path / "left_out.txt").write_text(examples.left_out() + "\n", encoding="utf-8")
         for name, answer in labelled.records.items():
             write_record(folder.path / name, *answer)
-        encodings = chain(wanted(recipe, roles, examples), validation_encodings(recipe, shown))
-        what, family = "captions and pictures", load_family(recipe.model)
-        manifest = encode_missing(recipe.model, recipe.preprocess, examples.cache, encodings, what, say)
-        prompts = [found.prompts() for found in examples.named().values()]
-        warn_of_unread(family, examples.cache, manifest, chain(*prompts), say)
+        fill_cache(recipe, examples, shown)
         group = placement.reserve(needed.roles[:1])
         started.stack.callback(ray.util.remove_placement_group, group)
         train_until_done(folder, partial(train_once, recipe, started, examples, shown, labelled.swapped, group))

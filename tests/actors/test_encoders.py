@@ -15,7 +15,8 @@ from PIL import Image
 
 from actors.encoders import CallEncoder, encode, load, load_codec, plan
 from actors.streaming import PreprocessFailed, StreamBroken
-from jobs.preprocess import cache_place, missing, preprocess, read_data, wanted_encodings
+from jobs.encoding import missing
+from jobs.preprocess import cache_place, preprocess, read_data, wanted_encodings
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import commit, read_manifest
 from rlhf.errors import Refused

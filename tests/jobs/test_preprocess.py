@@ -10,7 +10,9 @@ import ray
 from PIL import Image
 
 from jobs import preprocess as job
-from jobs.preprocess import cache_place, missing, read_data, wanted_encodings, warn_of_unread
+from jobs.demo.__main__ import lay_out
+from jobs.encoding import missing, warn_of_unread
+from jobs.preprocess import cache_place, read_data, wanted_encodings
 from jobs.recipes import OnlineDPORecipe
 from rlhf.data.cache import Manifest, Place, read_manifest
 from rlhf.data.records import BadInput
@@ -18,6 +20,7 @@ from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.tiny import write_stable_diffusion
 from rlhf.types import Encoding
+from tests.jobs.test_configs import FOLDER
 from tests.rlhf.data import photos
 
 
@@ -215,3 +218,21 @@ def test_dry_run_starts_nothing_and_says_what_is_missing(config, monkeypatch, ca
     out = capsys.readouterr().out
     assert "3 prompts; to encode: 3 texts, 3 pictures" in out and '[model]\nfamily = "flux_kontext"' in out
     assert ray.is_initialized() == before and not read_manifest(config.data.cache).files
+
+
+def test_a_train_recipe_s_cache_is_filled_ahead_of_time(cluster, tmp_path, monkeypatch, capsys):
+    """The twenty pairs of the demo, each as it is and mirrored: a caption, and 20 × 2 sources and targets."""
+    lay_out(tmp_path / "world")
+    paths = {"model.path": "world/kontext", "data.path": "world/edits", "data.cache": "cache"}
+    given = [f"--{key}={tmp_path / path}" for key, path in paths.items()]
+    arguments = ["preprocess", "train", "--config", str(FOLDER / "sft_demo.toml"), *given]
+
+    def said(*more):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        job.main()
+        return capsys.readouterr().out
+
+    assert "; to encode: 1 texts, 80 pictures" in said("--dry-run")
+    assert "preprocess: 81/81 rows" in said()
+    assert "to encode: 0 texts, 0 pictures" in said("--dry-run")
+    assert "preprocess: all captions and pictures are in" in said()
