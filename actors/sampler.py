@@ -56,11 +56,15 @@ class Sampler:
         *,
         trainable: Trainable | None = None,
         cache: EncodingCache | None = None,
+        codec_device: str | None = None,
     ):
-        """trainable: what `load` takes weights of; cache: where `sample` finds conditions. `paint` encodes what it needs."""
+        """trainable: what `load` takes weights of; cache: where `sample` finds conditions. `paint` encodes what it needs.
+
+        codec_device: of the encoders and the VAE; None: where the denoiser is.
+        """
         self._model, self._sampling, self._device, self._trainable = model, sampling, device, trainable
         self._family = load_family(model)
-        self._codec = self._family.load_codec(device)
+        self._codec = self._family.load_codec(codec_device or device)
         self._cache = cache
         self._version: int | None = None
         self._weights: WeightsTable | None = None

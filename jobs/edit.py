@@ -38,8 +38,9 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
             f"model.family = {model.family!r} sees no picture, and so edits none; give a model that does, like Kontext"
         )
     check_sampling(family, recipe.sampling)
-    if edit.device == "cuda" and not torch.cuda.is_available():
-        raise Refused('edit.device = "cuda", but torch finds no GPU here; set "cpu" or "auto"')
+    if "cuda" in (edit.device, edit.encoder_device) and not torch.cuda.is_available():
+        key = "edit.device" if edit.device == "cuda" else "edit.encoder_device"
+        raise Refused(f'{key} = "cuda", but torch finds no GPU here; set "cpu" or leave it out')
     if problems := weight_problems(recipe.tuned, family):
         raise BadInput(problems)
     geometry = sized(model, family)
@@ -93,7 +94,8 @@ def main() -> None:
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if edit.device == "auto" else edit.device
     made(Path(edit.out), "edit.out")
-    sampler, not_read = Sampler(recipe.model, SamplingTable(**dict(recipe.sampling), batch_size=1), device), Unread()
+    sampling, not_read = SamplingTable(**dict(recipe.sampling), batch_size=1), Unread()
+    sampler = Sampler(recipe.model, sampling, device, codec_device=edit.encoder_device)
     for prompt in todo:
         for variant in range(edit.variants):
             request = SampleRequest(prompt=prompt, noise_seed=seed_from(edit.seed, prompt.key, variant), slot=0)

@@ -143,6 +143,8 @@ class EditRequestConfig(Section):
     variants: int = Field(1, ge=1, le=1000)
     """Edits per prompt, each from noise of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    encoder_device: Literal["cpu", "cuda"] | None = None
+    """Of the encoders and the VAE. Unset: `device`; "cpu" leaves the card to the denoiser."""
     fit: Fit = "crop"
 
     def conflicts(self) -> Iterator[str]:

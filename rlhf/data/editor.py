@@ -33,9 +33,11 @@ class Editor:
         denoiser: str | Path | None = None,
         lora: str | Path | None = None,
         device: str = "cpu",
+        encoder_device: str | None = None,
         **model: Any,
     ):
         """path: a folder in the diffusers layout. denoiser: a trained folder in place of its own. lora: a file or its folder.
+        encoder_device: of the encoders and the VAE; None: `device`. "cpu" leaves the card to the denoiser.
         model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused, and
         ValueError for a key or value that a recipe may not have.
         """
@@ -46,7 +48,7 @@ class Editor:
         self._family, self._device = check_model(self._model), device
         folder = Path(denoiser) if denoiser else None
         self._denoiser = self._family.load_denoiser(device, folder, Path(lora) if lora else None)
-        self._codec = self._family.load_codec(device)
+        self._codec = self._family.load_codec(encoder_device or device)
 
     def edit(
         self, instruction: str, *pictures: str | Path, seed: int = 0, variant: int = 0, **sampling: Any

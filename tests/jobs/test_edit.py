@@ -174,8 +174,9 @@ def test_what_would_be_ignored_is_refused(world, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(world):
-    status, _, said = world("--edit.device", "cuda", "--dry-run")
-    assert status == 2 and 'edit.device = "cuda", but torch finds no GPU here' in said
+    for key in ("edit.device", "edit.encoder_device"):
+        status, _, said = world(f"--{key}", "cuda", "--dry-run")
+        assert status == 2 and f'{key} = "cuda", but torch finds no GPU here; set "cpu" or leave it out' in said
 
 
 def test_what_is_no_picture_is_refused(world, tmp_path):

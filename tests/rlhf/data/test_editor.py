@@ -9,6 +9,7 @@ from PIL import Image
 from jobs import edit
 from rlhf.data.editor import Editor
 from rlhf.errors import Refused
+from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from tests.rlhf.data.pair_tables import png
 
@@ -59,3 +60,24 @@ def test_more_pictures_than_the_model_takes_are_refused(folders, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["edit", *(f"--{key}={value}" for key, value in given.items())])
     with pytest.raises(Refused, match=r"edit\.references = \['.*a\.png'\]: this model takes at most 1 pictures in all"):
         edit.main()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["flux_kontext", "qwen_image_edit"])
+def test_encoders_and_vae_may_stay_on_the_cpu(folders, tmp_path, family):
+    """What differs is rounding: bf16 has 8 bits, and two pictures of 8 bits may round apart."""
+    (tmp_path / "a.png").write_bytes(png(0))
+    shared = {"family": family, "height": 48, "width": 32, "device": "cuda"}
+    split, whole = (Editor(folders[family], **shared, encoder_device=device) for device in ("cpu", None))
+    assert split._codec.device == "cpu" and next(split._denoiser.parameters()).is_cuda
+    made, other = (editor.edit("warm", tmp_path / "a.png", steps=2).astype(int) for editor in (split, whole))
+    assert np.abs(made - other).mean() < 4
+
+
+def test_the_codec_is_loaded_where_it_is_asked_for(folders, tmp_path, monkeypatch):
+    asked = []
+    load = FluxKontext.load_codec
+    monkeypatch.setattr(FluxKontext, "load_codec", lambda self, device: (asked.append(device), load(self, "cpu"))[1])
+    for device in (None, "meta"):
+        Editor(folders["flux_kontext"], height=48, width=32, encoder_device=device)
+    assert asked == ["cpu", "meta"]
