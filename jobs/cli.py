@@ -249,14 +249,19 @@ def _nearest(name: str, keys: dict[str, FieldInfo]) -> str:
 def _validation_problems(
     error: ValidationError, keys: dict[str, FieldInfo], source: str, overridden: Collection[str]
 ) -> Iterator[str]:
+    found = dict[str, list[Any]]()
     for detail in error.errors(include_url=False):
-        location = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+        *above, last = [str(part) for part in detail["loc"] if part != "[key]"] or [""]
+        of_a_union = ".".join(above) in schema_keys.leaves(keys) and isinstance(detail["loc"][-1], str)
+        found.setdefault(".".join(above if of_a_union else [*above, last]), []).append(detail)
+    for location, (detail, *others) in found.items():
         if detail["type"] == "missing":
             inside = [name for name in schema_keys.leaves(keys) if name.startswith(f"{location}.")]
             for name in [name for name in inside if keys[name].is_required()] or [location]:
                 yield _problem(source, name, None, f"is required; add it to the recipe or pass --{name} VALUE")
             continue
-        what = detail["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+        said = (each["msg"].removeprefix("Value error, ") for each in (detail, *others))
+        what = " or ".join(each.replace("Input should", "should", 1) for each in said)
         if detail["type"] == "literal_error":
             choices = [choice.strip("'") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             given = detail["input"] if isinstance(detail["input"], str) else ""

@@ -8,18 +8,36 @@
 With the same model, size, steps, seed and device it makes the pictures of `jobs.edit`. Left out: batches.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, sized
 from rlhf.data.sampler import encoded_now, sample_prompts
 from rlhf.errors import Refused
 from rlhf.models.checks import check_model, check_sampling
+from rlhf.section import Section
 from rlhf.tables import EditModelTable, SamplingTable
 from rlhf.types import Encoding, seed_from
+
+S = TypeVar("S", bound=Section)
+
+
+def _table(kind: type[S], name: str, given: Mapping[str, Any]) -> S:
+    """A recipe's table. Raises Refused for a key or value that it may not have."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise Refused("; ".join(f"[{name}] {_said(each)}" for each in error.errors())) from error
+
+
+def _said(detail: Mapping[str, Any]) -> str:
+    what = detail["msg"].removeprefix("Value error, ")
+    return f"{detail['loc'][0]} = {detail['input']!r}: {what}" if detail["loc"] else what
 
 
 class Editor:
@@ -38,13 +56,13 @@ class Editor:
     ):
         """path: a folder in the diffusers layout. denoiser: a trained folder in place of its own. lora: a file or its folder.
         encoder_device: of the encoders and the VAE; None: `device`. "cpu" leaves the card to the denoiser.
-        model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused, and
-        ValueError for a key or value that a recipe may not have.
+        model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused.
         """
         fixed = model.keys() & {"height", "width"}
         if len(fixed) == 1:
             raise Refused(f"{next(iter(fixed))} alone: give height and width, or neither")
-        self._model = EditModelTable(path=str(path), family=family, **{"size": "fixed" if fixed else "auto"} | model)
+        given = {"path": str(path), "family": family, "size": "fixed" if fixed else "auto"} | model
+        self._model = _table(EditModelTable, "model", given)
         self._family, self._device = check_model(self._model), device
         folder = Path(denoiser) if denoiser else None
         self._denoiser = self._family.load_denoiser(device, folder, Path(lora) if lora else None)
@@ -53,8 +71,8 @@ class Editor:
     def edit(
         self, instruction: str, *pictures: str | Path, seed: int = 0, variant: int = 0, **sampling: Any
     ) -> np.ndarray:
-        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises as above."""
-        table = SamplingTable(**{"batch_size": 1} | sampling)
+        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises Refused."""
+        table = _table(SamplingTable, "sampling", {"batch_size": 1} | sampling)
         check_sampling(self._family, table)
         files = []
         for picture in pictures:

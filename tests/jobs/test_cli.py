@@ -233,6 +233,12 @@ def test_rules_between_keys_say_both_values(recipe):
         )
 
 
+def test_a_key_of_several_types_is_one_problem(recipe):
+    [problem] = problems("--config", recipe, "--trainer.timestep_shift", "token")
+    assert problem.startswith("command line: [trainer] timestep_shift = 'token': should be a valid number")
+    assert problem.endswith(" or should be 'tokens'")
+
+
 def test_a_key_without_a_value(recipe):
     assert problems("--config", recipe, "--sampling.steps", "--dry-run") == [
         "command line: --sampling.steps: has no value; write --sampling.steps VALUE (int)"

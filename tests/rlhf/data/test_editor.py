@@ -49,6 +49,12 @@ def test_what_is_wrong_is_said(folders, tmp_path):
         editor.edit("warm", steps=1)
     with pytest.raises(Refused, match=r"sampling\.negative_prompt = 'dark' is never read"):
         editor.edit("warm", tmp_path / "a.png", negative_prompt="dark")
+    with pytest.raises(Refused, match=r"\[sampling\] unknown key 'step' = 1; did you mean 'steps'\?"):
+        editor.edit("warm", tmp_path / "a.png", step=1)
+    with pytest.raises(Refused, match=r"\[sampling\] steps = 0: Input should be greater than or equal to 1"):
+        editor.edit("warm", tmp_path / "a.png", steps=0)
+    with pytest.raises(Refused, match=r"\[model\] dtype = 'half': Input should be 'bfloat16'"):
+        Editor(folders["flux_kontext"], dtype="half")
     with pytest.raises(Refused, match=r"there is no such folder"):
         Editor(tmp_path / "nothing")
 
