@@ -49,6 +49,8 @@ class Reporter:
         self._started = self._last = monotonic()
         self._first = resumed_at or 0
         self._sheets: list[ray.ObjectRef] = []
+        self._base: ray.ObjectRef | None = None
+        """The sheet of the base's edits, which later ones show beside their own."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars; those of an update are also printed as one line."""
@@ -95,7 +97,9 @@ class Reporter:
             done, self._sheets = ray.wait(self._sheets, num_returns=len(self._sheets), timeout=0)
             self._collect(done)
         file = self._folder / "samples" / f"{name}.png"
-        self._sheets.append(draw_sheet.remote(file, self._board, step, rows, held_out))
+        sheet = draw_sheet.remote(file, self._board, step, rows, held_out, self._base if held_out else None)
+        self._base = sheet if held_out and step == 0 else self._base
+        self._sheets.append(sheet)
 
     def _collect(self, drawn: list[ray.ObjectRef]) -> None:
         """A sheet that could not be drawn is told, and does not end the run."""
@@ -114,12 +118,13 @@ class Reporter:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def draw_sheet(file: Path, board: Path | None, step: int, rows: list[Any], held_out: bool) -> None:
+def draw_sheet(file: Path, board: Path | None, step: int, rows: list[Any], held_out: bool, base_sheet: None) -> None:
     """Draw one contact sheet as PNG and, with a `board`, as a TensorBoard image.
 
     rows: (prompt, [(label, media reference, answer)]).
 
     held_out: the base's edits are kept as files, since a run that is resumed samples none, and shown beside later ones.
+    base_sheet: of the same run, for which Ray waits.
     """
     from torch.utils.tensorboard import SummaryWriter
 

@@ -1,11 +1,15 @@
 """What a contact sheet says of pictures, and what it shows beside held-out edits."""
 
+import time
+
 import numpy as np
 import pytest
+import ray
 
-from actors.reporting import ahead, describe, with_base
+from actors.reporting import Reporter, ahead, describe, with_base
 from rlhf.rollouts.pairing import RewardScale, make_pair
-from rlhf.types import Score, Verdict
+from rlhf.tables import TrackingTable
+from rlhf.types import Geometry, Prompt, Score, Verdict
 from tests.rlhf.rollouts.groups import group
 
 
@@ -37,3 +41,23 @@ def test_a_held_out_edit_stands_beside_the_bases_of_the_same_prompt(tmp_path):
 def test_a_base_that_is_gone_is_no_empty_column(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"1\.png"):
         with_base([(flat(3), "policy")], tmp_path / "1.png", is_base=False)
+
+
+def test_a_sheet_waits_for_that_of_the_base_which_it_shows(cluster, tmp_path):
+    """The base's picture takes a second, the policy's none."""
+
+    @ray.remote(num_cpus=0)
+    def painted(seconds):
+        time.sleep(seconds)
+        return flat(2)[None]
+
+    prompt = Prompt(key="a", instruction="warm", sources=(), geometry=Geometry(height=4, width=6))
+    score = Score(verdict=Verdict(valid=True), rewards={})
+    reporter = Reporter(tmp_path, 2, None, TrackingTable())
+    for step, (name, seconds) in enumerate((("base", 1), ("policy", 0))):
+        reporter.edits(step, name, [prompt], [(painted.remote(seconds), score)])
+    reporter.close()
+    assert [file.name for file in sorted(tmp_path.glob("samples/*.png"))] == [
+        "eval_base_step_000000.png",
+        "eval_policy_step_000001.png",
+    ]
