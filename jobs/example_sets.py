@@ -60,14 +60,17 @@ class ExampleSets:
         """By the keys of the recipe that say where they are."""
         return {"data.path": self.training} | ({"eval.path": self.evaluation} if self.evaluation else {})
 
-    def bucketed(self, family: Family) -> "ExampleSets":
-        """The same, with what may share a batch worked out. Raises Refused for a prompt that the family does not take."""
+    def bucketed(self, family: Family, *, alone: bool) -> "ExampleSets":
+        """The same, with what may share a batch worked out. Raises Refused for a prompt that the family does not take.
 
-        def worked_out(found: ExampleSet) -> ExampleSet:
-            return replace(found, place=replace(found.place, buckets=buckets_of(family, found.prompts())))
+        alone: whether training leaves out sources at times.
+        """
 
-        evaluation = self.evaluation and worked_out(self.evaluation)
-        return replace(self, training=worked_out(self.training), evaluation=evaluation)
+        def worked_out(found: ExampleSet, alone: bool) -> ExampleSet:
+            return replace(found, place=replace(found.place, buckets=buckets_of(family, found.prompts(), alone=alone)))
+
+        evaluation = self.evaluation and worked_out(self.evaluation, False)
+        return replace(self, training=worked_out(self.training, alone), evaluation=evaluation)
 
     def report(self) -> str:
         """What there is, and what was left out."""
@@ -114,7 +117,13 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache).bucketed(family)
+    sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
+    if recipe.data.source_dropout and 0 not in family.source_counts:
+        raise Refused(
+            f"data.source_dropout = {recipe.data.source_dropout:g}, but {recipe.model.family} takes no prompt without a source: "
+            "leave it out"
+        )
+    sets = sets.bucketed(family, alone=recipe.data.source_dropout > 0)
     size, buckets = recipe.trainer.train_batch_size, sets.training.place.buckets
     if recipe.data.latents == "on_the_fly" and size > 1 and buckets is not None:
         raise Refused(
@@ -168,6 +177,7 @@ def _record(recipe: TrainRecipe, key: str, folder: Path, family: Family, cache: 
         "data.choice_model": data.choice_model,
         "data.hflip": data.hflip and key == "data.path",
         "data.caption_dropout": data.caption_dropout if key == "data.path" else 0,
+        "data.source_dropout": data.source_dropout if key == "data.path" else 0,
         "data.crop": data.crop == "random" and data.crop,
         "data.latents": data.latents == "on_the_fly" and data.latents,
         "data.buckets": data.buckets is not None,
@@ -210,9 +220,11 @@ def wanted(recipe: TrainRecipe, roles: Sequence[str], examples: ExampleSets) -> 
         on_the_fly = training and recipe.data.latents == "on_the_fly"
         ways = [False, True] if training and recipe.data.hflip and not on_the_fly else [False]
         blanks = [False, True] if training and recipe.data.caption_dropout else [False]
+        alone = [False, True] if training and recipe.data.source_dropout else [False]
         count = len(found.index.table)
         rows = range(count if training else len(held_out_visits(recipe.eval, recipe.trainer, count)))
         for example in chain.from_iterable(found.index.examples(rows, sized) for sized in found.place.sizes):
-            for mirrored, blank in product(ways, blanks):
-                encodings = indexed.encodings(Visit(row=0, mirrored=mirrored, blank=blank), example)
+            for mirrored, blank, without in product(ways, blanks, alone):
+                visit = Visit(row=0, mirrored=mirrored, blank=blank, alone=without)
+                encodings = indexed.encodings(visit, example)
                 yield from (e for e in encodings if not (on_the_fly and e.sources))

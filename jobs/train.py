@@ -161,7 +161,8 @@ def run(recipe: TrainRecipe) -> Path:
         folder, labelled = started.folder, Labelled(examples=examples)
         if judge := recipe.data.choice_model:
             labelled = relabel_by_judge(recipe.judges, recipe.serve, judge, examples, started.name, say)
-            examples = labelled.examples.bucketed(load_family(recipe.model))  # other winners, other sizes
+            alone = recipe.data.source_dropout > 0
+            examples = labelled.examples.bucketed(load_family(recipe.model), alone=alone)  # other winners, other sizes
             if examples.evaluation:
                 refuse_too_few(recipe, examples.evaluation)
         refuse_other_examples(examples, folder, recipe.trainer.train_batch_size)
@@ -233,7 +234,8 @@ def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, st
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
     indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.sizes, learns.roles)
-    stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed)
+    size = recipe.trainer.train_batch_size
+    stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed, batch_size=size)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)
     return feed

@@ -195,6 +195,8 @@ class PairDataConfig(Section):
     """Mirror half of the pairs, both pictures (and the source) alike."""
     caption_dropout: float = Field(0.2, ge=0, le=1)
     """Share of pairs that train with the empty caption, which classifier-free guidance needs."""
+    source_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of micro-batches that train without their sources, from the caption alone."""
     mask_weight: float = Field(2.0, ge=0)
     """What a latent's squared error is multiplied by where its example has a mask that is white; elsewhere by 1."""
     buckets: BucketsTable | None = None

@@ -65,12 +65,18 @@ def _only(buckets: Set[Hashable]) -> Hashable:
     return next(iter(buckets))
 
 
-def buckets_of(family: Family, prompts: Iterable[Prompt]) -> np.ndarray | None:
+def buckets_of(family: Family, prompts: Iterable[Prompt], *, alone: bool = False) -> np.ndarray | None:
     """int32 (prompts,): a number per bucket; None where there is but one. Raises Refused for a prompt that the family does not
     take.
+
+    alone: prompts of one number share a bucket without their sources, too.
     """
     numbers = dict[Hashable, int]()
-    found = [numbers.setdefault(family.bucket(prompt), len(numbers)) for prompt in prompts]
+
+    def bucket(prompt: Prompt) -> Hashable:
+        return family.bucket(prompt), family.bucket(replace(prompt, sources=())) if alone else None
+
+    found = [numbers.setdefault(bucket(prompt), len(numbers)) for prompt in prompts]
     return np.array(found, np.int32) if len(numbers) > 1 else None
 
 

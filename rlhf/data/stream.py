@@ -26,6 +26,8 @@ class Visit:
     """Both pictures, and the source, left to right."""
     blank: bool = False
     """Trained with the empty caption."""
+    alone: bool = False
+    """Trained without its sources."""
     crop: tuple[float, float] = CENTRE
     """(down, across) of the crop in what may be cut off: 0 … 1; 0.5, 0.5 is the centre."""
 
@@ -51,6 +53,8 @@ class PairStream:
             row=row,
             mirrored=data.hflip and _unit(self.seed, "mirror", position) < 0.5,
             blank=_unit(self.seed, "caption", position) < data.caption_dropout,
+            alone=_unit(self.seed, "sources", position // self.batch_size)
+            < data.source_dropout,  # all of a batch alike
             crop=(down, across) if data.crop == "random" else CENTRE,
         )
 

@@ -134,7 +134,8 @@ class IndexedExamples:
         """
         example = example or self._example(visit)
         shown = partial(replace, mirrored=visit.mirrored, crop=visit.crop)
-        prompt = replace(example.prompt, sources=tuple(map(shown, example.prompt.sources)))
+        prompt = self._prompt(visit, example)
+        prompt = replace(prompt, sources=tuple(map(shown, prompt.sources)))
         told = self._family.unguided(prompt) if visit.blank else prompt
         assert told is not None, "recipes refuse caption dropout for a family without an unguided prompt"
         media = [example.targets.get(role) or example.targets["winner"] for role in self._roles]
@@ -151,7 +152,11 @@ class IndexedExamples:
         if example.mask:
             shown = replace(example.mask, mirrored=visit.mirrored, crop=visit.crop)
             mask = share_under(shown, example.prompt.geometry, x0[self._roles[0]].shape[-2:])
-        return EncodedExample(rows=told, bucket=self._family.bucket(example.prompt), x0=x0, mask=mask)
+        return EncodedExample(rows=told, bucket=self._family.bucket(self._prompt(visit, example)), x0=x0, mask=mask)
+
+    @staticmethod
+    def _prompt(visit: Visit, example: Example) -> Prompt:
+        return replace(example.prompt, sources=()) if visit.alone else example.prompt
 
     def _example(self, visit: Visit) -> Example:
         area, row = divmod(visit.row, len(self.index.table))

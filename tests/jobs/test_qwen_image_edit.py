@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from jobs.preprocess import read_data
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.data.audit import read_pairs, recorded_prompt
 from rlhf.data.cache import read_manifest
+from rlhf.data.stream import Visit
 from rlhf.errors import Refused
 from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from tests import worlds
@@ -88,7 +90,7 @@ def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_p
         model,
         how,
         objective=objective,
-        data={"latents": latents, "caption_dropout": 0.3, "buckets": buckets},
+        data={"latents": latents, "caption_dropout": 0.3, "source_dropout": 0.4, "buckets": buckets},
         trainer=batches,
         validation={"path": str(tmp_path / "shown.jsonl"), "every": 2, "steps": 2},
     )
@@ -112,6 +114,30 @@ def test_it_trains_on_two_ranks_with_none_to_three_sources(cluster, model, tmp_p
         assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in steps], "from step 3 on anew"
     names = {place.names for place in read_manifest(recipe.data.cache).places.values()}
     assert names == {("prompt_embeds",), ("latents",)}
+
+
+def test_a_batch_without_its_sources_is_told_the_caption_alone(model, tmp_path):
+    """All twelve examples of one area: what may share a batch with its sources may do so without them."""
+    recipe = train_recipe(tmp_path, model, "lora", data={"source_dropout": 0.5})
+    found = read_example_sets(recipe, ("winner",), partial(checks.in_threads, print)).training
+    family = worlds.family(model, kind=FAMILY)
+    examples = found.place.open(family, ("winner",))
+    for row, example in enumerate(found.index.examples(range(12), found.place.sizes[0])):
+        whole, alone = (examples.encodings(Visit(row=row, alone=alone)) for alone in (False, True))
+        count = len(example.prompt.sources)
+        assert [e.kind for e in whole] == ["prompt", *["picture"] * (count + 1)] and len(whole[0].sources) == count
+        assert (
+            [e.kind for e in alone] == ["prompt", "picture"] and not alone[0].sources and alone[0].text == whole[0].text
+        )
+        assert alone[1] == whole[-1], "the target stays"
+        rows = {e: {name: torch.ones(t.shape) for name, t in family.empty_row(e).items()} for e in (*whole, *alone)}
+        told = examples.encoded(Visit(row=row, alone=True), rows.__getitem__)
+        assert told.bucket == family.bucket(replace(example.prompt, sources=())) and len(told.rows) == 1
+    together = found.place.buckets
+    prompts = [example.prompt for example in found.index.examples(range(12), found.place.sizes[0])]
+    for kind in set(together.tolist()):
+        same = [replace(prompts[row], sources=()) for row in np.flatnonzero(together == kind)]
+        assert len({family.bucket(prompt) for prompt in same}) == 1
 
 
 def test_what_an_instruction_may_not_hold_is_refused_before_anything_starts(model, tmp_path):

@@ -125,3 +125,11 @@ def test_a_caption_that_is_missing_is_told_before_anything_starts(tmp_path):
     (tmp_path / "world/edits/training_images/image_003.txt").unlink()
     with pytest.raises(Refused, match=r"image_003\.png: prompt: is missing; write it into a file of the same name"):
         checked(recipe(tmp_path))
+
+
+def test_sources_cannot_be_left_out_for_a_model_that_needs_one(tmp_path):
+    lay_out(tmp_path / "world")
+    with pytest.raises(
+        Refused, match=r"data\.source_dropout = 0\.1, but flux_kontext takes no prompt without a source"
+    ):
+        checked(recipe(tmp_path, **{"data.source_dropout": 0.1}))
