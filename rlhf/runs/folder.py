@@ -111,7 +111,7 @@ class RunFolder:
             fcntl.flock(gate, fcntl.LOCK_EX)  # one claim at a time; held for milliseconds
             path, source = _decide(parent, resume, config_toml)
             path.mkdir(exist_ok=True)
-            lock = _lock(path)
+            lock = locked(path)
             try:
                 return cls._take(path, config_toml, lock, source)
             except BaseException:
@@ -123,7 +123,7 @@ class RunFolder:
         """What `claim` would do, in words. Raises Refused where it would, but for a live driver."""
         check_place(Path(root) / name, "run.dir")
         path, source = _decide(Path(root) / name, resume, config_toml)
-        if not _started(path):
+        if not has_started(path):
             return f"would begin in {path}{f' from {source}' if source else ''}"
         _refuse_changes(path, config_toml)
         return f"would go on in {path} from step {max(_checkpoints(path, committed=True), default=0)}"
@@ -131,7 +131,7 @@ class RunFolder:
     @classmethod
     def _take(cls, path: Path, config_toml: str, lock: int, source: Path | None) -> "RunFolder":
         config = path / "config.toml"
-        started = _started(path)
+        started = has_started(path)
         if config.exists() and not started:
             config.unlink()  # that start was refused or failed before it did anything: its remedy may be another config
         if config.exists():
@@ -306,7 +306,7 @@ def _decide(parent: Path, resume: str, config_toml: str) -> tuple[Path, Path | N
     return parent / f"v{newest + 1}" if over else path, source
 
 
-def _started(path: Path) -> bool:
+def has_started(path: Path) -> bool:
     """Whether a step was done in a run's folder."""
     return any(step != 0 for _, step in _rows(path)) or any(path.glob("checkpoint_*/COMMITTED"))
 
@@ -340,7 +340,7 @@ def _empty_folder(path: Path) -> Path:
     return path
 
 
-def _lock(path: Path) -> int:
+def locked(path: Path) -> int:
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
