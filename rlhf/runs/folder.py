@@ -341,6 +341,7 @@ def _empty_folder(path: Path) -> Path:
 
 
 def locked(path: Path) -> int:
+    """A file descriptor that holds a run's folder until it is closed. Raises RunInUse."""
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
