@@ -34,7 +34,7 @@ CheckAll = Callable[[Sequence[Block], Check], list[PairIndex]]
 
 
 def check_pairs(
-    path: Path,
+    paths: Sequence[Path],
     split: str,
     *,
     key: str,
@@ -45,13 +45,13 @@ def check_pairs(
     items: Mapping[str, Item] | None,
     check_all: CheckAll,
 ) -> Path:
-    """The file of a data set's index. key: the configuration key of `path`, for messages. check_all: does the work. Raises:
-    BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
+    """The file of the index of some data sets, in their order. key: the configuration key of `paths`, for messages. check_all:
+    does the work. Raises: BadInput with every problem, unless on_bad_row is "skip" and some pairs are good.
     """
-    files = find_files(path, split, key)
+    files = [file for path in paths for file in find_files(path, split, key)]
     if needs_loser and any(file.is_dir() or is_target_table(file) for file in files):
         remedy = 'set objective = "sft", or give pairs of a winner and a loser'
-        raise BadInput([whole(path, "holds pictures to learn from, but none that they are preferred to", remedy)])
+        raise BadInput([whole(paths[0], "holds pictures to learn from, but none that they are preferred to", remedy)])
     blocks, problems = list[Block](), list[Problem]()
     for file in files:
         try:
@@ -71,7 +71,7 @@ def check_pairs(
         raise BadInput(index.problems)
     if not len(index.table):
         what = f"holds no example: it has {index.ties} ties, {index.unlabelled} unlabelled rows"
-        raise BadInput([whole(path, what, f"set {key} to labelled pairs or targets")])
+        raise BadInput([whole(paths[0], what, f"set {key} to labelled pairs or targets")])
     return index_file
 
 

@@ -55,14 +55,17 @@ def _handed(pairs: Sequence[Pair]) -> Handed:
 class OfflineSource:
     """Examples that ranks find themselves; what is not cached, encoders make beside the trainer."""
 
-    def __init__(self, feed: "Feed | None" = None):
-        self._feed = feed
+    def __init__(self, feed: "Feed | None" = None, contributed: Callable[[int], dict[str, float]] = lambda step: {}):
+        """contributed: scalars about the examples of an update (from 1)."""
+        self._feed, self._contributed = feed, contributed
+        self._scalars: dict[str, float] = {}
 
     def take(self, step: int) -> list[Handed] | None:
+        self._scalars = self._contributed(step + 1)
         return self._feed.take(step + 1) if self._feed else None
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        return self._scalars
 
     def snapshot(self) -> dict[str, Any]:
         """Nothing: what an update trains on follows from its number."""

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, product
+from itertools import chain, compress, product
 from pathlib import Path
+
+import numpy as np
 
 from actors.checks import CheckAll, check_pairs
 from jobs.recipes import TrainRecipe
+from rlhf.data import mixture
 from rlhf.data.batches import buckets_of
 from rlhf.data.cache import EncodingCache
 from rlhf.data.examples import PairIndex, read_index
 from rlhf.data.fingerprint import fingerprint, fingerprints
+from rlhf.data.mixture import task_folders
 from rlhf.data.prompts import read_items
 from rlhf.data.records import BadInput
 from rlhf.data.sizes import sizes_of
@@ -21,6 +25,7 @@ from rlhf.models import load_family
 from rlhf.models.family import Family
 from rlhf.runs.durable import write_durably
 from rlhf.runs.folder import RunFolder, made
+from rlhf.tables import PairDataConfig
 from rlhf.types import Encoding, Item, Prompt
 
 
@@ -60,17 +65,21 @@ class ExampleSets:
         """By the keys of the recipe that say where they are."""
         return {"data.path": self.training} | ({"eval.path": self.evaluation} if self.evaluation else {})
 
-    def bucketed(self, family: Family, *, alone: bool) -> "ExampleSets":
-        """The same, with what may share a batch worked out. Raises Refused for a prompt that the family does not take.
+    def bucketed(self, family: Family, data: PairDataConfig) -> "ExampleSets":
+        """The same, with what may share a batch worked out, and how often each kind of batch comes in a mixture.
 
-        alone: whether training leaves out sources at times.
+        Raises Refused for a prompt that the family does not take, and for weights that no example answers.
         """
+        alone = data.source_dropout > 0
 
         def worked_out(found: ExampleSet, alone: bool) -> ExampleSet:
             return replace(found, place=replace(found.place, buckets=buckets_of(family, found.prompts(), alone=alone)))
 
         evaluation = self.evaluation and worked_out(self.evaluation, False)
-        return replace(self, training=worked_out(self.training, alone), evaluation=evaluation)
+        training = worked_out(self.training, alone)
+        if data.task_weights or data.source_count_weights:
+            training = mixed(training, data)
+        return replace(self, training=training, evaluation=evaluation)
 
     def report(self) -> str:
         """What there is, and what was left out."""
@@ -96,12 +105,13 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     found: list[ExampleSet] = []
     named = ("data.path", recipe.data.path, recipe.data.split), ("eval.path", recipe.eval.path, recipe.eval.split)
     for key, path, split in ((key, Path(path), split) for key, path, split in named if path is not None):
+        mixes = key == "data.path" and bool(recipe.data.task_weights)
         try:
-            if is_record(path):
+            if is_record(path) and not mixes:
                 found.append(_record(recipe, key, path, family, cache))
                 continue
             file = check_pairs(
-                path,
+                [*task_folders(path, recipe.data.task_weights).values()] if mixes else [path],
                 split,
                 key=key,
                 cache=Path(recipe.data.cache),
@@ -123,9 +133,10 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
             f"data.source_dropout = {recipe.data.source_dropout:g}, but {recipe.model.family} takes no prompt without a source: "
             "leave it out"
         )
-    sets = sets.bucketed(family, alone=recipe.data.source_dropout > 0)
+    sets = sets.bucketed(family, recipe.data)
     size, buckets = recipe.trainer.train_batch_size, sets.training.place.buckets
-    if recipe.data.latents == "on_the_fly" and size > 1 and buckets is not None:
+    sorted_out = sets.training.place.shares is not None
+    if recipe.data.latents == "on_the_fly" and size > 1 and buckets is not None and not sorted_out:
         raise Refused(
             f"the examples are of {buckets.max() + 1} kinds that cannot share a batch, as their sizes or sources differ, and "
             f'with data.latents = "on_the_fly" they are not sorted: set data.latents = "cached", or trainer.train_batch_size = '
@@ -140,6 +151,27 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
         refuse_too_few(recipe, sets.evaluation)
         _refuse_overlap(recipe, sets.training.index, sets.evaluation.index)
     return sets
+
+
+def tasks_of(found: ExampleSet, root: Path) -> list[str]:
+    """The folder below `root` that each example of a mixture is of, at every area."""
+    assert found.index is not None
+    names = [Path(block.file).relative_to(root).parts[0] for block in found.index.blocks]
+    return [names[block] for block in found.index.table["block"].to_pylist()] * len(found.place.sizes)
+
+
+def mixed(found: ExampleSet, data: PairDataConfig) -> ExampleSet:
+    """The same, with the kinds of `rlhf.data.mixture` in place of buckets. Raises Refused."""
+    if found.index is None:
+        raise Refused("data.source_count_weights mixes pictures, not an online run's record: leave it out")
+    tasks = tasks_of(found, Path(data.path)) if data.task_weights else [""] * found.count
+    counts = [len(sources) for sources in found.index.table["sources"].to_pylist()] * len(found.place.sizes)
+    buckets = np.zeros(len(tasks), np.int32) if found.place.buckets is None else found.place.buckets
+    numbers = dict[tuple[str, int, int], int]()
+    whole = zip(tasks, counts, buckets.tolist(), strict=True)
+    kinds = np.array([numbers.setdefault(kind, len(numbers)) for kind in whole], np.int32)
+    shares = mixture.shares(kinds, tasks, counts, data.task_weights, data.source_count_weights)
+    return replace(found, place=replace(found.place, buckets=kinds, shares=shares))
 
 
 def refuse_too_few(recipe: TrainRecipe, held_out: ExampleSet) -> None:
@@ -201,6 +233,8 @@ def refuse_other_examples(examples: ExampleSets, folder: RunFolder, batch_size: 
     mine = fingerprint(path.parent, [path.name]) if index is None else f"{index.digest()} {len(index.table)}"
     if examples.training.place.buckets is not None and batch_size > 1:  # which batches there are depends on it
         mine += f" in batches of {batch_size}"
+    if examples.training.place.shares is not None:
+        mine += " mixed"
     if not folder.started:
         write_durably(file, mine)
     elif (began := file.read_text()) != mine:
@@ -223,7 +257,9 @@ def wanted(recipe: TrainRecipe, roles: Sequence[str], examples: ExampleSets) -> 
         alone = [False, True] if training and recipe.data.source_dropout else [False]
         count = len(found.index.table)
         rows = range(count if training else len(held_out_visits(recipe.eval, recipe.trainer, count)))
-        for example in chain.from_iterable(found.index.examples(rows, sized) for sized in found.place.sizes):
+        drawn = np.ones(found.count, bool) if found.place.shares is None else found.place.drawn()
+        examples_of_all = chain.from_iterable(found.index.examples(rows, sized) for sized in found.place.sizes)
+        for example in compress(examples_of_all, drawn):
             for mirrored, blank, without in product(ways, blanks, alone):
                 visit = Visit(row=0, mirrored=mirrored, blank=blank, alone=without)
                 encodings = indexed.encodings(visit, example)

@@ -7,7 +7,9 @@ trainer ranks, and runs the loop of `rlhf.loops.train`. The same command goes on
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -24,7 +26,15 @@ from actors.trainer import RankSetup, TrainerGroup
 from actors.validation import Validation, sampling_of
 from jobs.cli import GOES_ON, parse, resolved_toml, run_main, say
 from jobs.encoding import encode_missing, warn_of_unread
-from jobs.example_sets import ExampleSets, read_example_sets, refuse_other_examples, refuse_too_few, wanted
+from jobs.example_sets import (
+    ExampleSet,
+    ExampleSets,
+    read_example_sets,
+    refuse_other_examples,
+    refuse_too_few,
+    tasks_of,
+    wanted,
+)
 from jobs.feedback import Labelled, relabel_by_judge
 from jobs.fit import check_cards
 from jobs.launch import Plan, Started, cluster, dry_run, launch, train_until_done
@@ -115,9 +125,11 @@ def ended_by_epochs(recipe: TrainRecipe, examples: ExampleSets) -> TrainRecipe:
     trainer = recipe.trainer
     if trainer.epochs is None:
         return recipe
-    count, buckets = examples.training.count, examples.training.place.buckets
-    size = trainer.train_batch_size
-    stream = PairStream(block_sizes=(count,), data=recipe.data, seed=0, batch_size=size, buckets=buckets)
+    place, size = examples.training.place, trainer.train_batch_size
+    count = examples.training.count if place.shares is None else int(place.drawn().sum())
+    stream = PairStream(
+        block_sizes=(count,), data=recipe.data, seed=0, batch_size=size, buckets=place.buckets, shares=place.shares
+    )
     repeated = f" ({stream.epoch - count} repeated to fill batches)" if stream.epoch > count else ""
     steps = math.ceil(trainer.epochs * stream.epoch / trainer.pairs_per_step)
     most = f"trainer.max_train_steps = {trainer.max_train_steps}"
@@ -161,8 +173,7 @@ def run(recipe: TrainRecipe) -> Path:
         folder, labelled = started.folder, Labelled(examples=examples)
         if judge := recipe.data.choice_model:
             labelled = relabel_by_judge(recipe.judges, recipe.serve, judge, examples, started.name, say)
-            alone = recipe.data.source_dropout > 0
-            examples = labelled.examples.bucketed(load_family(recipe.model), alone=alone)  # other winners, other sizes
+            examples = labelled.examples.bucketed(load_family(recipe.model), recipe.data)  # other winners, other sizes
             if examples.evaluation:
                 refuse_too_few(recipe, examples.evaluation)
         refuse_other_examples(examples, folder, recipe.trainer.train_batch_size)
@@ -191,7 +202,7 @@ def train_once(
     tracker = Reporter(folder.path, recipe.trainer.max_train_steps, folder.last_committed(), recipe.tracking)
     if about_data and folder.last_committed() is None:
         tracker.log(0, about_data)
-    source = OfflineSource(start_feed(recipe, examples, learns, stack))
+    source = OfflineSource(start_feed(recipe, examples, learns, stack), contributed(recipe, examples.training))
     setup = RankSetup(
         model=recipe.model,
         trainer=recipe.trainer,
@@ -228,14 +239,43 @@ def train_once(
     tracker.close()
 
 
+def contributed(recipe: TrainRecipe, training: ExampleSet) -> Callable[[int], dict[str, float]]:
+    """By update, how many examples are of each data set of a mixture: data/NAME."""
+    data, trainer = recipe.data, recipe.trainer
+    if not data.task_weights:
+        return lambda step: {}
+    names = [re.sub(r"[^a-z0-9_]", "_", name.lower()) for name in tasks_of(training, Path(data.path))]
+    stream = stream_of(recipe, training)
+
+    def count(step: int) -> dict[str, float]:
+        visits = [visit for rank in range(trainer.ranks) for visit in stream.of_rank(trainer, step, rank)]
+        found = Counter(names[visit.row] for visit in visits)
+        return {f"data/{name}": float(found[name]) for name in sorted(set(names))}
+
+    return count
+
+
+def stream_of(recipe: TrainRecipe, training: ExampleSet) -> PairStream:
+    """The stream that the ranks see."""
+    place = training.place
+    assert training.index is not None
+    return PairStream(
+        block_sizes=training.index.sizes * len(place.sizes),
+        data=recipe.data,
+        seed=recipe.run.seed,
+        batch_size=recipe.trainer.train_batch_size,
+        buckets=place.buckets,
+        shares=place.shares,
+    )
+
+
 def start_feed(recipe: TrainRecipe, examples: ExampleSets, learns: Objective, stack: ExitStack) -> Feed | None:
     """Encoders beside the trainer, where latents are made on the fly."""
     training = examples.training
     if recipe.data.latents != "on_the_fly" or training.index is None:
         return None
     indexed = IndexedExamples(load_family(recipe.model), training.place.path, training.place.sizes, learns.roles)
-    size = recipe.trainer.train_batch_size
-    stream = PairStream(block_sizes=indexed.block_sizes, data=recipe.data, seed=recipe.run.seed, batch_size=size)
+    stream = stream_of(recipe, training)
     feed = Feed(recipe.model, recipe.preprocess, recipe.trainer, indexed, stream, recipe.data.shuffle_blocks)
     stack.callback(feed.close)
     return feed

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, NonNegativeInt
 
 from rlhf.names import name_fault
 from rlhf.section import LocalPath, Section
 from rlhf.types import Fit
+
+Weight = Annotated[float, Field(ge=0)]
 
 
 class RunConfig(Section):
@@ -179,6 +181,12 @@ class PairDataConfig(Section):
     """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
     out), a JSONL or CSV of winner, loser, prompt[, source][, mask], or the pairs/ folder of an online run. Targets for SFT: any
     of them, a table, JSONL or CSV of target, prompt[, source][, mask], or a folder of training_images/, control_images/."""
+    task_weights: dict[str, Weight] = Field({})
+    """Makes `path` a folder of data sets and mixes them: how often each one's examples are trained, by the name of its folder.
+    Those that are not named are not used."""
+    source_count_weights: dict[NonNegativeInt, Weight] = Field({})
+    """How often examples of so many sources are trained, within their data set. Empty: as often as there are; those that are not
+    named are not used."""
     split: str = "train"
     """Of a folder with split-00000-of-….parquet files, those to read."""
     item_metadata: LocalPath | None = None
@@ -212,6 +220,10 @@ class PairDataConfig(Section):
                 'crop = "random" draws a crop for every visit, but latents = "cached" encodes a picture once; set '
                 'latents = "on_the_fly" or crop = "centre"'
             )
+        for key in ("task_weights", "source_count_weights"):
+            weights = getattr(self, key)
+            if weights and not any(weights.values()):
+                yield f"{key} = {weights} are all 0, so nothing would be trained"
 
 
 class RolloutConfig(Section):

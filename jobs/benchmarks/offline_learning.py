@@ -84,7 +84,7 @@ def generated_pairs(folder: Path, count: int, seed: int = 0) -> Path:
 def read_pairs(path: Path, folder: Path, split: str = "train") -> Path:
     """The index, in `folder`, of the checked pairs of a file or folder in Pick-a-Pic's columns. Raises: BadInput."""
     return check_pairs(
-        path,
+        [path],
         split,
         key="--pairs",
         cache=folder,

@@ -11,6 +11,7 @@ from rlhf.data.records import BadInput, whole
 
 TABLES = (".parquet", ".arrow")
 """What is looked for in a folder."""
+LISTS = (".jsonl", ".csv")
 STATE = "state.json"
 SAVE = "save the data set anew with save_to_disk"
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?")
@@ -20,8 +21,8 @@ SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test)(?:_[a-z]+)*)[
 def find_files(
     path: Path, split: str, key: str = "data.path", endings: Sequence[str] = (*TABLES, ".jsonl", ".csv")
 ) -> list[Path]:
-    """The files of a file or folder, sorted; a folder of pictures (`layouts`) itself. In a folder whose files name splits,
-    those of `split`.
+    """The files of a file or folder, sorted; a folder of pictures (`layouts`) itself; of a folder with one JSONL or CSV and no
+    captions, that. In a folder whose files name splits, those of `split`.
 
     `endings`: those that a single file may have. Raises: BadInput.
     """
@@ -43,6 +44,12 @@ def find_files(
     if files and has_captions:
         what = f"holds pictures with captions, and tables too, such as {files[0].relative_to(path)}"
         raise BadInput([whole(path, what, f"set {key} to the table that is meant, or move the tables away")])
+    lists = sorted(file for file in path.iterdir() if file.suffix in LISTS and file.suffix in endings)
+    if lists and not files and not has_captions:
+        if len(lists) > 1:
+            names = ", ".join(file.name for file in lists)
+            raise BadInput([whole(path, f"holds {names}, of which one is meant", f"set {key} to that file")])
+        return lists
     if not files and is_layout:
         return [path]
     if not files:

@@ -4,6 +4,9 @@ Every epoch visits each pair once. Blocks are permuted, and rows are permuted wi
 reads pictures as they come holds a few blocks and not the data set; one window is a plain permutation. Where not all pairs may
 share a batch, each batch is of one bucket, and a bucket's last batch of an epoch is filled up with its first pairs. A resume
 needs nothing but the number of steps done, on any number of ranks.
+
+In a mixture (`rlhf.data.mixture`) every batch draws its bucket by itself, and takes the next pairs of it: the pairs of a bucket
+are visited in permutations of their own, one after the other, however often the others come.
 """
 
 from dataclasses import dataclass
@@ -43,20 +46,26 @@ class PairStream:
     batch_size: int = 1
     buckets: np.ndarray | None = None
     """int32 (pairs,): pairs of one number may share a batch. None: all may."""
+    shares: np.ndarray | None = None
+    """(buckets,): the probability that a batch is of each; None: no mixture, every pair once in an epoch."""
 
     def __getitem__(self, position: int) -> Visit:
         data = self.data
-        epoch, place = divmod(position, self.epoch)
-        row = int(_order(self, epoch)[place]) if data.shuffle or self._groups is not None else place
         down, across = (_unit(self.seed, way, position) for way in ("crop down", "crop across"))
         return Visit(
-            row=row,
+            row=self._row(position),
             mirrored=data.hflip and _unit(self.seed, "mirror", position) < 0.5,
             blank=_unit(self.seed, "caption", position) < data.caption_dropout,
             alone=_unit(self.seed, "sources", position // self.batch_size)
             < data.source_dropout,  # all of a batch alike
             crop=(down, across) if data.crop == "random" else CENTRE,
         )
+
+    def _row(self, position: int) -> int:
+        if self.shares is not None:
+            return _mixed(self, position)
+        epoch, place = divmod(position, self.epoch)
+        return int(_order(self, epoch)[place]) if self.data.shuffle or self._groups is not None else place
 
     def of_rank(self, trainer: TrainerConfig, step: int, rank: int) -> list[Visit]:
         """What a rank trains on in an update; the first step is 1."""
@@ -70,11 +79,59 @@ class PairStream:
 
     @cached_property
     def epoch(self) -> int:
-        """Positions of an epoch."""
+        """Positions of an epoch; in a mixture as many as there are pairs that may be drawn, and no pair is sure to come."""
+        if self.shares is not None:
+            assert self.buckets is not None
+            return int((self.shares[self.buckets] > 0).sum())
         if (groups := self._groups) is None:
             return sum(self.block_sizes)
         counts = np.bincount(groups)
         return int((-(-counts // self.batch_size)).sum()) * self.batch_size
+
+
+DRAWN_AT_ONCE = 4096
+
+
+def _mixed(stream: PairStream, position: int) -> int:
+    """The row at a position of a mixture."""
+    assert stream.buckets is not None
+    batch, place = divmod(position, stream.batch_size)
+    window, index = divmod(batch, DRAWN_AT_ONCE)
+    drawn, before = _window(stream, window)
+    bucket = int(drawn[index])
+    earlier = int(before[bucket] + (drawn[:index] == bucket).sum())
+    rows = _rows_of(stream, bucket)
+    epoch, at = divmod(earlier * stream.batch_size + place, len(rows))
+    order = _order_within(stream, bucket, epoch) if stream.data.shuffle else range(len(rows))
+    return int(rows[order[at]])
+
+
+def _drawn(stream: PairStream, window: int) -> np.ndarray:
+    """The buckets of DRAWN_AT_ONCE batches, int64."""
+    assert stream.shares is not None
+    uniform = _hashes(seed_from(stream.seed, "mixture", window), DRAWN_AT_ONCE) / 2.0**64
+    edges = np.cumsum(stream.shares)
+    return np.searchsorted(edges / edges[-1], uniform, side="right").clip(max=len(edges) - 1)
+
+
+@lru_cache(maxsize=2)
+def _window(stream: PairStream, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The buckets of some batches, and how many batches of each came before them."""
+    assert stream.shares is not None
+    before = np.zeros(len(stream.shares), np.int64)
+    for earlier in range(window):
+        before += np.bincount(_drawn(stream, earlier), minlength=len(before))
+    return _drawn(stream, window), before
+
+
+@lru_cache(maxsize=1024)
+def _rows_of(stream: PairStream, bucket: int) -> np.ndarray:
+    return np.flatnonzero(stream.buckets == bucket)
+
+
+@lru_cache(maxsize=1024)
+def _order_within(stream: PairStream, bucket: int, epoch: int) -> np.ndarray:
+    return permutation(seed_from(stream.seed, "mixture", bucket, epoch), len(_rows_of(stream, bucket)))
 
 
 def held_out_visits(held_out: HeldOutConfig, trainer: TrainerConfig, count: int) -> list[Visit]:
@@ -124,9 +181,14 @@ def _shuffled(stream: PairStream, epoch: int) -> np.ndarray:
 
 
 def permutation(seed: int, count: int) -> np.ndarray:
-    """A permutation of range(count) made of hashes (splitmix64), so that no library's generator can change it."""
+    """A permutation of range(count) made of hashes, so that no library's generator can change it."""
+    return np.argsort(_hashes(seed, count), kind="stable")
+
+
+def _hashes(seed: int, count: int) -> np.ndarray:
+    """splitmix64, uint64 (count,)."""
     with np.errstate(over="ignore"):
         x = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+        return x ^ (x >> np.uint64(31))

@@ -205,8 +205,14 @@ class ExamplesPlace:
     sizes: tuple[Sized, ...] = ()
     """Of every area that the examples of an index are trained at."""
     buckets: np.ndarray | None = None
+    shares: np.ndarray | None = None
     """See `PairStream`."""
     recorded: bool = False
+
+    def drawn(self) -> np.ndarray:
+        """bool (examples,): which examples a mixture draws at all."""
+        assert self.shares is not None and self.buckets is not None
+        return self.shares[self.buckets] > 0
 
     def open(self, family: Family, roles: Sequence[str]) -> Examples:
         if self.recorded:
@@ -244,6 +250,7 @@ class OfflineWork:
             seed=self._seed,
             batch_size=self._trainer.train_batch_size,
             buckets=training.buckets,
+            shares=training.shares,
         )
 
     def batches(self, step: int, rank: int, handed: None, values: Sequence[EncodedRows]) -> list[Batch]:

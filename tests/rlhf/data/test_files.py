@@ -217,3 +217,14 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path):
     folder.mkdir(mode=0)
     with pytest.raises(BadInput, match=r"closed: cannot be read: Permission denied"):
         find_files(folder, "train")
+
+
+def test_a_folder_with_one_list_and_no_captions_is_that_list(tmp_path):
+    """As task folders have it: pictures beside the lines that name them."""
+    write_jsonl(tmp_path, 3).rename(tmp_path / "rows.jsonl")
+    assert find_files(tmp_path, "train") == [tmp_path / "rows.jsonl"]
+    (tmp_path / "more.csv").write_text("target,prompt\n")
+    with pytest.raises(
+        BadInput, match=r"holds more\.csv, rows\.jsonl, of which one is meant; set data\.path to that file"
+    ):
+        find_files(tmp_path, "train")

@@ -1,0 +1,130 @@
+"""Data sets mixed by weight in jobs.train: what is trained, what is not even encoded, and a resume that goes on in the middle."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from actors import checks
+from jobs import train
+from jobs.example_sets import read_example_sets, tasks_of, wanted
+from jobs.recipes import TrainRecipe
+from rlhf.errors import Refused
+from rlhf.models.tiny_qwen_image import write_qwen_image_edit
+from tests.jobs.test_strange import rows_of, tables
+from tests.rlhf.data.pair_tables import png
+
+IN_THREADS = partial(checks.in_threads, str)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_qwen_image_edit(tmp_path_factory.mktemp("models") / "qwen", texts=("warm",))
+
+
+def write_root(root):
+    """shop: 4 targets with one source and 2 with none; Street-View: 3 with two; unused: 5 with one."""
+    for name, counts in (("shop", (1, 1, 1, 1, 0, 0)), ("Street-View", (2, 2, 2)), ("unused", (1,) * 5)):
+        (root / name).mkdir(parents=True)
+        lines = []
+        for i, count in enumerate(counts):
+            files = [f"{i}.png", *(f"{i}_{j}.png" for j in range(count))]
+            for j, file in enumerate(files):
+                (root / name / file).write_bytes(png(100 * len(name) + 10 * i + j, 48, 32))
+            line = {"prompt": "warm", "target": files[0]} | ({"source": files[1:]} if count else {})
+            lines.append(json.dumps(line))
+        (root / name / "rows.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def recipe(folder, model, **data):
+    data = {
+        "path": str(folder / "root"),
+        "cache": str(folder / "cache"),
+        "hflip": False,
+        "caption_dropout": 0.0,
+        **data,
+    }
+    found = tables(folder, model, "full", model={"family": "qwen_image_edit"}, objective="sft", data=data, eval={})
+    return TrainRecipe.model_validate(found | {"trainable": {"kind": "lora", "rank": 2}})
+
+
+def examples(config):
+    return read_example_sets(config, ("target",), IN_THREADS).training
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_root(tmp_path / "root")
+    return tmp_path
+
+
+def test_kinds_are_of_one_task_and_number_and_share_by_the_weights(folder, model):
+    config = recipe(folder, model, task_weights={"shop": 1.0, "Street-View": 3.0})
+    found = examples(config)
+    tasks, place = tasks_of(found, folder / "root"), found.place
+    assert tasks == ["shop"] * 6 + ["Street-View"] * 3, "the other folder is not read"
+    assert place.shares.sum() == pytest.approx(1)
+    by_row = place.shares[place.buckets] / np.bincount(place.buckets)[place.buckets]
+    assert by_row == pytest.approx([1 / 24] * 6 + [1 / 4] * 3)
+
+
+def test_examples_that_are_never_drawn_are_not_encoded(folder, model):
+    whole = recipe(folder, model, task_weights={"shop": 1.0})
+    some = recipe(folder, model, task_weights={"shop": 1.0}, source_count_weights={"0": 1.0})
+    both = [
+        {
+            source.path.rsplit("/", 1)[-1]
+            for encoding in wanted(config, ("target",), sets)
+            for source in encoding.sources
+        }
+        for config, sets in ((config, read_example_sets(config, ("target",), IN_THREADS)) for config in (whole, some))
+    ]
+    assert both == [{f"{i}.png" for i in range(6)} | {f"{i}_0.png" for i in range(4)}, {"4.png", "5.png"}]
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"task_weights": {"shp": 1.0}}, r"names 'shp', which is no folder of data\.path = .*: did you mean 'shop'\?"),
+        (
+            {"task_weights": {"shop": 1.0}, "source_count_weights": {"3": 1.0}},
+            r"gives 3 sources a weight, but .* 0 \(2\)",
+        ),
+    ],
+)
+def test_weights_that_nothing_answers_are_refused(folder, model, weights, says):
+    with pytest.raises(Refused, match=says):
+        examples(recipe(folder, model, **weights))
+
+
+def test_weights_of_0_alone_are_refused(folder, model):
+    with pytest.raises(
+        ValidationError, match=r"task_weights = \{'shop': 0\.0\} are all 0, so nothing would be trained"
+    ):
+        recipe(folder, model, task_weights={"shop": 0.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", ["cached", "on_the_fly"])
+def test_a_mixture_trains_and_goes_on_in_the_middle(cluster, folder, model, latents):
+    """Two ranks, batches of two. What each data set gave is logged, and a run begun from step 2 repeats steps 3 and 4."""
+    weights = {
+        "task_weights": {"shop": 1.0, "Street-View": 3.0},
+        "source_count_weights": {"0": 1.0, "1": 1.0, "2": 1.0},
+    }
+    config = recipe(folder, model, latents=latents, **weights)
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"train_batch_size": 2})})
+    path = train.run(config)
+    steps = [row for row in rows_of(path) if "train/loss" in row]
+    assert [row["data/shop"] + row["data/street_view"] for row in steps] == [8.0] * 4
+    assert sum(row["data/street_view"] for row in steps) > 0 and all(row["data/shop"] % 2 == 0 for row in steps)
+    named = config.run.model_copy(update={"resume": str(path / "checkpoint_000002")})
+    again = train.run(config.model_copy(update={"run": named}))
+    rows = [row for row in rows_of(again) if "train/loss" in row and row["step"] > 2]
+    for row, other in zip(rows, steps[2:], strict=True):
+        assert {name: row[name] for name in row if not name.startswith("time/")} == {
+            name: other[name] for name in other if not name.startswith("time/")
+        }
