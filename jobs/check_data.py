@@ -1,6 +1,6 @@
 """What is in a data set of `jobs.train`, and everything that is wrong with it:
 
-    python -m jobs.check_data PATH [--split train] [--area 1048576 [--step 64]]
+    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64]]
 
 With an area in pixels it tells how many examples each of data.buckets gets.
 
@@ -10,6 +10,7 @@ Every picture is decoded; no model is loaded, no cluster started and nothing is 
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="what data.path of jobs.train may be: a file or a folder")
     parser.add_argument("--split", default="train", help="of a folder with files of several splits")
+    parser.add_argument("--root", type=Path, help="data.root, which the paths in a JSONL or CSV start from")
     parser.add_argument("--area", type=int, help="of data.buckets, in pixels")
     parser.add_argument("--step", type=int, default=64, help="of data.buckets, in pixels")
     given = parser.parse_args()
@@ -45,10 +47,10 @@ def main() -> None:
     except ValidationError as error:
         what = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise Refused(f"--area {given.area} --step {given.step}: {what}") from error
-    check_data(given.path.absolute(), given.split, buckets)
+    check_data(given.path.absolute(), given.split, buckets, given.root and given.root.absolute())
 
 
-def check_data(path: Path, split: str, buckets: BucketsTable | None = None) -> None:
+def check_data(path: Path, split: str, buckets: BucketsTable | None = None, root: Path | None = None) -> None:
     """Print what is there, and what goes into buckets of one area. Raises: BadInput with every problem."""
     if is_record(path):
         say(f"the record of an online run: {record_size(path)} pairs with their latents")
@@ -59,7 +61,7 @@ def check_data(path: Path, split: str, buckets: BucketsTable | None = None) -> N
             blocks += blocks_of(file)
         except BadInput as error:
             problems += error.problems
-    parts = in_threads(say, blocks, _check) if blocks else []
+    parts = in_threads(say, blocks, partial(_check, root=root)) if blocks else []
     problems += [problem for part in parts for problem in part.problems]
     if any(len(part.table) for part in parts):
         for line in described(parts, buckets):
@@ -70,10 +72,10 @@ def check_data(path: Path, split: str, buckets: BucketsTable | None = None) -> N
         raise BadInput(problems, skippable=False)
 
 
-def _check(block: Block) -> PairIndex:
+def _check(block: Block, root: Path | None) -> PairIndex:
     """As a family would that takes any number of control pictures; tables of pairs have none."""
     counts = range(1) if block.format in TABLES and not is_target_table(Path(block.file)) else ANY_NUMBER
-    return check_block(block, source_counts=counts, items=None, needs_loser=False)
+    return check_block(block, source_counts=counts, items=None, needs_loser=False, root=root)
 
 
 def described(parts: Sequence[PairIndex], buckets: BucketsTable | None) -> Iterator[str]:

@@ -102,6 +102,9 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
         family.latent_shape(geometry)  # refuses a size that the network cannot take
     cache = EncodingCache(recipe.data.cache, fingerprints(family))
     items, problems = read_items(recipe.data.item_metadata)
+    root = Path(recipe.data.root) if recipe.data.root is not None else None
+    if root is not None and not root.is_dir():
+        raise Refused(f"data.root = {str(root)!r} is no folder: give the one that the paths in the rows start from")
     found: list[ExampleSet] = []
     named = ("data.path", recipe.data.path, recipe.data.split), ("eval.path", recipe.eval.path, recipe.eval.split)
     for key, path, split in ((key, Path(path), split) for key, path, split in named if path is not None):
@@ -120,6 +123,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
                 needs_loser="loser" in roles,
                 items=items,
                 check_all=check_all,
+                root=root,
             )
             place = ExamplesPlace(path=file, sizes=sizes if key == "data.path" else sizes[:1])
             found.append(ExampleSet(place=place, index=read_index(file), items=items or {}))

@@ -181,6 +181,8 @@ class PairDataConfig(Section):
     """Preference pairs: Parquet or Arrow files in Pick-a-Pic's columns (a file, or a folder as `datasets` or the hub lays it
     out), a JSONL or CSV of winner, loser, prompt[, source][, mask], or the pairs/ folder of an online run. Targets for SFT: any
     of them, a table, JSONL or CSV of target, prompt[, source][, mask], or a folder of training_images/, control_images/."""
+    root: LocalPath | None = None
+    """Folder that the paths in a JSONL or CSV start from and lie in, of `path` and eval.path. Unset: that of the file."""
     task_weights: dict[str, Weight] = Field({})
     """Makes `path` a folder of data sets and mixes them: how often each one's examples are trained, by the name of its folder.
     Those that are not named are not used."""

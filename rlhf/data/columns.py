@@ -49,6 +49,9 @@ ALIASES = {
     "path_mask": "mask",
     "control_mask": "mask",
     "mask_image": "mask",
+    "instruction": "prompt",
+    "source_image": "source",
+    "edit_image": "target",
 }
 """Names that other trainers' data sets use, and ours."""
 CONTROL = re.compile(r"path_control_?(\d*)")
@@ -95,6 +98,8 @@ def renamed(record: Record) -> Record | Problem:
         if (mine := ALIASES[name]) in fields:
             return record.problem(name, f"says the same as {mine}", "keep one of the two")
         fields[mine] = fields.pop(name)
+        if name == "source_image" and fields[mine] is None:  # as FireRed's rows say that there is none
+            del fields[mine]
     return replace(record, fields=fields)
 
 

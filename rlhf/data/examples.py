@@ -172,13 +172,18 @@ def _source(block: Block, row: int, number: int, medium: Mapping[str, Any]) -> S
 
 
 def check_block(
-    block: Block, *, source_counts: range, items: Collection[str] | None, needs_loser: bool = True
+    block: Block,
+    *,
+    source_counts: range,
+    items: Collection[str] | None,
+    needs_loser: bool = True,
+    root: Path | None = None,
 ) -> PairIndex:
     """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
-    `items`, where given, must hold every image_id.
+    `items`, where given, must hold every image_id; root: what paths start from, unless it is the folder of their file.
     """
     is_table, is_targets = block.format in TABLES, columns.is_target_table(Path(block.file))
-    root = Path(block.file) if block.format == FOLDER else None
+    root = Path(block.file) if block.format == FOLDER else root
     fields, target_fields = columns.fields_of(block.format, source_counts, needs_loser, items)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]

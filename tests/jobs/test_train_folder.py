@@ -133,3 +133,11 @@ def test_sources_cannot_be_left_out_for_a_model_that_needs_one(tmp_path):
         Refused, match=r"data\.source_dropout = 0\.1, but flux_kontext takes no prompt without a source"
     ):
         checked(recipe(tmp_path, **{"data.source_dropout": 0.1}))
+
+
+def test_a_root_that_is_no_folder_is_refused(tmp_path):
+    lay_out(tmp_path / "world")
+    with pytest.raises(
+        Refused, match=r"data\.root = '.*/none' is no folder: give the one that the paths in the rows start"
+    ):
+        checked(recipe(tmp_path, **{"data.root": tmp_path / "none"}))

@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data.examples import blocks_of, read_index
+from rlhf.data.examples import blocks_of, check_block, read_index
 from rlhf.data.media import decode_image
 from rlhf.data.records import BadInput
 from rlhf.data.sizes import Sizes
@@ -406,3 +407,28 @@ def test_a_table_of_targets_lacks_no_column(tmp_path):
     pq.write_table(pa.table({"target_image": [png(1)]}), tmp_path / "t.parquet")
     with pytest.raises(BadInput, match=r"t\.parquet: has no column prompt; it has target_image"):
         blocks_of(tmp_path / "t.parquet")
+
+
+def test_rows_as_firered_writes_them_below_a_root_of_their_own(tmp_path):
+    """One source, two, and null for none; paths from the root, absolute ones too."""
+    root = tmp_path / "pictures"
+    (root / "img").mkdir(parents=True)
+    pictures(root / "img", "a.png", "b.png", "c.png", "d.png")
+    rows = [
+        {"source_image": "img/a.png", "target_image": "img/b.png", "instruction": "sunset", "instruction_cn": "日落"},
+        {"source_image": ["img/a.png", str(root / "img/b.png")], "target_image": "img/c.png", "instruction": "merge"},
+        {"source_image": None, "edit_image": "img/d.png", "instruction": "a cat"},
+    ]
+    file = tmp_path / "lists" / "data.jsonl"
+    file.parent.mkdir()
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    needs = {"source_counts": range(4), "items": None, "needs_loser": False}
+    (found,) = (check_block(block, root=root, **needs) for block in blocks_of(file))
+    assert found.problems == ()
+    examples = list(found.examples(range(3), SIZED))
+    assert [example.prompt.instruction for example in examples] == ["sunset", "merge", "a cat"]
+    named = [[Path(source.path).name for source in example.prompt.sources] for example in examples]
+    assert named == [["a.png"], ["a.png", "b.png"], []]
+    assert [Path(example.targets["target"].path).name for example in examples] == ["b.png", "c.png", "d.png"]
+    (without,) = (check_block(block, **needs) for block in blocks_of(file))
+    assert any("source: 'img/a.png' does not exist" in str(problem) for problem in without.problems)
