@@ -76,18 +76,19 @@ SAME = {
 READ = re.compile(
     r"model\.(pretrained_model_name_or_path|quantize|lora\.init_lora_weights)|trainer|train\.(trainer|gradient_checkpointing"
     r"|mixed_precision)|data\.init_args\.(dataset_path|image_size|target_size|processor\.init_args\.target_size)|cache\.use_cache"
-    r"|optimizer\.(class_path|init_args\.(betas|momentum|weight_decay))|lr_scheduler\.(warmup_steps|num_cycles)|loss\.mask_loss"
+    r"|optimizer\.(class_path|init_args\.(betas|momentum|weight_decay))|lr_scheduler\.(warmup_steps|num_cycles)|loss\.mask_loss|logging\.report_to"
 )
 """Keys that the functions below read."""
 DEVICES = "Ray places encoders and trainer ranks: preprocess.num_gpus, trainer.num_gpus"
 LOADING = "pictures are encoded before training, or by preprocess.encoders beside it"
+TRACKERS = {"tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"], "none": []}
 NONE = {
     r"model\.rank": "model.lora.r is read",
     r"model\.lora\.adapter_name": "there is one adapter, and its file names none",
     r"data\.class_path|data\.init_args\.processor\.class_path": "layouts are recognised: see README, Fine-tuning",
     r"data(\.init_args)?\.(num_workers|prefetch_factor|persistent_workers|pin_memory|shuffle)": LOADING,
     r"data\.init_args\.(cache_dir|use_cache)": "cache.* is read",
-    r"data\.init_args\.prompt_image_dropout_rate": "control pictures are never left out",
+    r"data\.init_args\.prompt_image_dropout_rate": "Qwen-Image-Edit has data.source_dropout, by micro-batches",
     r"data\.init_args\.processor\.init_args\.(controls_size|process_type|resize_mode)": "control pictures follow the target",
     r"data\.init_args\.(processor\.init_args\.)?multi_resolutions": "set data.buckets, and its areas in pixels",
     r"(train|cache)\.(vae_encoder|text_encoder|text_encoder_2)_device|(cache|predict)\.devices.*": DEVICES,
@@ -95,7 +96,7 @@ NONE = {
     r"(train\.resume_from_checkpoint|resume)": "a stopped run goes on by itself; run.resume goes on from a checkpoint of ours",
     r"optimizer\.init_args\.(use_bias_correction|safeguard_warmup)": "Prodigy does it always",
     r"loss\..*": "the loss is the mean squared error; of masks set data.mask_weight",
-    r"logging\.(logging_dir|report_to|tags|notes)": "TensorBoard files and metrics.jsonl lie in the run's folder",
+    r"logging\.(logging_dir|tags|notes)": "TensorBoard files and metrics.jsonl lie in the run's folder",
     r"validation\..*": "set validation.path to prompts, eval.path to examples that are held out",
     r"predict\..*": "jobs.edit and jobs.evaluate have flags of their own",
 }
@@ -140,7 +141,7 @@ def converted(files: Sequence[Found]) -> str:
     given = {key: value for file in files for key, value in file.items()}
     notes = list[str]()
     recipe = THEIRS | {SAME[key]: value for key, value in given.items() if key in SAME}
-    for part in (_model, _trainable, _data, _trainer):
+    for part in (_model, _trainable, _data, _trainer, _tracking):
         recipe |= part(given, notes)
     for key, value in given.items():
         if key not in SAME and not READ.fullmatch(key):
@@ -243,6 +244,13 @@ def _data(given: Found, notes: list[str]) -> Found:
     if given.get("loss.mask_loss"):
         found["data.mask_weight"] = 2.0
     return found
+
+
+def _tracking(given: Found, notes: list[str]) -> Found:
+    name = given.get("logging.report_to")
+    if name is not None and name not in TRACKERS:
+        raise Refused(f"logging.report_to = {name!r}: give {', '.join(TRACKERS)}")
+    return {"tracking.report_to": TRACKERS[name]} if name else {}
 
 
 def _trainer(given: Found, notes: list[str]) -> Found:

@@ -71,7 +71,6 @@ def test_every_key_of_a_whole_file_has_its_place_or_its_reason(tmp_path):
         "data.class_path",
         "data.init_args.cache_dir",
         "cache.vae_encoder_device",
-        "logging.report_to",
     ]
     assert (
         "# download it first: hf download Qwen/Qwen-Image-Edit-2509 --local-dir data/qwen-image-edit-2509" in comments
@@ -96,6 +95,7 @@ def test_every_key_of_a_whole_file_has_its_place_or_its_reason(tmp_path):
         ),
         ("train: {trainer: FluxKontext, low_memory: true}", {"model": {"family": "flux_kontext"}}),
         ("train: {mixed_precision: fp16, gradient_checkpointing: false}", {"model": {"dtype": "float16"}}),
+        ("logging: {report_to: wandb}", {"tracking": {"report_to": ("wandb",)}}),
         ("cache: {use_cache: false}", {"data": {"latents": "on_the_fly"}}),
         ("data: {init_args: {batch_size: 1, num_workers: 4}}", {"trainer": {"train_batch_size": 1}}),
     ],
