@@ -3,11 +3,11 @@
 Draws thousands of photos, and trains from nothing a VAE, a small FLUX.1 Kontext that follows six kinds of instructions, an
 aesthetic judge in HPSv2's format, a click model and a Qwen3-VL that finds broken pictures; then measures each on held-out
 photos. Takes about an hour on one core. `--world.family qwen_image_edit` builds a small Qwen-Image-Edit in Kontext's place, and
-no judges, in half an hour; both may be built into one folder. Each part appears whole or not at all, so the same command
-goes on with the next. No Ray, and nothing is downloaded. `jobs.demo` uses a world that was built into its folder world/, in place
-of the one that comes with the package.
+no judges, in half an hour; both may be built into one folder, one after the other. Each part appears whole or not at all, so the
+same command goes on with the next. No Ray, and nothing is downloaded. `jobs.demo` uses a world that was built into its folder
+world/, in place of the one that comes with the package.
 
-    DIR/  what jobs.world.data lists  kontext/  hps/  ctr/  filter/  manifest.json  qwen/  qwen_manifest.json
+    DIR/  what jobs.world.data lists  build.json  kontext/  hps/  ctr/  filter/  manifest.json  qwen/  qwen_manifest.json
 """
 
 import argparse

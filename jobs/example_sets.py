@@ -102,6 +102,11 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
         family.latent_shape(geometry)  # refuses a size that the network cannot take
     cache = EncodingCache(recipe.data.cache, fingerprints(family))
     items, problems = read_items(recipe.data.item_metadata)
+    if recipe.data.source_dropout and 0 not in family.source_counts:
+        raise Refused(
+            f"data.source_dropout = {recipe.data.source_dropout:g}, but {recipe.model.family} takes no prompt without a source: "
+            "leave it out"
+        )
     root = Path(recipe.data.root) if recipe.data.root is not None else None
     if root is not None and not root.is_dir():
         raise Refused(f"data.root = {str(root)!r} is no folder: give the one that the paths in the rows start from")
@@ -132,11 +137,6 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
     if problems:
         raise BadInput(problems)
     sets = ExampleSets(training=found[0], evaluation=found[1] if len(found) > 1 else None, cache=cache)
-    if recipe.data.source_dropout and 0 not in family.source_counts:
-        raise Refused(
-            f"data.source_dropout = {recipe.data.source_dropout:g}, but {recipe.model.family} takes no prompt without a source: "
-            "leave it out"
-        )
     sets = sets.bucketed(family, recipe.data)
     size, buckets = recipe.trainer.train_batch_size, sets.training.place.buckets
     sorted_out = sets.training.place.shares is not None
@@ -185,7 +185,8 @@ def refuse_too_few(recipe: TrainRecipe, held_out: ExampleSet) -> None:
         need = recipe.trainer.ranks * recipe.trainer.train_batch_size
         raise Refused(
             f"eval.path = {recipe.eval.path!r} has {count} pairs, of which eval.max_pairs = {recipe.eval.max_pairs} are "
-            f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: too few"
+            f"used, but one batch of every rank (trainer.ranks × train_batch_size) is {need}: hold out "
+            "more, or lower trainer.train_batch_size"
         )
 
 

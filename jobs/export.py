@@ -67,6 +67,8 @@ def found(path: Path, model: Path | None, family: str) -> tuple[Path, ModelTable
     if not path.exists():
         raise Refused(f"{path}: no such file or folder")
     if file_of(path).is_file():
+        if file_of(path).suffix != ".safetensors":
+            raise Refused(f"{path} is no LoRA: give a .safetensors file, its folder, or a finished run")
         if model is None:
             raise Refused(f"{path} is a LoRA: give --model, the folder of the model that it belongs to")
         return path, ModelTable(family=family, path=str(model), dtype="float32")
@@ -90,7 +92,9 @@ def merge(family: Family, lora: Path, out: Path, dtype: torch.dtype) -> None:
     denoiser = family.load_denoiser("cpu", lora=lora)
     denoiser.fuse_lora()
     denoiser.unload_lora()
-    denoiser.to(dtype).save_pretrained(out)
+    torch.nn.Module.to(denoiser, dtype)
+    denoiser.register_to_config(_name_or_path="")  # a path of this machine
+    denoiser.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from actors import checks, placement
 from actors.placement import Role
 from jobs import train
-from jobs.cli import Say, parse, resolved_toml, run_main, say
+from jobs.cli import ConfigError, Say, parse, resolved_toml, run_main, say
 from jobs.encoding import encode_missing, missing, warn_of_unread
 from jobs.example_sets import read_example_sets
 from jobs.launch import cluster, free_resources
@@ -183,10 +183,27 @@ def of_train(recipe: TrainRecipe, is_dry: bool) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["train"]:
-        of_train(*parse(TrainRecipe, arguments[1:], description=__doc__ or ""))
-    else:
-        online(*parse(OnlineDPORecipe, arguments, description=__doc__ or ""))
+    kind = arguments.pop(0) if arguments and not arguments[0].startswith("-") else ""
+    if kind not in ("", "train"):
+        raise Refused(f"{kind!r}: give train for a recipe of jobs.train, and nothing for one of jobs.online_dpo")
+    try:
+        if kind:
+            of_train(*parse(TrainRecipe, arguments, description=__doc__ or ""))
+        else:
+            online(*parse(OnlineDPORecipe, arguments, description=__doc__ or ""))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_other_kind(kind, arguments)}") from error
+
+
+def _other_kind(kind: str, arguments: list[str]) -> str:
+    """What to say of a recipe that is of the other kind; empty if it is of neither."""
+    other, command = (OnlineDPORecipe, "") if kind else (TrainRecipe, " train")
+    try:
+        parse(other, arguments)
+    except ConfigError:
+        return ""
+    job = "online_dpo" if kind else "train"
+    return f"\nIt is a recipe of jobs.{job}: python -m jobs.preprocess{command} --config …"
 
 
 if __name__ == "__main__":

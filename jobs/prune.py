@@ -1,7 +1,8 @@
 """Remove runs that never trained: python -m jobs.prune runs/NAME [--dry-run]
 
 A start that was refused or failed before its first update leaves a folder vN, which the next start takes over; with
-run.resume = "never" such folders gather. Runs with an update, a checkpoint or a live driver stay.
+run.resume = "never" such folders gather. Runs with an update, a checkpoint or a live driver stay, and so does what is no run's
+folder.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from jobs.cli import run_main, say
 from rlhf.errors import Refused
-from rlhf.runs.folder import RunInUse, has_started, locked
+from rlhf.runs.folder import RunInUse, has_started, is_run, locked
 
 
 def main() -> None:
@@ -29,12 +30,16 @@ def main() -> None:
 def prune(folder: Path, is_dry: bool) -> list[Path]:
     """What was, or would be, removed. Raises Refused for a folder without runs."""
     versions = [path for path in sorted(folder.glob("v*")) if re.fullmatch(r"v\d+", path.name)]
-    if not versions:
+    runs = list(filter(is_run, versions))
+    if not runs:
         raise Refused(f"{folder} holds no run v0, v1, …: give runs/NAME")
+    for path in versions:
+        if path not in runs:
+            say(f"{path} is no run's folder, and stays")
     removed = []
     with (folder / "claim.lock").open("a") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # no start may take one meanwhile
-        for path in versions:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # no start takes one of them meanwhile
+        for path in runs:
             if has_started(path):
                 continue
             try:

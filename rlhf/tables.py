@@ -44,8 +44,12 @@ class TrackingTable(Section):
     """Where a run's scalars are shown beside metrics.jsonl, which is always written."""
 
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    project: str = Field("diffusion-rlhf", min_length=1)
+    project: str = "diffusion-rlhf"
     """Of wandb."""
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.project or set(self.project) & set("/\\#?%:") or len(self.project) > 128:
+            yield f"project = {self.project!r}: give a name of up to 128 characters without / \\ # ? % :"
 
 
 class ModelTable(Section):
@@ -86,6 +90,13 @@ class EditModelTable(ModelTable):
     width: int = Field(784, ge=16, multiple_of=16)
     size: Literal["fixed", "auto"] = "fixed"
     """`auto`: the nearest of the family's own sizes per picture."""
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        sides = {name: getattr(self, name) for name in ("height", "width")}
+        given = [f"{name} = {side}" for name, side in sides.items() if side != type(self).model_fields[name].default]
+        if self.size == "auto" and given:
+            yield f'size = "auto" takes each picture\'s own size: leave out {" and ".join(given)}'
 
 
 class TrainedEditModelTable(EditModelTable):

@@ -24,6 +24,7 @@ from jobs.world.data import PACKAGE, Shots, random_of, shoot
 from jobs.world.looks import EXPOSURE, SATURATION, draw_source, render, to_uint8
 from jobs.world.truth import attributes
 from rlhf.diffusion.objectives import SFT
+from rlhf.errors import Refused
 from rlhf.models import load_family
 from rlhf.models.trainable import load_trainable
 from rlhf.runs.folder import RunFolder, made
@@ -143,6 +144,8 @@ def main() -> None:
     refuse_small("--seeds", arguments.seeds, 1)
     refuse_small("--steps", arguments.steps, 1)
     out = made(arguments.out.resolve(), "--out")
+    if any(out.iterdir()):
+        raise Refused(f"--out {out} is not empty: give another folder")
     for family in edits.EDIT_MODELS:
         shown = all_runs(family, out, steps=arguments.steps, seeds=arguments.seeds)
         for way in WAYS:

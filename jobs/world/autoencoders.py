@@ -20,7 +20,7 @@ class Level(NamedTuple):
 
     resnets: Sequence[nn.Module]
     resize: nn.Module | None
-    """The convolution that halves the size, with taps from its corner on, or that follows a doubling."""
+    """In an encoder the convolution that halves the size, in a decoder the one behind the doubling; None: the size stays."""
 
 
 class Coder(NamedTuple):

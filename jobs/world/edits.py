@@ -64,8 +64,9 @@ class EditModel:
     """How the edit model of a family is made."""
 
     folder: str
+    """Its name below a world's folder."""
     manifest: str
-    """Its names below a world's folder."""
+    """The name of the file beside it with figures and hashes."""
     vae: Callable[..., Autoencoder]
     transformer: type[ModelMixin]
     write: Callable[[Path, ModelMixin], None]
@@ -76,7 +77,7 @@ class EditModel:
     """Of the weights in the package, whose files stay below 5 MB."""
     guidance_scale: float | None = None
     """At which it edits; None: the family's own. Guidance by two branches, at 4 as for the real model, overdoes what this small
-    one does without: of what its edits should keep, 0.77 are left in place of 0.97."""
+    one does without: its edits keep 0.77 of the subject in place of 0.96."""
 
 
 EDIT_MODELS = {
@@ -127,7 +128,7 @@ def write_untrained(model: EditModelTable, vae: Autoencoder) -> None:
 
 
 def write_triples(folder: Path, shots: Shots, count: int, seed: int) -> Path:
-    """A JSONL of edits of the photos: source, target, instruction. Folders are made anew.
+    """A JSONL of edits of the photos: source, target, instruction. The folder is made anew.
 
     count: how many, rounded up to a multiple of ENCODED_AT_ONCE.
     """

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from rlhf.data.media import picture_file
 from rlhf.data.prompts import prompt_of, sized
 from rlhf.data.sampler import encoded_now, sample_prompts
 from rlhf.errors import Refused
-from rlhf.models.checks import check_model, check_sampling
+from rlhf.models.checks import check_denoiser, check_model, check_sampling
 from rlhf.section import Section
 from rlhf.tables import EditModelTable, SamplingTable
 from rlhf.types import Encoding, seed_from
@@ -33,6 +34,15 @@ def _table(kind: type[S], name: str, given: Mapping[str, Any]) -> S:
         return kind.model_validate(given)
     except ValidationError as error:
         raise Refused("; ".join(f"[{name}] {_said(each)}" for each in error.errors())) from error
+
+
+def _check_device(name: str, value: str) -> None:
+    try:
+        there = torch.device(value).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        there = False
+    if not there:
+        raise Refused(f'{name} = {value!r} is no device of this machine: give "cpu", or "cuda" where there is a GPU')
 
 
 def _said(detail: Mapping[str, Any]) -> str:
@@ -59,12 +69,18 @@ class Editor:
         model: other keys of a recipe's [model]; height and width, or size = "auto", which is the default. Raises Refused.
         """
         fixed = model.keys() & {"height", "width"}
-        if len(fixed) == 1:
-            raise Refused(f"{next(iter(fixed))} alone: give height and width, or neither")
         given = {"path": str(path), "family": family, "size": "fixed" if fixed else "auto"} | model
         self._model = _table(EditModelTable, "model", given)
+        if len(fixed) == 1:
+            raise Refused(f"{next(iter(fixed))} alone: give height and width, or neither")
+        if denoiser and lora:
+            raise Refused(f"denoiser = {str(denoiser)!r} and lora = {str(lora)!r}: give one of them")
+        for name, value in (("device", device), ("encoder_device", encoder_device or device)):
+            _check_device(name, value)
         self._family, self._device = check_model(self._model), device
         folder = Path(denoiser) if denoiser else None
+        if folder:
+            check_denoiser(self._family, folder)
         self._denoiser = self._family.load_denoiser(device, folder, Path(lora) if lora else None)
         self._codec = self._family.load_codec(encoder_device or device)
 

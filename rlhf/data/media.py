@@ -135,7 +135,8 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
                 if other := _in_another_form(root, given):
                     what = f"does not exist, but {str(other)!r} does, whose letters are encoded in another Unicode normal form"
                     return f"{name}{what}", "write the name as the folder has it, or rename the file"
-                return f"{name}does not exist", f"put the picture at {file} or mend the path"
+                what = "is no file" if file.exists() else "does not exist"
+                return f"{name}{what}", f"put the picture at {file} or mend the path"
             path, given = str(file), file.read_bytes()
         height, width = decode_image(given).shape[:2]
     except (OSError, ValueError, RuntimeError) as error:

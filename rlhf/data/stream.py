@@ -1,9 +1,9 @@
 """Which pair trains when, and how it is cropped, mirrored and captioned: pure functions of (seed, position).
 
-Every epoch visits each pair once. Blocks are permuted, and rows are permuted within windows of some blocks, so that whoever
-reads pictures as they come holds a few blocks and not the data set; one window is a plain permutation. Where not all pairs may
-share a batch, each batch is of one bucket, and a bucket's last batch of an epoch is filled up with its first pairs. A resume
-needs nothing but the number of steps done, on any number of ranks.
+Every epoch visits each pair once, or, where batches are filled up, at least once. Blocks are permuted, and rows are permuted
+within windows of some blocks, so that whoever reads pictures as they come holds a few blocks and not the data set; one window is
+a plain permutation. Where not all pairs may share a batch, each batch is of one bucket, and a bucket's last batch of an epoch is
+filled up with its first pairs. A resume needs nothing but the number of steps done, on any number of ranks.
 
 In a mixture (`rlhf.data.mixture`) every batch draws its bucket by itself, and takes the next pairs of it: the pairs of a bucket
 are visited in permutations of their own, one after the other, however often the others come.

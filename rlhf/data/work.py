@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -307,7 +308,10 @@ class OfflineWork:
 def is_record(path: Path) -> bool:
     """Whether a folder holds the pairs of an online run."""
     first = next(iter(sorted(path.glob("*.parquet"))), None) if path.is_dir() else None
-    return first is not None and "winner_latents" in pq.read_schema(first).names
+    try:
+        return first is not None and "winner_latents" in pq.read_schema(first).names
+    except (pa.ArrowException, OSError):  # whoever reads it says what is wrong
+        return False
 
 
 def record_size(folder: Path) -> int:
@@ -316,7 +320,7 @@ def record_size(folder: Path) -> int:
 
 
 def recorded_prompts(folder: Path) -> Iterator[Prompt]:
-    """The prompts of a record, in order."""
+    """The prompts of a record, in the order of its files' names."""
     for file in sorted(folder.glob("*.parquet")):
         columns = ["key", "instruction", "sources", "height", "width", "frames"]
         yield from map(audit.recorded_prompt, audit.read_file(file, columns=columns).to_pylist())

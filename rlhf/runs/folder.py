@@ -306,6 +306,11 @@ def _decide(parent: Path, resume: str, config_toml: str) -> tuple[Path, Path | N
     return parent / f"v{newest + 1}" if over else path, source
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder was claimed for a run."""
+    return all((path / name).is_file() for name in ("config.toml", "epoch", "lock"))
+
+
 def has_started(path: Path) -> bool:
     """Whether a step was done in a run's folder."""
     return any(step != 0 for _, step in _rows(path)) or any(path.glob("checkpoint_*/COMMITTED"))

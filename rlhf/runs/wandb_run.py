@@ -4,13 +4,13 @@ Account, server and mode come from its own settings: `wandb login`, WANDB_BASE_U
 are in the run's samples/, and uploads of weights.
 """
 
+import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import xxhash
-
 from rlhf.errors import Refused, last_line
+from rlhf.runs.durable import write_durably
 
 
 def check_report_to(names: Sequence[str]) -> None:
@@ -26,6 +26,16 @@ def check_report_to(names: Sequence[str]) -> None:
         wandb.login()
     except wandb.errors.Error as error:
         raise Refused(f"{asked}: {error} Or set WANDB_MODE=offline and `wandb sync` the run later") from error
+    except ValueError as error:  # of pydantic, about a variable
+        raise Refused(f"{asked}, whose settings it refuses; see its variables, such as WANDB_MODE: {error}") from error
+
+
+def _id_of(folder: Path) -> str:
+    """Drawn once and kept in the run's folder, so that a resume finds its chart and no other run does."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        write_durably(file, secrets.token_hex(8))
+    return file.read_text()
 
 
 class WandbRun:
@@ -40,7 +50,7 @@ class WandbRun:
             project=project,
             name=f"{folder.parent.name}/{folder.name}",
             group=folder.parent.name,
-            id=xxhash.xxh3_64_hexdigest(str(folder).encode()),
+            id=_id_of(folder),
             resume="allow",
             reinit="finish_previous",
             dir=folder,

@@ -233,6 +233,12 @@ def test_rules_between_keys_say_both_values(recipe):
         )
 
 
+def test_sizes_of_their_own_and_a_size_given_do_not_fit(recipe):
+    auto = ["--model.size", "auto", "--trainer.train_batch_size", "1"]
+    [problem] = problems("--config", recipe, *auto, "--model.height", "64")
+    assert problem.endswith('size = "auto" takes each picture\'s own size: leave out height = 64')
+
+
 def test_a_key_of_several_types_is_one_problem(recipe):
     [problem] = problems("--config", recipe, "--trainer.timestep_shift", "token")
     assert problem.startswith("command line: [trainer] timestep_shift = 'token': should be a valid number")

@@ -220,6 +220,22 @@ def test_dry_run_starts_nothing_and_says_what_is_missing(config, monkeypatch, ca
     assert ray.is_initialized() == before and not read_manifest(config.data.cache).files
 
 
+def test_a_recipe_of_the_other_kind_is_told_and_so_is_a_misspelt_kind(tmp_path, monkeypatch, kontext):
+    train = FOLDER / "sft_demo.toml", "It is a recipe of jobs.train: python -m jobs.preprocess train --config"
+    online = FOLDER / "demo.toml", "It is a recipe of jobs.online_dpo: python -m jobs.preprocess --config"
+    for kind, (file, says) in (([], train), (["train"], online)):
+        monkeypatch.setattr(sys, "argv", ["preprocess", *kind, "--config", str(file)])
+        with pytest.raises(Refused, match=says):
+            job.main()
+    monkeypatch.setattr(sys, "argv", ["preprocess", "trian", "--config", str(train[0])])
+    with pytest.raises(Refused, match="'trian': give train for a recipe"):
+        job.main()
+    monkeypatch.setattr(sys, "argv", ["preprocess", "train", "--model.pth", "x"])
+    with pytest.raises(Refused, match="pth = 'x': unknown key; did you mean") as refused:
+        job.main()
+    assert "It is a recipe" not in str(refused.value)
+
+
 def test_a_train_recipe_s_cache_is_filled_ahead_of_time(cluster, tmp_path, monkeypatch, capsys):
     """The twenty pairs of the demo, each as it is and mirrored: a caption, and 20 × 2 sources and targets."""
     lay_out(tmp_path / "world")

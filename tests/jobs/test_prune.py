@@ -47,6 +47,17 @@ def test_runs_without_an_update_go_and_one_in_use_stays(runs, monkeypatch, capsy
     assert RunFolder.foreseen(runs.parent, "edits", "[run]\n").startswith(f"would begin in {runs / 'v3'}")
 
 
+def test_what_is_no_run_s_folder_stays(runs, monkeypatch, capsys):
+    (runs / "v7").mkdir()
+    (runs / "v7/thesis.txt").write_text("precious")
+    (runs / "v8").write_text("")
+    told = said(monkeypatch, capsys, runs)
+    assert f"{runs / 'v7'} is no run's folder, and stays" in told and "v8 is no run's folder" in told
+    assert (runs / "v7/thesis.txt").is_file() and not (runs / "v1").exists()
+
+
 def test_a_folder_without_runs_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "v1").mkdir()
     with pytest.raises(Refused, match="holds no run v0, v1, …: give runs/NAME"):
         said(monkeypatch, capsys, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["v1"]

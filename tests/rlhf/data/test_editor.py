@@ -55,6 +55,21 @@ def test_what_is_wrong_is_said(folders, tmp_path):
         editor.edit("warm", tmp_path / "a.png", steps=0)
     with pytest.raises(Refused, match=r"\[model\] dtype = 'half': Input should be 'bfloat16'"):
         Editor(folders["flux_kontext"], dtype="half")
+    with pytest.raises(Refused, match=r"\[model\] unknown key 'heigth' = 48; did you mean 'height'\?"):
+        Editor(folders["flux_kontext"], heigth=48, width=32)
+    with pytest.raises(Refused, match=r"width alone: give height and width, or neither"):
+        Editor(folders["flux_kontext"], width=32)
+    with pytest.raises(Refused, match=r"leave out height = 48 and width = 32"):
+        Editor(folders["flux_kontext"], height=48, width=32, size="auto")
+    with pytest.raises(Refused, match=r"denoiser = 'a' and lora = 'b': give one of them"):
+        Editor(folders["flux_kontext"], denoiser="a", lora="b")
+    for name in ("device", "encoder_device"):
+        with pytest.raises(Refused, match=rf"{name} = 'gpu' is no device of this machine"):
+            Editor(folders["flux_kontext"], **{name: "gpu"})
+    with pytest.raises(Refused, match=r"nothing"):
+        Editor(folders["flux_kontext"], denoiser=tmp_path / "nothing")
+    with pytest.raises(Refused, match=r"is no file; put the picture at"):
+        editor.edit("warm", tmp_path)
     with pytest.raises(Refused, match=r"there is no such folder"):
         Editor(tmp_path / "nothing")
 

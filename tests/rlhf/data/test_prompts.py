@@ -85,7 +85,7 @@ def test_missing_image(folder):
 
 def test_a_folder_is_no_image(folder):
     photos.write_rows(folder, [row(image="images")])
-    assert "image: 'images' does not exist" in only(folder)
+    assert "image: 'images' is no file" in only(folder)
 
 
 def test_unreadable_image(folder):

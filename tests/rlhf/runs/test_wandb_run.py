@@ -64,7 +64,7 @@ def test_a_run_and_its_resume_are_one_with_every_row(offline):
     (told,) = (record.run for record in records(first) if record.WhichOneof("record_type") == "run")
     (again,) = (record.run for record in records(second) if record.WhichOneof("record_type") == "run")
     assert (told.project, told.display_name, told.run_group) == ("shop", "edits/v0", "edits")
-    assert told.run_id == again.run_id
+    assert told.run_id == again.run_id == (offline / "wandb_id").read_text()
     assert json.loads({item.key: item.value_json for item in told.config.update}["trainer"]) == {"learning_rate": 0.001}
     assert not [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
 
@@ -73,6 +73,12 @@ def test_it_is_refused_before_a_run_where_there_is_no_account(offline, monkeypat
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(Refused, match=r'tracking\.report_to has "wandb": No API key .*Or set WANDB_MODE=offline'):
+        check_report_to(ASKED)
+
+
+def test_a_variable_that_wandb_does_not_take_is_refused(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(Refused, match="whose settings it refuses; see its variables, such as WANDB_MODE: "):
         check_report_to(ASKED)
 
 
