@@ -227,6 +227,15 @@ def test_an_update_has_the_same_examples_and_noise_however_it_is_split(tmp_path)
     assert torch.equal(torch.cat([batch.x0["winner"] for batch in parts]), whole[0].x0["winner"])
 
 
+def test_every_update_and_every_example_has_noise_and_a_time_of_its_own(tmp_path):
+    """Where a generator was seeded anew in every update, all updates would train at the same few."""
+    places = work(tmp_path, 1, 4)
+    batches = [places.batches(step, 0, None, [])[0] for step in range(1, 6)]
+    times = torch.cat([batch.t for batch in batches])
+    noise = torch.cat([batch.noise for batch in batches]).flatten(1)
+    assert len(set(times.tolist())) == 20 == len(noise.unique(dim=0))
+
+
 def test_training_times_are_those_of_the_recipe(tmp_path):
     places = work(tmp_path, 1, 4)
     own = places.batches(2, 0, None, [])[0].t
