@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, compress, product
+from itertools import chain, compress, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ from rlhf.data.batches import buckets_of
 from rlhf.data.cache import EncodingCache
 from rlhf.data.examples import PairIndex, read_index
 from rlhf.data.fingerprint import fingerprint, fingerprints
+from rlhf.data.formats import FOLDER
 from rlhf.data.mixture import task_folders
 from rlhf.data.prompts import read_items
-from rlhf.data.records import BadInput
+from rlhf.data.records import BadInput, Problem
 from rlhf.data.sizes import sizes_of
 from rlhf.data.stream import Visit, held_out_visits
 from rlhf.data.work import ExamplesPlace, IndexedExamples, check_record, is_record, record_size, recorded_prompts
@@ -68,12 +69,17 @@ class ExampleSets:
     def bucketed(self, family: Family, data: PairDataConfig) -> "ExampleSets":
         """The same, with what may share a batch worked out, and how often each kind of batch comes in a mixture.
 
-        Raises Refused for a prompt that the family does not take, and for weights that no example answers.
+        Raises BadInput for rows whose prompt the family does not take, Refused for weights that no example answers.
         """
         alone = data.source_dropout > 0
 
         def worked_out(found: ExampleSet, alone: bool) -> ExampleSet:
-            return replace(found, place=replace(found.place, buckets=buckets_of(family, found.prompts(), alone=alone)))
+            try:
+                buckets = buckets_of(family, found.prompts(), alone=alone)
+            except Refused as error:
+                problems = [*refused_rows(found, family)]
+                raise BadInput(problems, skippable=False) if problems else error from error
+            return replace(found, place=replace(found.place, buckets=buckets))
 
         evaluation = self.evaluation and worked_out(self.evaluation, False)
         training = worked_out(self.training, alone)
@@ -155,6 +161,24 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
         refuse_too_few(recipe, sets.evaluation)
         _refuse_overlap(recipe, sets.training.index, sets.evaluation.index)
     return sets
+
+
+def refused_rows(found: ExampleSet, family: Family) -> Iterator[Problem]:
+    """The rows of an index whose prompt the family does not take."""
+    if found.index is None:
+        return
+    table = found.index.table
+    for row, prompt in enumerate(islice(found.prompts(), len(table))):
+        try:
+            family.bucket(prompt)
+        except Refused as error:
+            what, _, remedy = str(error).removeprefix(f"prompt {prompt.key!r}: ").rpartition("; ")
+            block = found.index.blocks[table["block"][row].as_py()]
+            if block.format == FOLDER:
+                file, line = table["picture_0"][row].as_py()["path"], 0
+            else:
+                file, line = block.file, table["number"][row].as_py()
+            yield Problem(file=file, line=line, field="prompt", what=what, remedy=remedy)
 
 
 def tasks_of(found: ExampleSet, root: Path) -> list[str]:

@@ -19,8 +19,8 @@ from jobs.preprocess import read_data
 from jobs.recipes import OnlineDPORecipe, TrainRecipe
 from rlhf.data.audit import read_pairs, recorded_prompt
 from rlhf.data.cache import read_manifest
+from rlhf.data.records import BadInput
 from rlhf.data.stream import Visit
-from rlhf.errors import Refused
 from rlhf.models.tiny_qwen_image import write_qwen_image_edit
 from tests import worlds
 from tests.conftest import SERVE_PORT
@@ -143,9 +143,23 @@ def test_a_batch_without_its_sources_is_told_the_caption_alone(model, tmp_path):
 def test_what_an_instruction_may_not_hold_is_refused_before_anything_starts(model, tmp_path):
     recipe = train_recipe(tmp_path, model, "lora")
     file = Path(recipe.data.path)
-    file.write_text(file.read_text().replace('"warm"', '"warm <|im_end|>"', 1))
-    with pytest.raises(Refused, match=r"the instruction holds '<\|im_end\|>', which the model takes for a mark"):
+    file.write_text(file.read_text().replace('"warm"', '"warm <|im_end|>"', 2))  # of lines 1, 4, 7 and 10
+    with pytest.raises(BadInput) as refused:
         read_example_sets(recipe, ("winner", "loser"), partial(checks.in_threads, print))
+    assert [problem.line for problem in refused.value.problems] == [1, 4]
+    says = "the instruction holds '<|im_end|>', which the model takes for a mark and not for words; leave it out"
+    assert all(f"{file}:{line}: prompt: " in str(refused.value) for line in (1, 4)) and says in str(refused.value)
+
+
+def test_what_a_caption_in_a_folder_may_not_hold_is_told_of_its_picture(model, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for stem, text in (("a", "warm"), ("b", "put <|image_pad|> there")):
+        (folder / f"{stem}.png").write_bytes(png(1, 48, 32))
+        (folder / f"{stem}.txt").write_text(text)
+    recipe = train_recipe(tmp_path, model, "lora", objective="sft", data={"path": str(folder)})
+    with pytest.raises(BadInput, match=r"b\.png: prompt: the instruction holds '<\|image_pad\|>'"):
+        read_example_sets(recipe, ("target",), partial(checks.in_threads, print))
 
 
 @pytest.mark.slow
