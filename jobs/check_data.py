@@ -1,6 +1,6 @@
 """What is in a data set of `jobs.train`, and everything that is wrong with it:
 
-    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64]]
+    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64] …]
 
 With an area in pixels it tells how many examples each of data.buckets gets.
 
@@ -40,13 +40,19 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="of a folder with files of several splits")
     parser.add_argument("--root", type=Path, help="data.root, which the paths in a JSONL or CSV start from")
     parser.add_argument("--area", type=int, help="of data.buckets, in pixels")
-    parser.add_argument("--step", type=int, default=64, help="of data.buckets, in pixels")
+    for name in ("step", "min_side", "max_side"):
+        default = BucketsTable.model_fields[name].default
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help="of data.buckets, in pixels (default: %(default)s)"
+        )
     given = parser.parse_args()
+    sides = {name: getattr(given, name) for name in ("step", "min_side", "max_side")}
     try:
-        buckets = BucketsTable(areas=(given.area,), step=given.step) if given.area is not None else None
+        buckets = BucketsTable(areas=(given.area,), **sides) if given.area is not None else None
     except ValidationError as error:
         what = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise Refused(f"--area {given.area} --step {given.step}: {what}") from error
+        shown = " ".join(f"--{name} {value}" for name, value in {"area": given.area, **sides}.items())
+        raise Refused(f"{shown}: {what}") from error
     check_data(given.path.absolute(), given.split, buckets, given.root and given.root.absolute())
 
 

@@ -1,9 +1,12 @@
 """What `jobs.check_data` says of a folder, of pairs, of a run's record, and of what is wrong."""
 
+import sys
+
 import pytest
 
-from jobs.check_data import check_data
+from jobs.check_data import check_data, main
 from rlhf.data.records import BadInput
+from rlhf.errors import Refused
 from rlhf.tables import BucketsTable
 from tests.rlhf.data.pair_tables import png, row, write_parquet
 
@@ -72,3 +75,15 @@ def test_nothing_there_is_refused(tmp_path):
             (tmp_path / name).write_text("\n")
         with pytest.raises(BadInput, match=r"holds no example|no such file"):
             check_data(tmp_path / name, "train")
+
+
+def test_the_bounds_of_buckets_are_arguments(tmp_path, monkeypatch, capsys):
+    argv = ["check_data", str(write(tmp_path / "set")), "--area", "1024", "--step", "16"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(
+        Refused, match="--area 1024 --step 16 --min_side 256 --max_side 2048: areas holds 1024, whose square"
+    ):
+        main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--min_side", "16", "--max_side", "64"])
+    main()
+    assert "buckets: 32 × 32 (2), 16 × 48 (1)" in capsys.readouterr().out
