@@ -57,7 +57,7 @@ def test_too_few_held_out_pairs_are_told_also_after_the_judge_failed_on_some(sta
     pairs = read_example_sets(config, ROLES, IN_THREADS)
     scored_beforehand(config, pairs, failed=1)
     labelled = relabel_by_judge(config.judges, config.serve, "green", pairs, "name", str)
-    with pytest.raises(Refused, match=r"has 7 pairs, .* is 8: too few"):
+    with pytest.raises(Refused, match=r"has 7 pairs, .* is 8: hold out more"):
         refuse_too_few(config, labelled.examples.evaluation)
 
 

@@ -42,7 +42,7 @@ BAD = {
     ",a,b,c,d,0.1": "is empty",
     "a\0.png,a,b,c,d,0.1": "cannot be read: embedded null byte",
     f"{'x' * 300}.png,a,b,c,d,0.1": "cannot be read: [Errno 36] File name too long",
-    ".,a,b,c,d,0.1": "does not exist",
+    ".,a,b,c,d,0.1": "is no file",
     "a.png,a,b,c,d,5.2": "percentage",
     "a.png,a,b,c,d,nan": "finite number",
     "a.png,a,b,c,d,many": "finite number",
