@@ -168,7 +168,8 @@ def table(needed: Sequence[Role], available: dict[str, float] | None) -> str:
     for role in needed:
         name = f"{role.name}{' (before the rest)' if role.before else ''}"
         lines.append(line(name, *totals([role]), role.count, f"{(role.nbytes + OVERHEAD) / GIB:.2f}"))
-    lines.append(line("needed at once", *totals([role for role in needed if not role.before])))
+    if together := [role for role in needed if not role.before]:
+        lines.append(line("needed at once", *totals(together)))
     if available is not None:
         free = available.get("memory", 0.0) / GIB
         lines.append(line("free in the cluster", available.get("CPU", 0), available.get("GPU", 0), free))

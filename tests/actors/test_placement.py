@@ -93,3 +93,11 @@ def test_memory_counts_where_there_is_no_gpu(model):
     needed = World(model, num_gpus=0.0).roles
     with pytest.raises(placement.NotEnoughResources, match="GiB of memory needed"):
         placement.check(needed, {"CPU": 8.0, "GPU": 7.0, "memory": 1e11})
+
+
+def test_roles_that_run_before_the_rest_need_nothing_at_once():
+    encoder = placement.Role(kind="encoder", name="encoder", count=2, num_cpus=1, num_gpus=0, nbytes=0, before=True)
+    trainer = placement.Role(kind="trainer", name="trainer rank", count=1, num_cpus=1, num_gpus=0, nbytes=0)
+    assert "needed at once" not in placement.table([encoder], {"CPU": 2})
+    (line,) = [line for line in placement.table([encoder, trainer], None).splitlines() if "needed at once" in line]
+    assert line.split()[3] == "1.00"
