@@ -11,7 +11,7 @@ pictures are decoded; with a problem nothing is written, and the status is 2.
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,16 +80,17 @@ def examples_of(file: Path, root: Path, *, inverse: bool) -> Examples:
     )
     found: Examples = {kind: [] for kind, text in TEXTS.items() if inverse or not text.is_inverse}
     for row in rows:
-        problems += list(_problems(row, found))
-        for kind in found:
-            if line := _line(row, TEXTS[kind], root.resolve()):
-                found[kind].append(line)
+        faults = list(_problems(row, found))
+        problems += faults
+        for kind in [] if faults else found:
+            if TEXTS[kind].column in row.fields:
+                found[kind].append(_line(row, TEXTS[kind], root.resolve()))
     if problems:
         raise BadInput(problems, skippable=False)
     return {kind: lines for kind, lines in found.items() if lines}
 
 
-def _problems(row: Record, kinds: Sequence[str] | Examples) -> Iterator[Problem]:
+def _problems(row: Record, kinds: Collection[str]) -> Iterator[Problem]:
     given = row.fields
     targets = [name for name in TARGETS if name in given]
     if len(targets) != 1:
@@ -105,16 +106,14 @@ def _problems(row: Record, kinds: Sequence[str] | Examples) -> Iterator[Problem]
             yield row.problem(text.column, what, "leave it out, or give --no-inverse")
 
 
-def _line(row: Record, text: Text, root: Path) -> dict[str, Any] | None:
-    """A row's example with this text; None where it has none."""
+def _line(row: Record, text: Text, root: Path) -> dict[str, Any]:
+    """The example of a row without problems that has this text."""
     given = row.fields
-    if text.column not in given or not (targets := [given[name] for name in TARGETS if name in given]):
-        return None
-    target, *sources = [
-        str(Path(picture.path).relative_to(root)) for picture in (*targets[:1], *given.get("source_image", ()))
-    ]
+    (target,) = (given[name] for name in TARGETS if name in given)
+    pictures = (target, *given.get("source_image", ()))
+    target, *sources = (str(Path(picture.path).relative_to(root)) for picture in pictures)
     if text.is_inverse:
-        target, sources = sources[0] if sources else target, [target]
+        (target,), sources = sources, [target]
     line = {"image_id": str(row.number), "prompt": given[text.column], "target": target}
     return line | ({"source": sources} if sources else {})
 

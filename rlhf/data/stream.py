@@ -109,9 +109,10 @@ def _mixed(stream: PairStream, position: int) -> int:
 def _drawn(stream: PairStream, window: int) -> np.ndarray:
     """The buckets of DRAWN_AT_ONCE batches, int64."""
     assert stream.shares is not None
-    uniform = _hashes(seed_from(stream.seed, "mixture", window), DRAWN_AT_ONCE) / 2.0**64
+    hashes = _hashes(seed_from(stream.seed, "mixture", window), DRAWN_AT_ONCE)
+    uniform = (hashes >> np.uint64(11)) / 2.0**53  # exact, and so below 1: a bucket without a share is never drawn
     edges = np.cumsum(stream.shares)
-    return np.searchsorted(edges / edges[-1], uniform, side="right").clip(max=len(edges) - 1)
+    return np.searchsorted(edges / edges[-1], uniform, side="right")
 
 
 @lru_cache(maxsize=2)
