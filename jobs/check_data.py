@@ -1,13 +1,15 @@
 """What is in a data set of `jobs.train`, and everything that is wrong with it:
 
-    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64] …]
+    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64] …] [--urls]
 
-With an area in pixels it tells how many examples each of data.buckets gets.
+With an area in pixels it tells how many examples each of data.buckets gets. With --urls it lists the URLs in the rows, for you to
+download, a line each, and does nothing else: no job fetches any.
 
 Every picture is decoded; no model is loaded, no cluster started and nothing is written. With a problem the status is 2.
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,8 +23,8 @@ from jobs.cli import run_main, say
 from rlhf.data.columns import is_target_table
 from rlhf.data.examples import PairIndex, blocks_of, check_block
 from rlhf.data.files import TABLES, find_files
-from rlhf.data.formats import Block
-from rlhf.data.records import BadInput, Problem, whole
+from rlhf.data.formats import Block, read_block
+from rlhf.data.records import BadInput, Problem, Record, whole
 from rlhf.data.sizes import Sizes, sides
 from rlhf.data.work import is_record, record_size
 from rlhf.errors import Refused
@@ -45,7 +47,12 @@ def main() -> None:
         parser.add_argument(
             f"--{name}", type=int, default=default, help="of data.buckets, in pixels (default: %(default)s)"
         )
+    parser.add_argument("--urls", action="store_true", help="list the URLs in the rows")
     given = parser.parse_args()
+    if given.urls:
+        for url in urls_of(given.path.absolute(), given.split):
+            say(url)
+        return
     sides = {name: getattr(given, name) for name in ("step", "min_side", "max_side")}
     try:
         buckets = BucketsTable(areas=(given.area,), **sides) if given.area is not None else None
@@ -76,6 +83,16 @@ def check_data(path: Path, split: str, buckets: BucketsTable | None = None, root
         problems.append(whole(path, "holds no example", "give a data set with rows"))
     if problems:
         raise BadInput(problems, skippable=False)
+
+
+def urls_of(path: Path, split: str) -> list[str]:
+    """Every URL in the rows of a data set, once, in their order. Raises: BadInput for a row that cannot be read."""
+    rows = [row for file in find_files(path, split, "PATH") for block in blocks_of(file) for row in read_block(block)]
+    if problems := [row for row in rows if isinstance(row, Problem)]:
+        raise BadInput(problems, skippable=False)
+    values = (value for row in rows if isinstance(row, Record) for value in row.fields.values())
+    flat = (one for value in values for one in (value if isinstance(value, list) else [value]))
+    return list(dict.fromkeys(one for one in flat if isinstance(one, str) and re.match(r"\w+://", one)))
 
 
 def _check(block: Block, root: Path | None) -> PairIndex:

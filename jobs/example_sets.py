@@ -46,6 +46,13 @@ class ExampleSet:
             return record_size(self.place.path)
         return len(self.index.table) * len(self.place.sizes)
 
+    def blanked(self, data: PairDataConfig) -> np.ndarray:
+        """bool (examples,): which are trained with the empty caption too."""
+        place = self.place
+        if place.caption_dropout is None or place.buckets is None:
+            return np.full(self.count, data.caption_dropout > 0)
+        return place.caption_dropout[place.buckets] > 0
+
     def prompts(self) -> Iterator[Prompt]:
         """Every prompt, in order, at every area."""
         if self.index is None:
@@ -152,10 +159,13 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
             f'with data.latents = "on_the_fly" they are not sorted: set data.latents = "cached", or trainer.train_batch_size = '
             f"1 in place of {size} and raise trainer.gradient_accumulation_steps"
         )
-    if recipe.data.caption_dropout and family.unguided(next(sets.training.prompts())) is None:
+    rates = {"caption_dropout": recipe.data.caption_dropout} | {
+        f"task_caption_dropout.{task}": rate for task, rate in recipe.data.task_caption_dropout.items()
+    }
+    if any(rates.values()) and family.unguided(next(sets.training.prompts())) is None:
+        name = next(name for name, rate in rates.items() if rate)
         raise Refused(
-            f"data.caption_dropout = {recipe.data.caption_dropout:g}, but {recipe.model.family} knows no prompt without a "
-            "caption: set it to 0"
+            f"data.{name} = {rates[name]:g}, but {recipe.model.family} knows no prompt without a caption: set it to 0"
         )
     if sets.evaluation:
         refuse_too_few(recipe, sets.evaluation)
@@ -199,7 +209,8 @@ def mixed(found: ExampleSet, data: PairDataConfig) -> ExampleSet:
     whole = zip(tasks, counts, buckets.tolist(), strict=True)
     kinds = np.array([numbers.setdefault(kind, len(numbers)) for kind in whole], np.int32)
     shares = mixture.shares(kinds, tasks, counts, data.task_weights, data.source_count_weights)
-    return replace(found, place=replace(found.place, buckets=kinds, shares=shares))
+    dropout = np.array([data.task_caption_dropout.get(task, data.caption_dropout) for task, *_ in numbers])
+    return replace(found, place=replace(found.place, buckets=kinds, shares=shares, caption_dropout=dropout))
 
 
 def refuse_too_few(recipe: TrainRecipe, held_out: ExampleSet) -> None:
@@ -282,14 +293,14 @@ def wanted(recipe: TrainRecipe, roles: Sequence[str], examples: ExampleSets) -> 
         indexed = IndexedExamples(family, found.place.path, found.place.sizes, roles)
         on_the_fly = training and recipe.data.latents == "on_the_fly"
         ways = [False, True] if training and recipe.data.hflip and not on_the_fly else [False]
-        blanks = [False, True] if training and recipe.data.caption_dropout else [False]
+        blanked = found.blanked(recipe.data) if training else np.zeros(found.count, bool)
         alone = [False, True] if training and recipe.data.source_dropout else [False]
         count = len(found.index.table)
         rows = range(count if training else len(held_out_visits(recipe.eval, recipe.trainer, count)))
         drawn = np.ones(found.count, bool) if found.place.shares is None else found.place.drawn()
         examples_of_all = chain.from_iterable(found.index.examples(rows, sized) for sized in found.place.sizes)
-        for example in compress(examples_of_all, drawn):
-            for mirrored, blank, without in product(ways, blanks, alone):
+        for example, blank_too in compress(zip(examples_of_all, blanked, strict=False), drawn):
+            for mirrored, blank, without in product(ways, [False, True] if blank_too else [False], alone):
                 visit = Visit(row=0, mirrored=mirrored, blank=blank, alone=without)
                 encodings = indexed.encodings(visit, example)
                 yield from (e for e in encodings if not (on_the_fly and e.sources))

@@ -105,6 +105,32 @@ class TrainRecipe(Section):
         yield from _without_items("data.choice_model =", self.judge_names, self.judges, self.data.item_metadata)
 
 
+Text = Literal["en", "cn", "inverse_en", "inverse_cn"]
+
+
+class ExtractConfig(Section):
+    """Which rows `jobs.extract` makes a task folder of, and the names of their columns."""
+
+    rows: LocalPath
+    """JSONL."""
+    name: str
+    """Of the task folder, which is made below data.path."""
+    texts: tuple[Text, ...] = Field(("en", "cn", "inverse_en", "inverse_cn"), min_length=1)
+    """Those that are taken, where a row has them."""
+    source: str = "source_image"
+    target: str = "target_image"
+    en: str = "instruction"
+    cn: str = "instruction_cn"
+    inverse_en: str = "inverse_instruction"
+    inverse_cn: str = "inverse_instruction_cn"
+
+
+class ExtractRecipe(TrainRecipe):
+    """A recipe of jobs.train, whose model, sizes, cache and encoders are used, and what is extracted for it."""
+
+    extract: ExtractConfig
+
+
 class EvaluateRecipe(Section):
     out: LocalPath
     """Folder for the page, the numbers and the pictures. A finished evaluation is never overwritten."""

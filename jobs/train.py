@@ -266,6 +266,7 @@ def stream_of(recipe: TrainRecipe, training: ExampleSet) -> PairStream:
         batch_size=recipe.trainer.train_batch_size,
         buckets=place.buckets,
         shares=place.shares,
+        caption_dropout=place.caption_dropout,
     )
 
 

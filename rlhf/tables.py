@@ -15,6 +15,7 @@ from rlhf.section import LocalPath, Section
 from rlhf.types import Fit
 
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RunConfig(Section):
@@ -216,6 +217,8 @@ class PairDataConfig(Section):
     """Mirror half of the pairs, both pictures (and the source) alike."""
     caption_dropout: float = Field(0.2, ge=0, le=1)
     """Share of pairs that train with the empty caption, which classifier-free guidance needs."""
+    task_caption_dropout: dict[str, Share] = Field({})
+    """The same of data sets that task_weights names, in place of `caption_dropout`."""
     source_dropout: float = Field(0.0, ge=0, le=1)
     """Share of micro-batches that train without their sources, from the caption alone."""
     mask_weight: float = Field(2.0, ge=0)
@@ -237,6 +240,8 @@ class PairDataConfig(Section):
             weights = getattr(self, key)
             if weights and not any(weights.values()):
                 yield f"{key} = {weights} are all 0, so nothing would be trained"
+        if unknown := [name for name in self.task_caption_dropout if name not in self.task_weights]:
+            yield f"task_caption_dropout names {unknown[0]!r}, which has no weight in task_weights: name one that has"
 
 
 class RolloutConfig(Section):

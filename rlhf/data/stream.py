@@ -48,18 +48,27 @@ class PairStream:
     """int32 (pairs,): pairs of one number may share a batch. None: all may."""
     shares: np.ndarray | None = None
     """(buckets,): the probability that a batch is of each; None: no mixture, every pair once in an epoch."""
+    caption_dropout: np.ndarray | None = None
+    """(buckets,): the share of pairs of each that trains with the empty caption; None: `data.caption_dropout` of all."""
 
     def __getitem__(self, position: int) -> Visit:
-        data = self.data
+        data, row = self.data, self._row(position)
         down, across = (_unit(self.seed, way, position) for way in ("crop down", "crop across"))
         return Visit(
-            row=self._row(position),
+            row=row,
             mirrored=data.hflip and _unit(self.seed, "mirror", position) < 0.5,
-            blank=_unit(self.seed, "caption", position) < data.caption_dropout,
+            blank=_unit(self.seed, "caption", position) < self._blanks(row),
             alone=_unit(self.seed, "sources", position // self.batch_size)
             < data.source_dropout,  # all of a batch alike
             crop=(down, across) if data.crop == "random" else CENTRE,
         )
+
+    def _blanks(self, row: int) -> float:
+        """How often a row's caption is left out."""
+        if self.caption_dropout is None:
+            return self.data.caption_dropout
+        assert self.buckets is not None
+        return float(self.caption_dropout[self.buckets[row]])
 
     def _row(self, position: int) -> int:
         if self.shares is not None:

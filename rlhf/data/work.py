@@ -207,7 +207,8 @@ class ExamplesPlace:
     """Of every area that the examples of an index are trained at."""
     buckets: np.ndarray | None = None
     shares: np.ndarray | None = None
-    """See `PairStream`."""
+    caption_dropout: np.ndarray | None = None
+    """See `PairStream` of these three."""
     recorded: bool = False
 
     def drawn(self) -> np.ndarray:
@@ -252,6 +253,7 @@ class OfflineWork:
             batch_size=self._trainer.train_batch_size,
             buckets=training.buckets,
             shares=training.shares,
+            caption_dropout=training.caption_dropout,
         )
 
     def batches(self, step: int, rank: int, handed: None, values: Sequence[EncodedRows]) -> list[Batch]:

@@ -1,5 +1,6 @@
 """What `jobs.check_data` says of a folder, of pairs, of a run's record, and of what is wrong."""
 
+import json
 import sys
 
 import pytest
@@ -87,3 +88,21 @@ def test_the_bounds_of_buckets_are_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--min_side", "16", "--max_side", "64"])
     main()
     assert "buckets: 32 × 32 (2), 16 × 48 (1)" in capsys.readouterr().out
+
+
+def test_urls_are_listed_once_in_their_order_for_the_user_to_download(tmp_path, monkeypatch, capsys):
+    rows = (
+        {
+            "source_image": ["https://a/1.png", "2.png"],
+            "target_image": "https://a/3.png",
+            "instruction": "see http: //",
+        },
+        {"source_image": None, "target_image": "https://a/1.png", "instruction": "x", "more": "s3://b/4.png"},
+    )
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(sys, "argv", ["check_data", str(tmp_path / "rows.jsonl"), "--urls"])
+    main()
+    assert capsys.readouterr().out.split() == ["https://a/1.png", "https://a/3.png", "s3://b/4.png"]
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    with pytest.raises(BadInput, match=r"rows\.jsonl:1: "):
+        main()

@@ -1,10 +1,12 @@
 """Data sets mixed by weight in jobs.train: what is trained, what is not even encoded, and a resume that goes on in the middle."""
 
 import json
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from actors import checks
@@ -98,6 +100,77 @@ def test_examples_that_are_never_drawn_are_not_encoded(folder, model):
 def test_weights_that_nothing_answers_are_refused(folder, model, weights, says):
     with pytest.raises(Refused, match=says):
         examples(recipe(folder, model, **weights))
+
+
+MIX = {
+    ("a", 0, "wide"): 1,
+    ("a", 1, "wide"): 2,
+    ("a", 1, "tall"): 6,
+    ("b", 1, "wide"): 3,
+    ("b", 2, "wide"): 4,
+    ("b", 2, "tall"): 1,
+    ("b", 3, "tall"): 2,
+}
+"""Examples by data set, number of sources and shape."""
+MIX_WEIGHTS = {"a": 0.5, "b": 1.2}, {"0": 1.0, "1": 1.0, "2": 2.0, "3": 0.0}
+WITHIN = {
+    ("a", 0, "wide"): 1 / 2,
+    ("a", 1, "wide"): 1 / 2 * 2 / 8,
+    ("a", 1, "tall"): 1 / 2 * 6 / 8,
+    ("b", 1, "wide"): 1 / 3,
+    ("b", 2, "wide"): 2 / 3 * 4 / 5,
+    ("b", 2, "tall"): 2 / 3 * 1 / 5,
+    ("b", 3, "tall"): 0,
+}
+"""The probability of each within its data set, by hand: sources 1 : 1 and 1 : 2, shapes as there are examples."""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_of_10000_draws_every_data_set_count_and_shape_has_its_share(tmp_path, model, batch_size):
+    """χ² with 5 degrees of freedom, whose p is below 1e-4 for one seed in ten thousand; this seed's is fixed."""
+    kinds = [kind for kind, count in MIX.items() for _ in range(count)]
+    for i, (name, count, shape) in enumerate(kinds):
+        (tmp_path / "root" / name).mkdir(parents=True, exist_ok=True)
+        size = (64, 32) if shape == "wide" else (32, 64)
+        for j in range(count + 1):
+            (tmp_path / "root" / name / f"{i}_{j}.png").write_bytes(png(10 * i + j, *size))
+        line = {"prompt": "warm", "target": f"{i}_0.png", "source": [f"{i}_{j}.png" for j in range(1, count + 1)]}
+        with (tmp_path / "root" / name / "rows.jsonl").open("a") as lines:
+            lines.write(json.dumps({key: value for key, value in line.items() if value}) + "\n")
+    tasks, counts = MIX_WEIGHTS
+    buckets = {"step": 16, "min_side": 16}
+    config = recipe(tmp_path, model, task_weights=tasks, source_count_weights=counts, buckets=buckets)
+    trainer = config.trainer.model_copy(update={"train_batch_size": batch_size})
+    config = config.model_copy(update={"trainer": trainer})
+    stream = train.stream_of(config, examples(config))
+    seen = Counter(kinds[stream[batch * batch_size].row] for batch in range(10_000))
+    weights = {"a": 5 / 17, "b": 12 / 17}
+    expected = {kind: 10_000 * weights[kind[0]] * within for kind, within in WITHIN.items() if within}
+    assert seen.keys() == expected.keys()
+    squared = sum((seen[kind] - count) ** 2 / count for kind, count in expected.items())
+    assert torch.special.gammaincc(torch.tensor(5 / 2), torch.tensor(squared / 2)) > 1e-4, (squared, seen)
+
+
+def test_a_data_set_may_have_a_caption_dropout_of_its_own(folder, model):
+    """Of what is never trained without its caption no empty one is encoded."""
+    config = recipe(
+        folder,
+        model,
+        task_weights={"shop": 1.0, "Street-View": 1.0},
+        caption_dropout=0.5,
+        task_caption_dropout={"shop": 0.0},
+    )
+    sets = read_example_sets(config, ("target",), IN_THREADS)
+    texts = Counter((e.text, len(e.sources)) for e in wanted(config, ("target",), sets) if e.text is not None)
+    assert texts == {("warm", 1): 4, ("warm", 0): 2, ("warm", 2): 3, (" ", 2): 3}
+    visits = [train.stream_of(config, sets.training)[place] for place in range(2000)]
+    shop = [visit.blank for visit in visits if visit.row < 6]
+    street = [visit.blank for visit in visits if visit.row >= 6]
+    assert not any(shop) and 0.4 < np.mean(street) < 0.6 and len(shop) > 500
+    with pytest.raises(
+        ValidationError, match=r"task_caption_dropout names 'street', which has no weight in task_weights"
+    ):
+        recipe(folder, model, task_weights={"shop": 1.0}, task_caption_dropout={"street": 0.1})
 
 
 def test_weights_of_0_alone_are_refused(folder, model):
