@@ -56,7 +56,7 @@ def encode(
     Raises: StreamBroken; PreprocessFailed, also where files that were written are not seen here.
     """
     streaming.prepare()
-    texts = sum(not encoding.sources for encoding in wanted.values())
+    texts = sum(encoding.text is not None for encoding in wanted.values())
     log(f"preprocess: encoding {texts} texts and {len(wanted) - texts} pictures")
     left = wanted
     for lost in range(1, 2 + RESTARTS):

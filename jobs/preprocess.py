@@ -143,7 +143,7 @@ def encoder_roles(model: ModelTable, table: PreprocessConfig, todo: Mapping[str,
 
 
 def say_todo(what: str, todo: Mapping[str, Encoding]) -> None:
-    texts = sum(not encoding.sources for encoding in todo.values())
+    texts = sum(encoding.text is not None for encoding in todo.values())
     say(f"{what}; to encode: {texts} texts, {len(todo) - texts} pictures")
 
 
