@@ -11,6 +11,7 @@ import torch
 from rlhf.diffusion.objectives import DPO
 from rlhf.models import load_family, tiny
 from rlhf.models.tiny_qwen_image import write_qwen_image_edit
+from rlhf.models.tiny_wan import write_wan_subject
 from rlhf.models.trainable import Trainable, load_trainable
 from rlhf.tables import ModelTable
 from rlhf.training.trainer import Trainer
@@ -34,6 +35,7 @@ PATTERNS = {
     "flux_kontext": ("transformer_blocks.*.ff", "single_transformer_blocks.1", "norm_out"),
     "qwen_image_edit": ("transformer_blocks.*.img_mlp", "transformer_blocks.0", "norm_out"),
     "stable_diffusion": ("*.transformer_blocks.0.attn2", "up_blocks.*.resnets", "conv_out"),
+    "wan_subject": ("blocks.*.attn2.?_vae", "blocks.1", "proj_out"),
     "tests.strange:Strange": ("blocks.0.looking", "blocks.1", "out"),
 }
 """By family: modules inside an FSDP block that LoRA adapts too, whole FSDP blocks (alone, and as a list), one of the root."""
@@ -62,6 +64,8 @@ WRITERS = {
     "qwen_image_edit painting": partial(write_qwen_image_edit, pipeline="QwenImagePipeline"),
     "stable_diffusion": tiny.write_stable_diffusion,
     "stable_diffusion xl": partial(tiny.write_stable_diffusion, xl=True, prediction_type="v_prediction"),
+    "wan_subject": write_wan_subject,
+    "wan_subject fused": partial(write_wan_subject, fused=True),
     "tests.strange:Strange": strange.write,
 }
 """A tiny checkpoint of every kind that a family must serve, by the family's name and a word for the kind."""

@@ -11,12 +11,14 @@ from rlhf.models.family import Family
 from rlhf.models.flux_kontext import FluxKontext
 from rlhf.models.qwen_image_edit import QwenImageEdit
 from rlhf.models.stable_diffusion import StableDiffusion
+from rlhf.models.wan_subject import WanSubject
 from rlhf.tables import ModelTable
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "flux_kontext": FluxKontext,
     "qwen_image_edit": QwenImageEdit,
     "stable_diffusion": StableDiffusion,
+    "wan_subject": WanSubject,
 }
 
 

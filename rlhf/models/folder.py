@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from rlhf.errors import Refused
 from rlhf.models.family import Family, check_finite
@@ -53,6 +53,9 @@ class Parts:
     def processor(self, folder: str) -> Any:
         """Of texts with pictures."""
         return AutoProcessor.from_pretrained(self.path, subfolder=folder)
+
+    def image_processor(self, folder: str) -> Any:
+        return AutoImageProcessor.from_pretrained(self.path, subfolder=folder)
 
 
 LoadParts = Callable[[Path, str], Parts]

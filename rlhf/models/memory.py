@@ -96,7 +96,17 @@ class _BlankProcessor:
 
 
 def _ids(ids: Any) -> BatchEncoding:
-    return BatchEncoding({"input_ids": ids})
+    return BatchEncoding({"input_ids": ids, "attention_mask": ids})
+
+
+class _BlankImageProcessor:
+    """Pictures of the size that it cuts them to."""
+
+    def __init__(self, cut: Mapping[str, int]):
+        self._size = cut["height"], cut["width"]
+
+    def __call__(self, images: Sequence[Tensor], **settings: Any) -> Any:
+        return BatchEncoding({"pixel_values": torch.zeros(len(images), 3, *self._size)})
 
 
 class EmptyParts(Parts):
@@ -117,6 +127,9 @@ class EmptyParts(Parts):
 
     def processor(self, folder: str) -> Any:
         return _BlankProcessor(AutoImageProcessor.from_pretrained(self.path, subfolder=folder))
+
+    def image_processor(self, folder: str) -> Any:
+        return _BlankImageProcessor(read_value(self.path, f"{folder}/preprocessor_config.json", "crop_size"))
 
     def tokenizer(self, folder: str) -> Any:
         return _BlankTokenizer(read_value(self.path, f"{folder}/tokenizer_config.json", "model_max_length"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.models import FAMILIES, load_family
-from rlhf.models.memory import encoder_peak, forward_flops, sampler_peak
+from rlhf.models.memory import encoder_peak, forward_flops, modules_of, sampler_peak
 from rlhf.models.quantised import STORED
 from rlhf.models.trainable import load_for_sampling, load_trainable
 from rlhf.tables import ModelTable, SamplingTable
@@ -61,9 +61,9 @@ def test_a_quantised_base_takes_what_it_says(kontext, base):
 def test_an_encoder_holds_what_it_was_asked_for_and_a_batch(family):
     peaks = [encoder_peak(family, size, prompt_of(family)) for size in (2, 4)]
     codec = family.load_codec("cpu")
-    readers = codec._text if hasattr(codec, "_text") else (codec._reader,)
-    texts = [module for pair in readers for module in (pair if isinstance(pair, tuple) else (pair,))]
-    held = nbytes(codec.vae) + sum(nbytes(module) for module in texts if isinstance(module, torch.nn.Module))
+    for name in ("_text", "_reader", "_seer"):
+        getattr(codec, name, None)  # opened when first used
+    held = sum(map(nbytes, modules_of(codec)))
     assert [peak.kinds["parameters"] for peak in peaks] == [held, held]
     assert peaks[1].kinds["activations"] > 1.5 * peaks[0].kinds["activations"]
 
