@@ -19,8 +19,9 @@ import ray.data
 import xxhash
 
 from actors import streaming
+from rlhf.data.clips import Asked
 from rlhf.data.columns import is_target_table
-from rlhf.data.examples import FORMAT, PairIndex, blocks_of, check_block, read_index, write_index
+from rlhf.data.examples import FORMAT, PICTURES, PairIndex, blocks_of, check_block, read_index, write_index
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block
 from rlhf.data.records import BadInput, Problem, whole
@@ -45,11 +46,12 @@ def check_pairs(
     items: Mapping[str, Item] | None,
     check_all: CheckAll,
     root: Path | None = None,
+    asked: Asked = PICTURES,
 ) -> Path:
     """The file of the index of some data sets, in their order.
 
-    key: the configuration key of `paths`, for messages. check_all: does the work. root: see `check_block`. Raises: BadInput with
-    every problem, unless on_bad_row is "skip" and some pairs are good.
+    key: the configuration key of `paths`, for messages. check_all: does the work. root, asked: of `check_block`. Raises: BadInput
+    with every problem, unless on_bad_row is "skip" and some pairs are good.
     """
     files = [file for path in paths for file in find_files(path, split, key)]
     if needs_loser and any(file.is_dir() or is_target_table(file) for file in files):
@@ -64,10 +66,12 @@ def check_pairs(
     if problems:
         raise BadInput(problems)
     places = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    about = json.dumps([FORMAT, places, str(source_counts), needs_loser, sorted(items or ()), str(root)])
+    about = json.dumps([FORMAT, places, str(source_counts), needs_loser, sorted(items or ()), str(root), str(asked)])
     index_file = cache / "pairs" / xxhash.xxh3_128_hexdigest(about.encode()) / "index.arrow"
     if not index_file.exists() or any(file.suffix not in TABLES for file in files):
-        check = partial(check_block, source_counts=source_counts, needs_loser=needs_loser, items=items, root=root)
+        check = partial(
+            check_block, source_counts=source_counts, needs_loser=needs_loser, items=items, root=root, asked=asked
+        )
         write_index(index_file, check_all(blocks, check))
     index = read_index(index_file)
     if index.problems and (on_bad_row == "stop" or not len(index.table)):

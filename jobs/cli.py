@@ -64,6 +64,13 @@ OLD_FLAGS = {
     "train_data_dir": "data.path",
     "cache_dir": "data.cache",
     "dataloader_num_workers": "preprocess.encoders",
+    "train_data_meta_dir": "data.path",
+    "train_data_weights": "data.task_weights",
+    "train_src_img_num_weights": "data.source_count_weights",
+    "embeddings_save_dir": "data.cache",
+    "disable_inverse": "extract.texts",
+    "uniform_sampling": "trainer.timesteps",
+    "trainable_modules": "trainable.patterns",
 }
 """Flags of the scripts that this system replaces, for the "did you mean" of an unknown key."""
 
@@ -272,7 +279,9 @@ def _validation_problems(
             where += " with the command line"  # keys that do not fit together
         if detail["type"] == "tuple_type":
             what = f"is a list: write '{json.dumps(str(detail['input']).split(','))}'"
-        if detail["type"] in ("model_type", "dict_type"):
+        if detail["type"] == "dict_type":
+            what = "is a table: write it as TOML, like '{first = 0.5, second = 1.2}', with quotes around a key in other letters"
+        if detail["type"] == "model_type":
             what = f"is a table: give its keys, like --{location}.KEY VALUE or [{location}] in a recipe"
         if isinstance(detail["input"], dict | Section) or not location:
             yield f"{where}: [{location}]: {what}" if location else f"{source}: {what}"

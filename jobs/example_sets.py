@@ -12,6 +12,7 @@ from jobs.recipes import TrainRecipe
 from rlhf.data import mixture
 from rlhf.data.batches import buckets_of
 from rlhf.data.cache import EncodingCache
+from rlhf.data.clips import Asked
 from rlhf.data.examples import PairIndex, read_index
 from rlhf.data.fingerprint import fingerprint, fingerprints
 from rlhf.data.formats import FOLDER
@@ -142,6 +143,7 @@ def read_example_sets(recipe: TrainRecipe, roles: Sequence[str], check_all: Chec
                 items=items,
                 check_all=check_all,
                 root=root,
+                asked=Asked(frames=recipe.model.frames, stride=recipe.data.frame_stride),
             )
             place = ExamplesPlace(path=file, sizes=sizes if key == "data.path" else sizes[:1])
             found.append(ExampleSet(place=place, index=read_index(file), items=items or {}))

@@ -167,14 +167,25 @@ def online(recipe: OnlineDPORecipe, is_dry: bool) -> None:
 def of_train(recipe: TrainRecipe, is_dry: bool) -> None:
     """A judge that relabels is not asked: both pictures of a pair are encoded, at the size of the one that is preferred now."""
     check_model(recipe.model)
-    roles, shown = train.objective(recipe).roles, train.validation_prompts(recipe)
     if is_dry:
         say(resolved_toml(recipe))
-        examples = read_example_sets(recipe, roles, partial(checks.in_threads, say))
-        todo = missing(examples.cache, train.encodings(recipe, examples, shown), read_manifest(examples.cache.folder))
-        say_todo(examples.report(), todo)
-        check_room(recipe.cluster, encoder_roles(recipe.model, recipe.preprocess, todo))
-        return
+        to_encode(recipe)
+    else:
+        fill(recipe)
+
+
+def to_encode(recipe: TrainRecipe) -> None:
+    """Check all input, and say what the cache lacks and whether there is room to encode it."""
+    roles, shown = train.objective(recipe).roles, train.validation_prompts(recipe)
+    examples = read_example_sets(recipe, roles, partial(checks.in_threads, say))
+    todo = missing(examples.cache, train.encodings(recipe, examples, shown), read_manifest(examples.cache.folder))
+    say_todo(examples.report(), todo)
+    check_room(recipe.cluster, encoder_roles(recipe.model, recipe.preprocess, todo))
+
+
+def fill(recipe: TrainRecipe) -> None:
+    """Check all input, and encode what the cache lacks."""
+    roles, shown = train.objective(recipe).roles, train.validation_prompts(recipe)
     with cluster(recipe.cluster, namespace="preprocess"):
         examples = read_example_sets(recipe, roles, partial(checks.on_cluster, recipe.preprocess, say))
         say(examples.report())

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -106,6 +106,7 @@ class TrainRecipe(Section):
 
 
 Text = Literal["en", "cn", "inverse_en", "inverse_cn"]
+TEXTS = get_args(Text)
 
 
 class ExtractConfig(Section):
@@ -115,7 +116,7 @@ class ExtractConfig(Section):
     """JSONL."""
     name: str
     """Of the task folder, which is made below data.path."""
-    texts: tuple[Text, ...] = Field(("en", "cn", "inverse_en", "inverse_cn"), min_length=1)
+    texts: tuple[Text, ...] = Field(TEXTS, min_length=1)
     """Those that are taken, where a row has them."""
     source: str = "source_image"
     target: str = "target_image"

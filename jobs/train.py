@@ -244,8 +244,11 @@ def contributed(recipe: TrainRecipe, training: ExampleSet) -> Callable[[int], di
     data, trainer = recipe.data, recipe.trainer
     if not data.task_weights:
         return lambda step: {}
-    names = [re.sub(r"[^a-z0-9_]", "_", name.lower()) for name in tasks_of(training, Path(data.path))]
-    stream = stream_of(recipe, training)
+    tasks = tasks_of(training, Path(data.path))
+    plain = {task: re.sub(r"[^a-z0-9_]", "_", task.lower()) for task in sorted(set(tasks))}
+    alike = Counter(plain.values())
+    numbered = {task: name if alike[name] == 1 else f"{name}_{i}" for i, (task, name) in enumerate(plain.items())}
+    names, stream = [numbered[task] for task in tasks], stream_of(recipe, training)
 
     def count(step: int) -> dict[str, float]:
         visits = [visit for rank in range(trainer.ranks) for visit in stream.of_rank(trainer, step, rank)]

@@ -201,6 +201,8 @@ class PairDataConfig(Section):
     source_count_weights: dict[NonNegativeInt, Weight] = Field({})
     """How often examples of so many sources are trained, within their data set. Empty: as often as there are; those that are not
     named are not used."""
+    frame_stride: int = Field(1, ge=1)
+    """Of videos every so many-th frame is taken, model.frames of them."""
     split: str = "train"
     """Of a folder with split-00000-of-….parquet files, those to read."""
     item_metadata: LocalPath | None = None

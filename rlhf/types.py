@@ -62,6 +62,16 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Which frames of a video file a medium is, and which part of them."""
+
+    first: int = 0
+    stride: int = 1
+    box: tuple[int, int, int, int] | None = None
+    """(left, right, top, bottom) in pixels, without the last column and row; None: the whole frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A picture or video of a data set, and how it is shown to a model. `rlhf.data.sources` opens it."""
 
@@ -72,8 +82,10 @@ class Source:
     content: str
     """xxh3-128 of its bytes when it was checked."""
     height: int
-    """Pixels, as it is in its file."""
+    """Pixels, as it is in its file, of a clip in its box."""
     width: int
+    clip: Clip | None = None
+    """Of a video; None: a picture."""
     fit: Fit = "crop"
     mirrored: bool = False
     """Left to right, after fitting."""

@@ -15,7 +15,7 @@ import fcntl
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,10 @@ class EncodingCache:
 
     def key(self, encoding: Encoding) -> str:
         """Of an encoding's row: all that decides its values, and so not where a medium lies."""
-        sources = [[s.content, s.fit, s.mirrored, s.crop] for s in encoding.sources]
+        sources = [
+            [s.content, s.fit, s.mirrored, s.crop, *([list(astuple(s.clip))] if s.clip else [])]
+            for s in encoding.sources
+        ]
         geometries = [[g.height, g.width, g.frames] for g in encoding.geometries]
         parts = [encoding.kind, encoding.text, sources, geometries, self._fingerprints[encoding.kind]]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

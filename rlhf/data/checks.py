@@ -91,7 +91,9 @@ def _check_field(record: Record, field: Field, value: Any, root: Path) -> Any:
         return problem("is empty", field.remedy or f"write for example {field.example}")
     if field.kind in ("picture", "picture path", *SEVERAL):
         if "://" in value:
-            remedy = f"pictures are never fetched: save it beside {Path(record.file).name} and give its relative path"
+            beside = root == Path(record.file).parent
+            where = f"beside {Path(record.file).name}" if beside else f"below {root}"
+            remedy = f"pictures are never fetched: save it {where} and give its path from there"
             return problem(f"{value!r} is a URL", remedy)
         found = picture_file(value, root)
         return problem(*found) if isinstance(found, tuple) else found

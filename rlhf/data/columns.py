@@ -4,14 +4,15 @@ Pick-a-Pic's columns of pairs; winner, loser, prompt[, source][, mask]; target, 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from rlhf.data import formats
-from rlhf.data.files import TABLES
+from rlhf.data.clips import Asked
+from rlhf.data.files import LISTS, TABLES
 from rlhf.data.formats import FOLDER
 from rlhf.data.records import BadInput, Field, Problem, Record
 
@@ -31,6 +32,8 @@ LINE = (
     Field(name="winner", kind="picture path", example='"pictures/1.png"'),
     Field(name="loser", kind="picture path", example='"pictures/2.png"'),
 )
+PREFERRED = ("winner", "loser", "target")
+"""What is learnt from or compared."""
 TARGET = Field(name="target", kind="picture path", example='"pictures/1.png"')
 SOURCE = Field(name="source", kind="picture paths", example='"pictures/3.png"')
 MASK = Field(name="mask", kind="picture path", required=False)
@@ -104,9 +107,28 @@ def renamed(record: Record) -> Record | Problem:
 
 
 def fields_of(
+    kind: str, source_counts: range, needs_loser: bool, items: Collection[str] | None, asked: Asked
+) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
+    """What a row must have, and what one with a target. kind: of the file, see `formats.FORMATS`; asked: of videos."""
+    if asked.frames == 1:
+        return _fields_of(kind, source_counts, needs_loser, items)
+    if kind not in LISTS:
+        refused = (Field(name="target", remedy="give videos in a JSONL of target, prompt and source"),)
+        return refused, refused
+
+    def of_clips(fields: Sequence[Field]) -> tuple[Field, ...]:
+        """Paths of videos are opened with their clip; no mask is taken."""
+        paths = {name: replace(TARGET, name=name, kind="text", example='"clips/1.mp4"') for name in PREFERRED}
+        wanted = (field for field in fields if field.name != MASK.name)
+        return tuple(replace(paths[f.name], required=f.required) if f.name in paths else f for f in wanted)
+
+    pair, alone = _fields_of(kind, source_counts, needs_loser, items)
+    return of_clips(pair), of_clips(alone)
+
+
+def _fields_of(
     kind: str, source_counts: range, needs_loser: bool, items: Collection[str] | None
 ) -> tuple[tuple[Field, ...], tuple[Field, ...]]:
-    """What a row must have, and what one with a target. kind: of the file, see `formats.FORMATS`."""
     prompt, winner, loser = LINE
     remedy = "give every pair the image_id of an item"
     known_id = replace(IMAGE_ID, required=True, known=items, known_in="data.item_metadata", remedy=remedy)

@@ -25,16 +25,18 @@ import xxhash
 
 from rlhf.data import columns, formats
 from rlhf.data.checks import check
+from rlhf.data.clips import Asked, ClipError, clip_of
 from rlhf.data.files import TABLES
 from rlhf.data.formats import FOLDER, Block
-from rlhf.data.media import PictureFile, mask_range
+from rlhf.data.media import PictureFile, clip_file, mask_range
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
 from rlhf.runs.durable import durable
-from rlhf.types import Cell, Example, Prompt, Sized, Source
+from rlhf.types import Cell, Clip, Example, Prompt, Sized, Source
 
-FORMAT = 7
+FORMAT = 8
 MEDIA = ("picture_0", "picture_1", "sources", "mask")
 ROWS_AT_ONCE = 10_000
+PICTURES = Asked(frames=1)
 TIE = 0.5
 """`label_0` of a row that prefers neither picture."""
 MEDIUM = pa.struct(
@@ -45,6 +47,7 @@ MEDIUM = pa.struct(
         ("content", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("clip", pa.struct([("first", pa.int32()), ("stride", pa.int32()), ("box", pa.list_(pa.int32()))])),
     ]
 )
 """A picture: its file, or the column of its row's table and its number in a list there; the rest as in `PictureFile`."""
@@ -162,6 +165,8 @@ class PairIndex:
 
 def _source(block: Block, row: int, number: int, medium: Mapping[str, Any]) -> Source:
     seen = {name: medium[name] for name in ("content", "height", "width")}
+    if clip := medium["clip"]:
+        seen["clip"] = Clip(**clip | {"box": clip["box"] and tuple(clip["box"])})
     if medium["path"]:
         return Source(path=medium["path"], **seen)
     cell = Cell(part=block.part, row=row, column=medium["column"], number=number, item=medium["item"])
@@ -178,13 +183,15 @@ def check_block(
     items: Collection[str] | None,
     needs_loser: bool = True,
     root: Path | None = None,
+    asked: Asked = PICTURES,
 ) -> PairIndex:
     """The index of one block, every picture of which is decoded. source_counts: how many sources a row may have, see `Family`;
-    `items`, where given, must hold every image_id; root: what paths start from, unless it is the folder of their file.
+    `items`, where given, must hold every image_id; root: what paths start from, unless it is the folder of their file; asked: of
+    examples that are videos.
     """
     is_table, is_targets = block.format in TABLES, columns.is_target_table(Path(block.file))
     root = Path(block.file) if block.format == FOLDER else root
-    fields, target_fields = columns.fields_of(block.format, source_counts, needs_loser, items)
+    fields, target_fields = columns.fields_of(block.format, source_counts, needs_loser, items, asked)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]
     try:
@@ -201,9 +208,8 @@ def check_block(
             ties += 1
         else:
             theirs = {columns.ALIASES.get(name, name): name for name in given.fields}
-            row, faults = _row(
-                record, target_fields if is_targets or "target" in record.fields else fields, root, theirs
-            )
+            wanted = target_fields if is_targets or "target" in record.fields else fields
+            row, faults = _row(record, wanted, root, theirs, asked)
             problems += faults
             rows += [] if faults else [{"block": 0, "row": place, **row}]
     table, found = pa.Table.from_pylist(rows, schema=SCHEMA), tuple(problems)
@@ -211,13 +217,15 @@ def check_block(
 
 
 def _row(
-    record: Record, fields: Sequence[Field], root: Path | None, theirs: Mapping[str, str]
+    record: Record, fields: Sequence[Field], root: Path | None, theirs: Mapping[str, str], asked: Asked
 ) -> tuple[dict[str, Any], list[Problem]]:
     """A record as a row of the index, but for its place; and what is wrong with it, where the row is no good.
 
     theirs: the columns of its table, by our names.
     """
     values, faults = check(record, fields, root)
+    if asked.frames > 1:
+        faults += _open_clips(record, values, root or Path(record.file).parent, asked)
     label, mask, sources = values.get("label_0", 1.0), values.pop("mask", None), values.get("source", ())
     named = {name: value for name, value in values.items() if isinstance(value, PictureFile)}
     pictures = list(named.values())
@@ -243,6 +251,22 @@ def _row(
     for side, (name, picture) in enumerate(named.items()):
         row[f"picture_{side}"] = _medium(picture, theirs.get(name, ""))
     return row, []
+
+
+def _open_clips(record: Record, values: dict[str, Any], root: Path, asked: Asked) -> Iterator[Problem]:
+    """Put the files of a row's videos in the place of their paths; yields what is wrong with them."""
+    try:
+        clip = clip_of(record.fields.get("clip"), asked)
+    except ClipError as error:
+        what, _, remedy = str(error).partition("; ")
+        yield record.problem("clip", what, remedy)
+        return
+    for name in [name for name in columns.PREFERRED if name in values]:
+        found = clip_file(values.pop(name), root, clip, asked.frames)
+        if isinstance(found, tuple):
+            yield record.problem(name, *found)
+        else:
+            values[name] = found
 
 
 def _medium(picture: PictureFile, column: str, item: int | None = None) -> dict[str, Any]:

@@ -25,8 +25,9 @@ import numpy as np
 import xxhash
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from rlhf.data.clips import CLIPS, ClipError, content_of, read_clip
 from rlhf.errors import Refused
-from rlhf.types import CENTRE, Fit
+from rlhf.types import CENTRE, Clip, Fit
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 40_000_000
@@ -115,8 +116,10 @@ class PictureFile:
     content: str
     """xxh3-128 of its bytes."""
     height: int
-    """Pixels of the decoded picture."""
+    """Pixels of the decoded picture, of a clip in its box."""
     width: int
+    clip: Clip | None = None
+    """Of a video."""
 
 
 def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple[str, str]:
@@ -126,17 +129,9 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
     name, path = (f"{given!r} ", str(given)) if isinstance(given, str) else ("", None)
     try:
         if isinstance(given, str):
-            root = root.resolve()
-            file = (root / given).resolve()
-            if not file.is_relative_to(root):
-                remedy = "move the picture into that folder, without links out of it"
-                return f"{name}lies outside the data root {root}", remedy
-            if not file.is_file():
-                if other := _in_another_form(root, given):
-                    what = f"does not exist, but {str(other)!r} does, whose letters are encoded in another Unicode normal form"
-                    return f"{name}{what}", "write the name as the folder has it, or rename the file"
-                what = "is no file" if file.exists() else "does not exist"
-                return f"{name}{what}", f"put the picture at {file} or mend the path"
+            file = file_below(given, root)
+            if isinstance(file, tuple):
+                return file
             path, given = str(file), file.read_bytes()
         height, width = decode_image(given).shape[:2]
     except (OSError, ValueError, RuntimeError) as error:
@@ -148,6 +143,39 @@ def picture_file(given: str | bytes, root: Path = Path()) -> PictureFile | tuple
     except ImageError as error:
         return f"{name}is unreadable: {error}", "replace the file"
     return PictureFile(path=path, content=xxhash.xxh3_128_hexdigest(given), height=height, width=width)
+
+
+def file_below(given: str, root: Path) -> Path | tuple[str, str]:
+    """The file at a path from `root` that lies, links followed, inside it; or what is wrong with the path, and the remedy."""
+    name, root = f"{given!r} ", root.resolve()
+    file = (root / given).resolve()
+    if not file.is_relative_to(root):
+        remedy = "move the picture into that folder, without links out of it"
+        return f"{name}lies outside the data root {root}", remedy
+    if not file.is_file():
+        if other := _in_another_form(root, given):
+            what = f"does not exist, but {str(other)!r} does, whose letters are encoded in another Unicode normal form"
+            return f"{name}{what}", "write the name as the folder has it, or rename the file"
+        what = "is no file" if file.exists() else "does not exist"
+        return f"{name}{what}", f"put the picture at {file} or mend the path"
+    return file
+
+
+def clip_file(given: str, root: Path, clip: Clip, frames: int) -> PictureFile | tuple[str, str]:
+    """What is known of a video file, given by its path from `root`, once so many frames of it are decoded; or what is wrong."""
+    name = f"{given!r} "
+    try:
+        file = file_below(given, root)
+        if isinstance(file, tuple):
+            return file
+        if file.suffix.lower() not in CLIPS:
+            return f"{name}is a {file.suffix or 'nameless'} file", f"give a video ({', '.join(CLIPS)})"
+        height, width = read_clip(file, clip, frames).shape[1:3]
+        return PictureFile(path=str(file), content=content_of(file), height=height, width=width, clip=clip)
+    except ClipError as error:
+        return f"{name}{error}", "leave the row out, or replace the file"
+    except (OSError, ValueError) as error:
+        return f"{name}cannot be read: {error}", "give a readable file"
 
 
 def mask_range(data: bytes) -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ def task_folders(root: Path, weights: Mapping[str, float]) -> dict[str, Path]:
     there = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for name in weights:
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(name, [one for one in there if one not in weights], n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"it holds {', '.join(there) or 'no folder'}"
             raise Refused(f"data.task_weights names {name!r}, which is no folder of data.path = {str(root)!r}: {hint}")
     return {name: root / name for name, weight in weights.items() if weight}
@@ -49,9 +49,9 @@ def shares(
     known = Counter(zip(tasks, counts, strict=True))
     found = np.zeros(kinds.max() + 1)
     if absent := [n for n, weight in count_weights.items() if weight and not any(count == n for _, count in known)]:
-        there = ", ".join(f"{n} ({amount})" for n, amount in sorted(Counter(counts).items()))
         raise Refused(
-            f"data.source_count_weights gives {absent[0]} sources a weight, but the examples have so many: {there}; leave it out"
+            f"data.source_count_weights gives {absent[0]} sources a weight, but no example has so many "
+            f"({_told(Counter(counts))}): leave it out"
         )
     of_kind = {int(kind): (task, count) for kind, task, count in zip(kinds, tasks, counts, strict=True)}
     sizes = np.bincount(kinds)
@@ -59,13 +59,17 @@ def shares(
         of_task = {count: amount for (name, count), amount in known.items() if name == task}
         by_count = {n: count_weights.get(n, 0.0) for n in of_task} if count_weights else dict(of_task)
         if weight and not sum(by_count.values()):
-            there = ", ".join(f"{n} ({amount})" for n, amount in sorted(of_task.items())) or "none"
             raise Refused(
-                f"data.task_weights gives {task!r} a weight, but data.source_count_weights none to its examples, which have so "
-                f"many sources: {there}; change one of the weights"
+                f"data.task_weights gives {task!r} a weight, but data.source_count_weights none to its examples "
+                f"({_told(of_task)}): change one of the weights"
             )
         for kind, (name, count) in of_kind.items():
             if name == task and weight:
                 within = by_count[count] / sum(by_count.values())
                 found[kind] = weight / sum(task_weights.values()) * within * sizes[kind] / of_task[count]
     return found
+
+
+def _told(counts: Mapping[int, int]) -> str:
+    """How many examples there are of each number of sources."""
+    return ", ".join(f"{amount} with {n}" for n, amount in sorted(counts.items())) or "there are none"

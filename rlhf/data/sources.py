@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from rlhf.data.clips import ClipError, content_of, read_clip
 from rlhf.data.formats import FORMATS, Block
 from rlhf.data.media import decode_image, fit_image
 from rlhf.data.records import Field, Record
 from rlhf.errors import Refused
-from rlhf.types import Geometry, Source
+from rlhf.types import Clip, Geometry, Source
 
 COLUMNS_HELD = 4
 """Columns of blocks that a process keeps: the media of one piece of work follow each other in their file."""
@@ -34,8 +35,11 @@ read_held = lru_cache(maxsize=COLUMNS_HELD)(read_column)
 
 def open_source(source: Source, geometry: Geometry | None = None, read: ReadColumn = read_held) -> np.ndarray:
     """uint8 (F, H, W, 3) of a medium as a model is shown it; without a geometry as it is in its file. Raises: OSError; Refused
-    where the bytes are not what was checked, and for more than one frame. Left out: videos.
+    where the bytes are not what was checked, and for several frames of a picture. A clip always has a geometry.
     """
+    if source.clip is not None:
+        assert geometry is not None, "how many frames are meant"
+        return _open_clip(source, source.clip, geometry)
     if geometry is not None and geometry.frames != 1:
         raise Refused(f"{source.path} is a picture, but {geometry.frames} frames of it are asked for")
     cell = source.cell
@@ -46,10 +50,24 @@ def open_source(source: Source, geometry: Geometry | None = None, read: ReadColu
         where = source.path if cell is None else f"{source.path} row {cell.number}"
         raise Refused(f"{where} changed since it was checked; start the job again")
     picture = decode_image(data)
-    if geometry is not None:
-        picture = fit_image(picture, geometry.height, geometry.width, source.fit, source.crop)
-        picture = np.ascontiguousarray(picture[:, ::-1] if source.mirrored else picture)
-    return picture[None]
+    return (picture if geometry is None else _shown(picture, source, geometry))[None]
+
+
+def _shown(picture: np.ndarray, source: Source, geometry: Geometry) -> np.ndarray:
+    """uint8 (H, W, 3), fitted and mirrored."""
+    picture = fit_image(picture, geometry.height, geometry.width, source.fit, source.crop)
+    return np.ascontiguousarray(picture[:, ::-1] if source.mirrored else picture)
+
+
+def _open_clip(source: Source, clip: Clip, geometry: Geometry) -> np.ndarray:
+    file = Path(source.path)
+    if content_of(file) != source.content:
+        raise Refused(f"{source.path} changed since it was checked; start the job again")
+    try:
+        frames = read_clip(file, clip, geometry.frames)
+    except ClipError as error:
+        raise Refused(f"{source.path} {error}") from error
+    return np.stack([_shown(frame, source, geometry) for frame in frames])
 
 
 def seen_source(source: Source, geometry: Geometry) -> np.ndarray:

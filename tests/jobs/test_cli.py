@@ -10,7 +10,7 @@ import tomli_w
 
 from jobs import schema_keys
 from jobs.cli import OLD_FLAGS, RENAMED, SUBMITTED_JOB, ConfigError, parse, resolved_toml
-from jobs.recipes import EditRecipe, EvaluateRecipe, OnlineDPORecipe, ServeRecipe, TrainRecipe
+from jobs.recipes import EditRecipe, EvaluateRecipe, ExtractRecipe, OnlineDPORecipe, ServeRecipe
 from rlhf.training_tables import TrainableTable
 
 RECIPE = """
@@ -186,7 +186,7 @@ def test_a_renamed_key_is_told_by_its_new_name(recipe):
 
 
 RECIPES = [
-    schema_keys.keys(schema) for schema in (OnlineDPORecipe, TrainRecipe, EvaluateRecipe, EditRecipe, ServeRecipe)
+    schema_keys.keys(schema) for schema in (OnlineDPORecipe, ExtractRecipe, EvaluateRecipe, EditRecipe, ServeRecipe)
 ]
 
 

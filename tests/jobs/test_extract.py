@@ -106,8 +106,8 @@ def arguments(folder: Path, model: Path, **more) -> list[str]:
     return ["--config", recipe, *(f"--{key}={value}" for key, value in given.items())]
 
 
-def of_rows(folder: Path, model: Path, name: str = "a", **more) -> list[str]:
-    return arguments(folder, model, extract__rows=folder / "data" / "a.jsonl", extract__name=name, **more)
+def of_rows(folder: Path, model: Path, name: str = "a", rows: str = "a.jsonl", **more) -> list[str]:
+    return arguments(folder, model, extract__rows=folder / "data" / rows, extract__name=name, **more)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def recipe_of(given) -> ExtractRecipe:
 
 def examples_of(folder, model, rows=ROWS, **more):
     write_rows(folder, rows)
-    return extract.examples_of(recipe_of(of_rows(folder, model, **more)).extract, folder / "data")
+    return extract.examples_of(recipe_of(of_rows(folder, model, **more)).extract, folder / "data", range(4))
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------
@@ -164,15 +164,17 @@ def test_some_texts_alone_columns_by_other_names_and_edit_image(folder, model):
 def test_a_dry_run_tells_what_there_is_and_writes_nothing(folder, model, run):
     write_rows(folder, ROWS)
     said = run(extract, [*of_rows(folder, model), "--dry-run"])
-    assert said == f"{folder}/tasks/a: 7 examples (3 en, 2 cn, 1 inverse_en, 1 inverse_cn)\n"
-    assert not (folder / "tasks").exists()
+    assert said.startswith(f"{folder}/tasks/a: 7 examples (3 en, 2 cn, 1 inverse_en, 1 inverse_cn)\n")
+    assert "; to encode: 11 texts, 8 pictures" in said and not (folder / "tasks" / "a").exists()
+    with pytest.raises(Refused, match=r"model\.path = .*: there is no such folder"):
+        run(extract, [*of_rows(folder, folder / "nothing"), "--dry-run"])
 
 
 WRONG = {
     "no target": ({"source_image": "ref1.png", "instruction": "x"}, "target_image: is missing; give the path"),
     "two targets": (
         {"target_image": "out.png", "edit_image": "out.png", "instruction": "x"},
-        "target_image: says the same as edit_image",
+        "target_image: is given, and edit_image too; give",
     ),
     "no text": ({"target_image": "out.png"}, "instruction: is missing, and so is every other text; write"),
     "a way back to two": (
@@ -188,6 +190,14 @@ WRONG = {
         "'https://host/1.png' is a URL; pictures are",
     ),
     "a picture that is not there": ({"target_image": "none.png", "instruction": "x"}, "'none.png' does not exist"),
+    "a source by another name": (
+        {"source": "ref1.png", "target_image": "out.png", "instruction": "x"},
+        'source: is no column that is read; set extract.source = "source", or leave it out',
+    ),
+    "four sources": (
+        {"source_image": ["ref1.png"] * 4, "target_image": "out.png", "instruction": "x"},
+        "source_image: names 4 pictures, but the model takes 0 to 3",
+    ),
     "one outside the root": ({"target_image": "/etc/hosts", "instruction": "x"}, "lies outside the data root"),
 }
 
@@ -201,7 +211,17 @@ def test_what_is_wrong_with_a_row_is_told_and_nothing_is_written(folder, model, 
     assert f"{file}:4: " in str(refused.value) and says in str(refused.value)
     assert not (folder / "tasks").exists()
     said = run(extract, [*of_rows(folder, model, data__on_bad_row="skip"), "--dry-run"])
-    assert f"left out: {file}:4: " in said and "7 examples" in said
+    assert f"left out:\n{file}:4: " in said and "7 examples" in said
+
+
+def test_a_file_that_is_none_and_one_without_rows_are_refused(folder, model, run):
+    write_rows(folder, ())
+    for name, says in (("a.jsonl", "has no rows"), ("img", "is a nameless file"), ("none.jsonl", "no such file")):
+        with pytest.raises(BadInput, match=says):
+            run(extract, of_rows(folder, model, rows=name))
+    (folder / "data" / "a.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"is a \.json file; give one of"):
+        run(extract, of_rows(folder, model, rows="a.json"))
 
 
 def test_a_name_that_is_none_and_a_root_that_is_none_are_refused(folder, model, run):
@@ -231,10 +251,14 @@ def test_the_two_commands_of_firereds_documentation_on_its_three_rows(cluster, f
         assert ("preprocess: all captions and pictures are in" in said) == (name != "dataset_a"), (
             "nothing is encoded twice"
         )
-        assert f"{name}: 7 examples" in said and f"task_weights = {{ {name} = 1 }}" in said
-    files = {file: file.read_bytes() for file in (folder / "tasks").rglob("*") if file.is_file()}
+        assert f"{name}: 7 examples" in said and f"[data.task_weights]\n{name} = 1" in said
+    files = files_below(folder / "tasks")
     run(extract, of_rows(folder, mine, name="dataset_a"))
-    assert {file: file.read_bytes() for file in (folder / "tasks").rglob("*") if file.is_file()} == files
+    assert files_below(folder / "tasks") == files
+    write_rows(folder, ROWS[:2])
+    assert "dataset_c/rows.jsonl: replaced; it had 7 examples" in run(extract, of_rows(folder, mine, name="dataset_c"))
+    write_rows(folder, ROWS)
+    run(extract, of_rows(folder, mine, name="dataset_c"))
 
     held = []
 
@@ -264,6 +288,11 @@ def overwrite(weights: Path) -> None:
     head = 8 + int.from_bytes(content[:8], "little")
     weights.write_bytes(content[:head] + b"\xff" * (len(content) - head))
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def files_below(folder: Path) -> dict[Path, bytes]:
+    """Task folders and what is encoded; the index of a check has a new name after every check."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "index.arrow"}
 
 
 def encoders_held(rank) -> list[str]:
@@ -430,8 +459,9 @@ def test_what_is_written_is_a_data_set_of_jobs_train(folder, model):
     write_rows(folder, ROWS)
     recipe = recipe_of(of_rows(folder, model))
     (folder / "tasks" / "a").mkdir(parents=True)
-    extract.write(folder / "tasks" / "a" / "rows.jsonl", extract.examples_of(recipe.extract, folder / "data").lines)
-    alone = extract.alone(recipe, folder / "data")
+    lines = extract.examples_of(recipe.extract, folder / "data", range(4)).lines
+    extract.put(folder / "tasks" / "a", "".join(json.dumps(line) + "\n" for line in lines), "")
+    alone = extract.alone(recipe, folder / "tasks", folder / "data")
     found = read_example_sets(alone, ("target",), partial(checks.in_threads, str)).training
     assert tasks_of(found, folder / "tasks") == ["a"] * 7
     assert [len(prompt.sources) for prompt in found.prompts()] == [1, 1, 1, 1, 2, 2, 0]

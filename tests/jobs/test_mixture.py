@@ -93,7 +93,7 @@ def test_examples_that_are_never_drawn_are_not_encoded(folder, model):
         ({"task_weights": {"shp": 1.0}}, r"names 'shp', which is no folder of data\.path = .*: did you mean 'shop'\?"),
         (
             {"task_weights": {"shop": 1.0}, "source_count_weights": {"3": 1.0}},
-            r"gives 3 sources a weight, but .* 0 \(2\)",
+            r"gives 3 sources a weight, but .* \(2 with 0, 4 with 1\)",
         ),
     ],
 )
@@ -171,6 +171,14 @@ def test_a_data_set_may_have_a_caption_dropout_of_its_own(folder, model):
         ValidationError, match=r"task_caption_dropout names 'street', which has no weight in task_weights"
     ):
         recipe(folder, model, task_weights={"shop": 1.0}, task_caption_dropout={"street": 0.1})
+
+
+def test_data_sets_whose_names_are_alike_are_logged_apart(folder, model):
+    (folder / "root" / "unused").rename(folder / "root" / "street_view")
+    config = recipe(folder, model, task_weights={"shop": 1.0, "Street-View": 1.0, "street_view": 1.0})
+    counted = [train.contributed(config, examples(config))(step) for step in range(1, 9)]
+    assert {*counted[0]} == {"data/shop", "data/street_view_0", "data/street_view_2"}
+    assert all(sum(one.values()) == config.trainer.pairs_per_step for one in counted)
 
 
 def test_weights_of_0_alone_are_refused(folder, model):
