@@ -16,10 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from ray.util.metrics import Gauge
 
+from rlhf.data.clips import write_mp4
 from rlhf.data.sources import seen_source
 from rlhf.errors import last_line
 from rlhf.runs.durable import durable
-from rlhf.runs.sheets import Cell, contact_sheet
+from rlhf.runs.sheets import Cell, contact_sheet, strip
 from rlhf.runs.tracking import FileTracker
 from rlhf.runs.wandb_run import WandbRun
 from rlhf.tables import TrackingTable
@@ -119,7 +120,7 @@ class Reporter:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def draw_sheet(file: Path, board: Path | None, step: int, rows: list[Any], held_out: bool, base_sheet: None) -> None:
-    """Draw one contact sheet as PNG and, with a `board`, as a TensorBoard image.
+    """Draw one contact sheet as PNG and, with a `board`, as a TensorBoard image; of videos some frames, beside their MP4 files.
 
     rows: (prompt, [(label, media reference, answer)]).
 
@@ -135,7 +136,10 @@ def draw_sheet(file: Path, board: Path | None, step: int, rows: list[Any], held_
         caption = f"source {_line(prompt.key)}\n{_line(prompt.instruction)}"
         row = [(seen_source(source, prompt.geometry)[0], caption) for source in prompt.sources]
         for label, media, answer in entries:
-            row.append((np.asarray(ray.get(media, timeout=FETCH_TIMEOUT_S))[0], f"{label}\n{describe(answer)}"))
+            frames = np.asarray(ray.get(media, timeout=FETCH_TIMEOUT_S))
+            if len(frames) > 1:
+                write_mp4(file.with_name(f"{file.stem}_{number}_{label.split()[0]}.mp4"), frames)
+            row.append((strip(frames), f"{label}\n{describe(answer)}"))
         if held_out:
             row = with_base(row, base / f"{number}.png", is_base=step == 0)
         cells.append(row)

@@ -15,10 +15,12 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rlhf.data.batches import ReadRow, latents_from_array, latents_to_array
 from rlhf.data.cache import EncodingCache
+from rlhf.data.clips import write_mp4
 from rlhf.data.instructions import Unread, unread
 from rlhf.data.media import encode_png
 from rlhf.data.sampler import encoded_now, sample_prompts
@@ -26,6 +28,7 @@ from rlhf.data.sources import seen_source
 from rlhf.errors import NotFinite
 from rlhf.models import load_family
 from rlhf.models.trainable import Trainable, load_for_sampling
+from rlhf.runs.sheets import contact_sheet, strip
 from rlhf.shards import buffers
 from rlhf.shards.buffers import BufferManifest
 from rlhf.tables import ModelTable, SamplingTable, WeightsTable
@@ -114,7 +117,9 @@ class Sampler:
         return [self._version, *chain(*shown)]
 
     def paint(self, weights: WeightsTable, paintings: Sequence[Painting]) -> Unread:
-        """Sample with these weights into PNG files; returns what the encoders do not read of the instructions.
+        """Sample with these weights into PNG files, videos into MP4 files with a PNG of references and frames beside each.
+
+        Returns what the encoders do not read of the instructions.
 
         Raises NotFinite.
         """
@@ -124,7 +129,11 @@ class Sampler:
         with self._telling(requests):
             media = self._decode(self._x0(requests, _tensors(rows)))
         for request, file, source in paintings:
-            save(file, media[request.slot][0])
+            if len(media[request.slot]) > 1:
+                write_mp4(file, media[request.slot])
+                save(file.with_suffix(".png"), np.asarray(sheet_of(request.prompt, media[request.slot])))
+            else:
+                save(file, media[request.slot][0])
             if source:
                 save(source, seen_source(request.prompt.sources[0], request.prompt.geometry)[0])
         found = Unread()
@@ -174,6 +183,12 @@ class Sampler:
 
 def _tensors(rows: Mapping[Encoding, Encoded]) -> ReadRow:
     return lambda encoding: rows[encoding].tensors
+
+
+def sheet_of(prompt: Prompt, frames: np.ndarray) -> Image.Image:
+    """A prompt's references and some frames, uint8 (F, H, W, 3), of what was made of it."""
+    shown = [(seen_source(source, prompt.geometry)[0], "reference") for source in prompt.sources]
+    return contact_sheet([[*shown, (strip(frames), prompt.instruction)]])
 
 
 def save(file: Path, picture: np.ndarray) -> None:

@@ -1,10 +1,11 @@
-"""Edit one picture, or every row of a JSONL, with the base model, a trained denoiser or a LoRA; writes PNGs.
+"""Edit one picture, or every row of a JSONL, with the base model, a trained denoiser or a LoRA; writes PNGs, or of a model of
+videos MP4s, each with a PNG of its references and of three of its frames.
 
     python -m jobs.edit --model.path data/flux-kontext --model.size auto --edit.image dish.jpg --edit.prompt "Warm light" \\
         --tuned.denoiser runs/NAME/v0/final/transformer --edit.out edits
 
-Runs in one process, without Ray, on the GPU if there is one. Each PNG is named after its image_id and variant; an id that cannot
-name a file is made safe (`rlhf.names`). A PNG that is there already is never overwritten.
+Runs in one process, without Ray, on the GPU if there is one. Each file is named after its image_id and variant; an id that cannot
+name a file is made safe (`rlhf.names`). A file that is there already is never overwritten.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def prompts(recipe: EditRecipe) -> list[Prompt]:
         raise Refused(f'{key} = "cuda", but torch finds no GPU here; set "cpu" or leave it out')
     if problems := weight_problems(recipe.tuned, family):
         raise BadInput(problems)
-    geometry = sized(model, family)
+    geometry = sized(model, family, model.frames)
     if edit.data is not None:
         try:
             found = read_prompts(edit.data, edit.fit, geometry, key="edit.data", source_counts=family.source_counts)
@@ -74,7 +75,8 @@ def files_of(edit: EditRequestConfig, todo: Sequence[Prompt]) -> dict[tuple[str,
     check_place(Path(edit.out), "edit.out")
     names = file_names(prompt.key for prompt in todo)
     files = {
-        (prompt.key, variant): Path(edit.out) / f"{names[prompt.key]}_{variant}.png"
+        (prompt.key, variant): Path(edit.out)
+        / f"{names[prompt.key]}_{variant}.{'mp4' if prompt.geometry.frames > 1 else 'png'}"
         for prompt in todo
         for variant in range(edit.variants)
     }

@@ -33,7 +33,7 @@ from rlhf.models import load_family
 from rlhf.models.checks import check_model
 from rlhf.runs.folder import check_place
 from rlhf.section import ClusterConfig
-from rlhf.tables import DataConfig, EvalConfig, ModelTable, PreprocessConfig, SamplingTable, TrainedEditModelTable
+from rlhf.tables import DataConfig, EditModelTable, EvalConfig, ModelTable, PreprocessConfig, SamplingTable
 from rlhf.types import Encoding, Prompt
 
 
@@ -51,7 +51,7 @@ class Data:
         return self.training + self.held_out
 
 
-def read_data(data: DataConfig, evaluation: EvalConfig, model: TrainedEditModelTable) -> Data:
+def read_data(data: DataConfig, evaluation: EvalConfig, model: EditModelTable) -> Data:
     """Read `data.path` and `eval.path`. Raises: BadInput with the problems of both, Refused for what is no model folder."""
     family = check_model(model)
     check_place(Path(data.cache), "data.cache")

@@ -25,7 +25,7 @@ class OnlineRunConfig(tables.RunConfig):
 class OnlineDPORecipe(Section):
     run: OnlineRunConfig = OnlineRunConfig()
     tracking: tables.TrackingTable = tables.TrackingTable()
-    model: tables.TrainedEditModelTable
+    model: tables.EditModelTable
     data: tables.DataConfig
     sampling: tables.SamplingTable = tables.SamplingTable()
     rollout: tables.RolloutConfig = tables.RolloutConfig()

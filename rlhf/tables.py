@@ -91,6 +91,8 @@ class EditModelTable(ModelTable):
     width: int = Field(784, ge=16, multiple_of=16)
     size: Literal["fixed", "auto"] = "fixed"
     """`auto`: the nearest of the family's own sizes per picture."""
+    frames: int = Field(1, ge=1)
+    """Of a sample; more than 1: a video."""
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
@@ -98,11 +100,6 @@ class EditModelTable(ModelTable):
         given = [f"{name} = {side}" for name, side in sides.items() if side != type(self).model_fields[name].default]
         if self.size == "auto" and given:
             yield f'size = "auto" takes each picture\'s own size: leave out {" and ".join(given)}'
-
-
-class TrainedEditModelTable(EditModelTable):
-    frames: int = Field(1, ge=1)
-    """Of a sample; more than 1: a video."""
 
 
 class EvaluatedModelTable(ModelTable):
@@ -134,7 +131,7 @@ class WeightsTable(Section):
     denoiser: LocalPath | None = None
     """A trained folder, e.g. RUN/final/transformer, RUN/final/ema_unet."""
     lora: LocalPath | None = None
-    """A LoRA file or its folder, e.g. RUN/final/lora."""
+    """A LoRA file or its folder, e.g. RUN/final/lora, or a folder of trained modules, RUN/final/modules."""
 
     def conflicts(self) -> Iterator[str]:
         if self.denoiser is not None and self.lora is not None:

@@ -22,7 +22,8 @@ class TrainableTable(Section):
     """Of LoRA: how A begins, B being zero. `kaiming`: uniform in ±1/√in, as PEFT's `init_lora_weights = True`; `gaussian`: normal
     with deviation 1/rank, as its "gaussian". Unset: kaiming."""
     start: LocalPath | None = None
-    """Of LoRA: a file, or a folder such as RUN/final/lora, whose adapters are trained further; of this rank. Unset: new ones."""
+    """Of LoRA: a file, or a folder such as RUN/final/lora, whose adapters are trained further; of this rank. Of modules alone: a
+    folder such as RUN/final/modules, of these patterns. Unset: new adapters, and the model's own modules."""
     patterns: tuple[str, ...] = ()
     """Whole modules by their dotted names; `*` matches anything, e.g. "transformer_blocks.*.attn"."""
 
@@ -37,7 +38,8 @@ class TrainableTable(Section):
         if self.init is not None and self.start is not None:
             yield f"init = {self.init!r} and start = {self.start!r}: a LoRA that is trained further is begun already"
         for key in ("rank", "alpha", "targets", "init", "start"):
-            if self.kind != "lora" and (value := getattr(self, key)) is not None:
+            of_modules = key == "start" and self.kind == "modules"
+            if self.kind != "lora" and not of_modules and (value := getattr(self, key)) is not None:
                 yield f'{key} = {value!r} belongs to LoRA, but kind = "{self.kind}": set kind = "lora" or leave {key} out'
         if self.kind == "modules" and not self.patterns:
             yield 'kind = "modules" needs patterns, e.g. ["transformer_blocks.*.attn"]'

@@ -81,13 +81,16 @@ class Editor:
         folder = Path(denoiser) if denoiser else None
         if folder:
             check_denoiser(self._family, folder)
+        self._sized = sized(self._model, self._family, self._model.frames)
         self._denoiser = self._family.load_denoiser(device, folder, Path(lora) if lora else None)
         self._codec = self._family.load_codec(encoder_device or device)
 
     def edit(
         self, instruction: str, *pictures: str | Path, seed: int = 0, variant: int = 0, **sampling: Any
     ) -> np.ndarray:
-        """uint8 (H, W, 3), edited from files. sampling: keys of a recipe's [sampling], such as steps. Raises Refused."""
+        """uint8 (H, W, 3), edited from files; of a model of videos (F, H, W, 3). sampling: keys of a recipe's [sampling], such as
+        steps. Raises Refused.
+        """
         table = _table(SamplingTable, "sampling", {"batch_size": 1} | sampling)
         check_sampling(self._family, table)
         files = []
@@ -97,7 +100,7 @@ class Editor:
                 raise Refused(f"{picture}: {'; '.join(found)}")
             files.append(found)
         key = Path(pictures[0]).stem if pictures else ""
-        prompt = prompt_of(key, instruction, files, {}, "crop", sized(self._model, self._family))
+        prompt = prompt_of(key, instruction, files, {}, "crop", self._sized)
         rows = encoded_now(self._family, self._codec, [prompt], table)
 
         def row(encoding: Encoding) -> Any:
@@ -113,4 +116,5 @@ class Editor:
             noise_seeds=[seed_from(seed, key, variant)],
             slots=[0],
         )
-        return self._codec.decode(x0)[0, 0].numpy()
+        (made,) = self._codec.decode(x0).numpy()
+        return made if len(made) > 1 else made[0]

@@ -61,8 +61,12 @@ class Misfit(Refused):
 def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
     """Raise Misfit unless a LoRA file, or its folder with the modules trained beside it, fits the denoiser entirely.
 
-    prefix: what the keys begin with. Reads no matrix, so the denoiser may be on the meta device.
+    A folder of modules alone is one too. prefix: what the keys begin with. Reads no matrix, so the denoiser may be on the meta
+    device.
     """
+    if is_modules(path):
+        check_modules(path, denoiser)
+        return
     file, example = file_of(path), f"{prefix}.NAME.lora_A.weight"
     remedy = f"give a LoRA for this model in the diffusers layout ({example} and lora_B), e.g. RUN/final/lora"
     shapes, others = _shapes(file, remedy), lora_layouts.prefixes(denoiser)
@@ -168,6 +172,8 @@ def load_lora(denoiser: Any, path: Path, prefix: str) -> None:
     file = file_of(path)
     if (path / MODULES_FILE).is_file():
         load_modules(denoiser, path)
+    if is_modules(path):
+        return
     with safe_open(file, "pt") as tensors:
         is_ours = next(iter(tensors.keys())).startswith(f"{prefix}.")
     if not is_ours:
@@ -187,8 +193,10 @@ def read_lora(denoiser: nn.Module, path: Path, prefix: str) -> dict[str, torch.T
 
     The denoiser may be on the meta device.
     """
-    check_lora(path, denoiser, prefix)
     file = file_of(path)
+    if is_modules(path):
+        raise Misfit(path, "holds whole modules, and no LoRA", "give the LoRA of another run")
+    check_lora(path, denoiser, prefix)
     tensors = load_file(file)
     if min(tensors).startswith(f"{prefix}."):
         with safe_open(file, "pt") as opened:
@@ -208,6 +216,17 @@ def read_lora(denoiser: nn.Module, path: Path, prefix: str) -> dict[str, torch.T
         alpha = alphas.get(get_pattern_key(alphas, layer), settings.get("lora_alpha")) or rank
         tensors[key] = tensors[key] * (alpha / rank)
     return tensors
+
+
+def is_modules(path: Path) -> bool:
+    """Whether a folder holds trained modules and no LoRA beside them."""
+    return (path / MODULES_FILE).is_file() and not file_of(path).is_file()
+
+
+def read_modules(denoiser: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an export of modules, by their names in a denoiser, which may be on the meta device. Raises Misfit."""
+    check_modules(folder, denoiser)
+    return load_file(folder / MODULES_FILE)
 
 
 def file_of(path: Path) -> Path:
@@ -259,7 +278,6 @@ def _chosen(name: str, patterns: Iterable[str]) -> bool:
 @torch.no_grad()
 def load_modules(denoiser: nn.Module, folder: Path) -> None:
     """Put the modules of an export into a plain denoiser. Raises Misfit."""
-    check_modules(folder, denoiser)
     parameters = dict(denoiser.named_parameters())
-    for name, value in load_file(folder / MODULES_FILE).items():
+    for name, value in read_modules(denoiser, folder).items():
         parameters[name].copy_(value)

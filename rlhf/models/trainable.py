@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rlhf.errors import Refused
 from rlhf.models.family import Family
 from rlhf.models.folder import WEIGHTS_FILE
-from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE, read_lora
+from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE, is_modules, read_lora, read_modules
 from rlhf.training_tables import TrainableTable
 from rlhf.types import POLICY, seed_from
 
@@ -208,7 +208,28 @@ class Modules(Part):
     """Whole submodules whose dotted name matches a glob pattern, e.g. `transformer_blocks.*.attn2` (`*` matches dots too)."""
 
     patterns: tuple[str, ...]
+    begin: Path | None = None
+    """A folder of such modules that are trained further."""
     label: ClassVar[str | None] = "modules"
+
+    def begun(self, family: Family) -> dict[str, Tensor]:
+        """The parameters in `begin`, fp32, by published name. Raises Refused where they are not those of these modules."""
+        if self.begin is None:
+            return {}
+        given = f"trainable.start = {str(self.begin)!r}"
+        if not is_modules(self.begin):
+            remedy = f"give a folder with {MODULES_FILE} and {MODULES_TABLE}, e.g. RUN/final/modules"
+            raise Refused(
+                f"{given} is no folder of modules alone: {remedy}; a .pt file is written anew under their names"
+            )
+        empty = family.empty_denoiser(torch.float32)
+        read = read_modules(empty, self.begin)
+        chosen = {name for name in self._matching(empty)}
+        mine = {name for name, _ in empty.named_parameters() if any(name.startswith(f"{one}.") for one in chosen)}
+        if differing := mine ^ read.keys():
+            what = f"holds {len(read)} tensors, and trainable.patterns choose {len(mine)}: {min(differing)} is of one alone"
+            raise Refused(f"{given} {what}; give the patterns of its {MODULES_TABLE}")
+        return {name: tensor.float() for name, tensor in read.items()}
 
     def attach(self, denoiser: nn.Module, sides: Sequence[str], dtype: torch.dtype) -> None:
         for name in self._matching(denoiser):
@@ -289,13 +310,13 @@ class Trainable:
         return {name: parameter for whose, name, parameter in named if whose == side or not self.twins}
 
     def start(self, name: str, shape: Sequence[int], seed: int, begun: Mapping[str, Tensor]) -> Tensor | None:
-        """What an adapter begins with on every side, fp32 and whole: its values in `begun` or, of a new one, A as
+        """What is trained begins with on every side, fp32 and whole: its values in `begun` or, of a new adapter, A as
         `trainable.init` says and B zero.
 
         None: the parameter is in the checkpoint.
         """
         if not ADAPTER.search(name):
-            return None
+            return begun.get(owner(name)[1])
         if (key := ADAPTER.sub(r"\1", name)) in begun:
             return begun[key]
         if ".lora_B." in name:
@@ -306,10 +327,9 @@ class Trainable:
         return torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
     def begun(self, family: Family) -> dict[str, Tensor]:
-        """The adapters that a file gives, see `LoRA.begun`. Raises Refused."""
-        return {
-            key: value for part in self.parts if isinstance(part, LoRA) for key, value in part.begun(family).items()
-        }
+        """What a file gives to begin with, see `LoRA.begun` and `Modules.begun`. Raises Refused."""
+        beginners = [part for part in self.parts if isinstance(part, LoRA | Modules)]
+        return {key: value for part in beginners for key, value in part.begun(family).items()}
 
     @contextmanager
     def using(self, denoiser: nn.Module, side: str) -> Iterator[None]:
@@ -369,5 +389,6 @@ def load_trainable(table: TrainableTable, family: Family) -> Trainable:
         init = table.init or "kaiming"
         parts.append(LoRA(rank=table.rank, alpha=table.alpha, targets=targets, init=init, begin=begin))
     if table.patterns:
-        parts.append(Modules(patterns=table.patterns))
+        begin = Path(table.start) if table.start and table.kind == "modules" else None
+        parts.append(Modules(patterns=table.patterns, begin=begin))
     return Trainable(parts=tuple(parts))

@@ -21,6 +21,13 @@ Cell = tuple[np.ndarray, str]
 """A picture, uint8 (H, W, 3), and its caption."""
 
 
+def strip(media: np.ndarray) -> np.ndarray:
+    """The picture that uint8 (F, H, W, 3) is or, of a video, its first, middle and last frame side by side."""
+    if len(media) == 1:
+        return media[0]
+    return np.concatenate([media[0], media[len(media) // 2], media[-1]], axis=1)
+
+
 def contact_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
     """Pictures scaled alike to at most 384 pixels (tiny ones up to 192), each over its caption.
 
