@@ -154,20 +154,6 @@ def _hookable(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True)
 
 
-class _Resetting:
-    """A network whose every call the tracker takes for the first."""
-
-    def __init__(self, network: nn.Module, tracker: MemTracker):
-        self._network, self._tracker = network, tracker
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self._tracker.reset_mod_stats()
-        return self._network(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-
 def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, prompt: Prompt) -> Peak:
     """Of one batch of `prompt`: a step of the denoiser, then the decoder."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -181,9 +167,7 @@ def sampler_peak(family: Family, trainable: Trainable, sampling: SamplingTable, 
         other = family.unguided(prompt) if family.needs_unguided(scale) else None
         condition = empty_condition(family, prompt, size)
         unguided = empty_condition(family, other, size) if other else None
-        family.guided(
-            _Resetting(denoiser, tracing.tracker), x, t, condition, unguided, guidance_scale=scale, step=0, state={}
-        )
+        family.guided(denoiser, x, t, condition, unguided, guidance_scale=scale, step=0, state={})
         codec.decode(x)
     return tracing.peak(denoiser, *modules_of(codec))
 
@@ -209,17 +193,15 @@ def encoder_peak(family: Family, batch_size: int, prompt: Prompt) -> Peak:
     target = family.target(Source(path="", content="", height=height, width=width), prompt.geometry)
     groups = {(e.kind, e.geometries): e for e in (*family.encodings(prompt), target)}  # what may share a batch
 
-    def encode(count: int, tracker: MemTracker | None = None) -> None:
+    def encode(count: int) -> None:
         for encoding in groups.values():
-            if tracker:
-                tracker.reset_mod_stats()  # it allows one call of a network between two resets
             media = [torch.zeros(g.frames, g.height, g.width, 3, dtype=torch.uint8) for g in encoding.geometries]
             codec.encode([encoding] * count, [media] * count)
 
     with fake:
         encode(1)  # opens the parts
         with Tracing(*modules_of(codec)) as tracing:
-            encode(batch_size, tracing.tracker)
+            encode(batch_size)
     return tracing.peak(*modules_of(codec))
 
 
@@ -246,6 +228,12 @@ class _Tracker(MemTracker):
         for device, now in self._curr_mem_snap.items():
             if self._peak_mem.get(device, 0) < now["Total"]:
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        """torch's allows one call of a part that lies in no other; guidance calls two, a VAE one for every few frames."""
+        if not set(self._mod_tracker.parents) - {self._mod_tracker.get_known_fqn(module), "Global"}:
+            self.reset_mod_stats()
+        super()._pre_fw_hook(module, inputs)
 
 
 class Tracing(ExitStack):
