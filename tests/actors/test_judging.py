@@ -31,14 +31,26 @@ def pictures(count):
     return list(np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
 
 
-@pytest.fixture
-def judging(cluster, judge_server):
-    """One whose judge has a second to answer, so that silence is told after less than five."""
+@contextlib.contextmanager
+def asking(judge_server, timeout_s):
     url = f"{judge_server()}/hpsv2"
-    judges = JudgesConfig.model_validate({"hps": {"url": url}, "retries": 0, "timeout_s": 1.0})
+    judges = JudgesConfig.model_validate({"hps": {"url": url}, "retries": 0, "timeout_s": timeout_s})
     made = Judging(judges, ["hps"], {}, max_restarts=1)
     yield made
     made.close()
+
+
+@pytest.fixture
+def judging(cluster, judge_server):
+    with asking(judge_server, timeout_s=60.0) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(cluster, judge_server):
+    """One whose judge has a second to answer, so that silence is told after less than five."""
+    with asking(judge_server, timeout_s=1.0) as made:
+        yield made
 
 
 def wait_for(judging, became, count):
@@ -99,22 +111,22 @@ def test_who_pumps_a_table_of_its_own_is_told_of_the_death(judging):
     assert sorted(one.rewards["hps"] for one in again) == sorted(warmth(picture) for picture in pictures(3))
 
 
-def test_an_actor_that_is_stopped_is_replaced_and_one_restart_too_many_is_an_error(judging):
+def test_an_actor_that_is_stopped_is_replaced_and_one_restart_too_many_is_an_error(impatient):
     stopped = []
 
     def stop_a_running_actor():
-        (answer,) = wait_for(judging, ask(judging, pictures(1)), 1)
+        (answer,) = wait_for(impatient, ask(impatient, pictures(1)), 1)
         assert isinstance(answer, Answer)
         for process in ray_processes("Judges"):  # the last one may not be gone yet
             process.send_signal(signal.SIGSTOP)
             stopped.append(process)
-        return ask(judging, pictures(2))
+        return ask(impatient, pictures(2))
 
     try:
-        became = wait_for(judging, stop_a_running_actor(), 2)
+        became = wait_for(impatient, stop_a_running_actor(), 2)
         assert {type(one) for one in became} == {JudgesDied}
         with pytest.raises(JudgingFailed, match=r"failed 2 times; the last: no answer to any of 2 media for \d s"):
-            wait_for(judging, stop_a_running_actor(), 2)
+            wait_for(impatient, stop_a_running_actor(), 2)
     finally:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
