@@ -1,6 +1,7 @@
 """What is in a data set of `jobs.train`, and everything that is wrong with it:
 
-    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64] …] [--urls]
+    python -m jobs.check_data PATH [--split train] [--root FOLDER] [--area 1048576 [--step 64] …]
+                              [--frames 21 --stride 3] [--urls]
 
 With an area in pixels it tells how many examples each of data.buckets gets. With --urls it lists the URLs in the rows, for you to
 download, a line each, and does nothing else: no job fetches any.
@@ -20,8 +21,9 @@ from pydantic import ValidationError
 
 from actors.checks import in_threads
 from jobs.cli import run_main, say
+from rlhf.data.clips import Asked
 from rlhf.data.columns import is_target_table
-from rlhf.data.examples import PairIndex, blocks_of, check_block
+from rlhf.data.examples import PICTURES, PairIndex, blocks_of, check_block
 from rlhf.data.files import TABLES, find_files
 from rlhf.data.formats import Block, read_block
 from rlhf.data.records import BadInput, Problem, Record, whole
@@ -47,6 +49,8 @@ def main() -> None:
         parser.add_argument(
             f"--{name}", type=int, default=default, help="of data.buckets, in pixels (default: %(default)s)"
         )
+    parser.add_argument("--frames", type=int, default=1, help="model.frames, where the data set is of videos")
+    parser.add_argument("--stride", type=int, default=1, help="data.frame_stride")
     parser.add_argument("--urls", action="store_true", help="list the URLs in the rows")
     given = parser.parse_args()
     if given.urls:
@@ -60,10 +64,13 @@ def main() -> None:
         what = error.errors()[0]["msg"].removeprefix("Value error, ")
         shown = " ".join(f"--{name} {value}" for name, value in {"area": given.area, **sides}.items())
         raise Refused(f"{shown}: {what}") from error
-    check_data(given.path.absolute(), given.split, buckets, given.root and given.root.absolute())
+    asked = Asked(frames=given.frames, stride=given.stride)
+    check_data(given.path.absolute(), given.split, buckets, given.root and given.root.absolute(), asked)
 
 
-def check_data(path: Path, split: str, buckets: BucketsTable | None = None, root: Path | None = None) -> None:
+def check_data(
+    path: Path, split: str, buckets: BucketsTable | None = None, root: Path | None = None, asked: Asked = PICTURES
+) -> None:
     """Print what is there, and what goes into buckets of one area. Raises: BadInput with every problem."""
     if is_record(path):
         say(f"the record of an online run: {record_size(path)} pairs with their latents")
@@ -74,7 +81,7 @@ def check_data(path: Path, split: str, buckets: BucketsTable | None = None, root
             blocks += blocks_of(file)
         except BadInput as error:
             problems += error.problems
-    parts = in_threads(say, blocks, partial(_check, root=root)) if blocks else []
+    parts = in_threads(say, blocks, partial(_check, root=root, asked=asked)) if blocks else []
     problems += [problem for part in parts for problem in part.problems]
     if any(len(part.table) for part in parts):
         for line in described(parts, buckets):
@@ -95,10 +102,10 @@ def urls_of(path: Path, split: str) -> list[str]:
     return list(dict.fromkeys(one for one in flat if isinstance(one, str) and re.match(r"\w+://", one)))
 
 
-def _check(block: Block, root: Path | None) -> PairIndex:
+def _check(block: Block, root: Path | None, asked: Asked) -> PairIndex:
     """As a family would that takes any number of control pictures; tables of pairs have none."""
     counts = range(1) if block.format in TABLES and not is_target_table(Path(block.file)) else ANY_NUMBER
-    return check_block(block, source_counts=counts, items=None, needs_loser=False, root=root)
+    return check_block(block, source_counts=counts, items=None, needs_loser=False, root=root, asked=asked)
 
 
 def described(parts: Sequence[PairIndex], buckets: BucketsTable | None) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import opens2v
+from jobs import check_data, opens2v
 from jobs.world.clips import COLOURS, Moving, draw, entry, run_lengths, write_part
 from rlhf.data.clips import Asked
 from rlhf.data.examples import blocks_of, check_block
@@ -79,7 +79,7 @@ def subject(counts, size, **more):
     return Subject(**{"number": "1", "name": "x", "score": 5.0, "counts": counts, "size": size} | more)
 
 
-def test_every_clip_becomes_a_row_with_its_subject_on_white(folder, run):
+def test_every_clip_becomes_a_row_with_its_subject_on_white(folder, run, monkeypatch, capsys):
     said = run()
     assert "set: 6 clips; left out: 0" in said and f'root = "{folder}"' in said
     found = rows(folder)
@@ -99,6 +99,13 @@ def test_every_clip_becomes_a_row_with_its_subject_on_white(folder, run):
     asked = Asked(frames=5, stride=3)
     index = check_block(block, source_counts=range(1, 4), items=None, needs_loser=False, root=folder, asked=asked)
     assert len(index.table) == 6 and not index.problems
+    words = ["check_data", folder / "set" / "rows.jsonl", "--root", folder, "--frames", 5, "--stride", 3]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    check_data.main()
+    assert "0 pairs of a winner and a loser, 6 targets" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*map(str, [*words, "--stride", 6])])
+    with pytest.raises(BadInput, match=r"rows\.jsonl:1: clip: has 24 frames, but 5 of them, every 6\. one, are 25"):
+        check_data.main()
     with pytest.raises(Refused, match=r"--out .*set is there already"):
         run()
 
