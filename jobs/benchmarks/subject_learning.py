@@ -1,6 +1,6 @@
 """Do the new layers of Wan learn to show the subject of a picture? On clips of moving shapes, without Ray.
 
-    python -m jobs.benchmarks.subject_learning --steps 400 --seeds 3 --out subject_learning
+    python -m jobs.benchmarks.subject_learning --steps 1000 --seeds 3 --out subject_learning
 
 A small base learns to make such clips, of any colour and shape, from one caption. Frozen, it gets untrained new layers, which
 learn from clips with pictures of their subjects. The measure is how often videos of held-out pictures show the colour and the
@@ -49,7 +49,7 @@ from rlhf.types import Geometry, noise_from
 
 CLIPS, HELD_OUT = 240, 48
 SIZE = Geometry(height=48, width=64, frames=5)
-BASE_STEPS, BASE_RATE, RATE = 2000, 1e-3, 1e-3
+BASE_STEPS, BASE_RATE, RATE = 3000, 1e-3, 3e-3
 SAMPLING = SamplingTable(steps=8, guidance_scale=1.0, batch_size=HELD_OUT)
 NEW_LAYERS = TrainableTable(kind="modules", patterns=("clip_proj", "vae_proj", "*.k_vae", "*.v_vae", "*.norm_k_vae"))
 FILLED = {"square": 1.0, "disc": np.pi / 4, "diamond": 0.5}
@@ -218,7 +218,7 @@ def agreement(made: np.ndarray, clips: Sequence[Moving]) -> float:
     return float(own - np.mean([[match(told, clip) for clip in clips] for told in found]))
 
 
-def all_runs(out: Path, *, steps: int = 400, seeds: int = 3, base_steps: int = BASE_STEPS) -> Shown:
+def all_runs(out: Path, *, steps: int = 1000, seeds: int = 3, base_steps: int = BASE_STEPS) -> Shown:
     """Train the base, and then runs of both kinds, all in new folders below `out`."""
     model, size = write_base(out / "model"), {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
     family = load_family(model)
@@ -260,7 +260,7 @@ def keep(file: Path, made: np.ndarray, clips: Sequence[Moving]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base_steps", type=int, default=BASE_STEPS)
     parser.add_argument("--out", type=Path, default=Path("subject_learning"), help="new folder")

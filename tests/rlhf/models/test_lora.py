@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhf.models.lora import LORA_FILE, MODULES_FILE, MODULES_TABLE, Misfit, check_lora, load_lora, load_modules
+from rlhf.models.lora import (
+    LORA_FILE,
+    MODULES_FILE,
+    MODULES_TABLE,
+    Misfit,
+    check_lora,
+    load_lora,
+    load_modules,
+    read_lora,
+)
 from rlhf.models.tiny import write_stable_diffusion
 from tests import worlds
 
@@ -303,6 +312,15 @@ def test_modules_load_whole_and_beside_a_lora(family, tmp_path):
     load_modules(alone, tmp_path)
     for name, value in modules(family).items():
         assert torch.equal(alone.get_parameter(name), value) and torch.equal(both.get_parameter(name), value)
+
+
+def test_modules_alone_load_where_a_lora_does_and_are_none(family, tmp_path):
+    write_modules(tmp_path, modules(family))
+    denoiser = family.load_denoiser("cpu", lora=tmp_path)
+    for name, value in modules(family).items():
+        assert torch.equal(denoiser.get_parameter(name), value)
+    with pytest.raises(Misfit, match="holds whole modules, and no LoRA; give the LoRA of another run"):
+        read_lora(family.load_denoiser("cpu"), tmp_path, "transformer")
 
 
 @pytest.mark.parametrize(
