@@ -10,15 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from actors.validation import sampling_of
 from jobs import edit, opens2v, train
 from jobs.recipes import TrainRecipe
 from jobs.world.clips import draw, write_part
-from rlhf.data.clips import read_clip
+from rlhf.data.batches import latents_from_array, latents_to_array
+from rlhf.data.clips import read_clip, write_mp4
+from rlhf.data.prompts import read_prompts
+from rlhf.data.sampler import encoded_now, sample_prompts
 from rlhf.errors import Refused
 from rlhf.models.lora import load_modules
 from rlhf.models.tiny_wan import write_wan_subject
 from rlhf.models.wan_network import is_new
-from rlhf.types import Clip
+from rlhf.types import Clip, Geometry, seed_from
 from tests import worlds
 from tests.jobs.test_strange import rows_of, tables
 from tests.rlhf.models.test_wan_subject import PATTERNS
@@ -100,13 +104,18 @@ def prompts(folder: Path) -> Path:
 
 
 def test_videos_are_made_while_it_trains_and_afterwards(cluster, folder, model, monkeypatch):
-    """Of the same noise: what jobs.edit makes of the exported modules is what the run showed last, but for H.264."""
+    """From the same noise the modules that two ranks exported make, here and alone, the video that the run showed last."""
     config = recipe(folder, model, validation={"path": str(prompts(folder)), "every": 4, "steps": 2})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     path = train.run(config)
     shown = {file.name for file in (path / "samples").iterdir()}
     for side, step in (("base", 0), ("policy", 4)):
         assert {f"eval_{side}_step_{step:06d}_{number}_{side}.mp4" for number in (1, 2)} <= shown
     assert np.asarray(Image.open(path / "samples" / "eval_policy_step_000004.png")).std() > 10
+    shown_last = read_clip(path / "samples" / "eval_policy_step_000004_1_policy.mp4", Clip(), 5).astype(int)
+    mine, bases = (sampled(model, config, prompts(folder), modules) for modules in (path / "final" / "modules", None))
+    rounding, trained = (np.abs(shown_last - video).mean() for video in (mine, bases))
+    assert rounding < trained / 3
     given = {
         "model.family": "wan_subject",
         "model.path": model,
@@ -132,6 +141,21 @@ def test_videos_are_made_while_it_trains_and_afterwards(cluster, folder, model, 
     assert all(np.abs(one - other).max() > 8 for one, other in zip(base, tuned, strict=True))
     with Image.open(folder / "tuned" / "clip0_0.png") as sheet:
         assert sheet.width > 3 * 48
+
+
+def sampled(model: Path, config: TrainRecipe, file: Path, modules: Path | None) -> np.ndarray:
+    """(F, H, W, 3) of the first prompt from the first noise of a run's validation, as an MP4 shows it."""
+    family = worlds.family(model, getattr(torch, config.model.dtype), "wan_subject")
+    denoiser, codec = family.load_denoiser("cpu", lora=modules), family.load_codec("cpu")
+    size = Geometry(height=32, width=48, frames=5)
+    prompt, *_ = read_prompts(str(file), "crop", lambda height, width: size, key="x", source_counts=range(1, 4)).prompts
+    sampling = sampling_of(config.validation)
+    rows, seed = encoded_now(family, codec, [prompt], sampling), seed_from(config.run.seed, "validation", 0)
+    given = {"prompts": [prompt], "noise_seeds": [seed], "slots": [0]}
+    x0 = sample_prompts(family, denoiser, lambda encoding: rows[encoding].tensors, sampling, "cpu", **given)
+    kept = latents_from_array(latents_to_array(x0))  # as a rank hands them over
+    write_mp4(file.with_name("mine.mp4"), codec.decode(kept)[0].numpy())
+    return read_clip(file.with_name("mine.mp4"), Clip(), 5).astype(int)
 
 
 def test_modules_are_trained_further(cluster, folder, model):
