@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def cut(part: Part, clip: Annotated, folder: Path, settings: Settings) -> Made:
         (name,) = file_names([f"{part.name}_{clip.key}_{subject.number}"]).values()
         Image.fromarray(cut_out(frame, mask, ground)).save(folder / f"{name}.png")
         references[subject.number] = f"{name}.png"
-    return Made(part=part, clip=clip, references=references)
+    return Made(part=part, clip=replace(clip, subjects=()), references=references)  # masks are most of an entry
 
 
 def row_of(name: str, made: Made, others: dict[str, Made], out: Path, root: Path, settings: Settings) -> dict[str, Any]:
