@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from jobs.cli import run_main, say
 from jobs.one_process import FULL, NothingHanded, OneRank, one_rank, refuse_small, train_in
 from jobs.world.clips import COLOURS, Moving, draw, write_part
 from jobs.world.data import PACKAGE
-from jobs.world.edits import InMemory
+from jobs.world.edits import BATCH, InMemory
 from rlhf.data.batches import EncodedExample, batches_of
 from rlhf.data.clips import Asked, write_mp4
 from rlhf.data.encoding import encode_all
@@ -34,6 +35,7 @@ from rlhf.data.sizes import Sizes
 from rlhf.data.stream import Visit
 from rlhf.data.work import IndexedExamples
 from rlhf.diffusion.objectives import SFT
+from rlhf.diffusion.process import with_times
 from rlhf.models import load_family
 from rlhf.models.family import Family, sample_batch
 from rlhf.models.lora import load_modules
@@ -45,7 +47,7 @@ from rlhf.runs.folder import RunFolder, made
 from rlhf.runs.sheets import contact_sheet, strip
 from rlhf.tables import ModelTable, SamplingTable
 from rlhf.training_tables import TrainableTable, TrainerConfig
-from rlhf.types import Geometry, noise_from
+from rlhf.types import Batch, Geometry, noise_from
 
 CLIPS, HELD_OUT = 240, 48
 SIZE = Geometry(height=48, width=64, frames=5)
@@ -75,6 +77,20 @@ class Shown:
     def null(self) -> float:
         """The largest size of a run on the pictures of others."""
         return max(map(abs, self.runs["shuffled"]))
+
+
+class AtTimes(InMemory):
+    """At the times of sft_wan_subject.toml. What a video shows is decided where noise is high, and most of them are there."""
+
+    def open(self, family: Family) -> None:
+        super().open(family)
+        self._process = with_times(family.process, "uniform", 5.0)
+
+    def batches(self, step: int, rank: int, handed: None, values: Sequence[Any]) -> list[Batch]:
+        rows = np.random.default_rng((self._seed, step)).choice(len(self._examples), BATCH, replace=False)
+        examples = [self._examples[row] for row in rows]
+        given: dict[str, Any] = {"seed": self._seed, "step": step, "first_index": 0, "process": self._process}
+        return batches_of(self._family, examples, BATCH, **given)
 
 
 def write_vae(folder: Path) -> AutoencoderKLWan:
@@ -160,7 +176,7 @@ def learn(
 ) -> Path:
     """Train, and return the export."""
     config = TrainerConfig(
-        train_batch_size=16,
+        train_batch_size=BATCH,
         gradient_accumulation_steps=1,
         learning_rate=rate,
         lr_scheduler="cosine",
@@ -171,7 +187,7 @@ def learn(
     )
     run = RunFolder.claim(out, "run", "", resume="never")
     with one_rank() as mesh:
-        trainer = OneRank(model, config, SFT(), InMemory(examples, seed=seed), mesh, seed, trainable)
+        trainer = OneRank(model, config, SFT(), AtTimes(examples, seed=seed), mesh, seed, trainable)
         train_in(run, NothingHanded(), trainer)
     return run.path / "final" / trainable.folder(load_family(model))
 
