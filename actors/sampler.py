@@ -24,7 +24,7 @@ from rlhf.data.clips import write_mp4
 from rlhf.data.instructions import Unread, unread
 from rlhf.data.media import encode_png
 from rlhf.data.sampler import encoded_now, sample_prompts
-from rlhf.data.sources import seen_source
+from rlhf.data.sources import open_source, seen_source
 from rlhf.errors import NotFinite
 from rlhf.models import load_family
 from rlhf.models.trainable import Trainable, load_for_sampling
@@ -187,7 +187,7 @@ def _tensors(rows: Mapping[Encoding, Encoded]) -> ReadRow:
 
 def sheet_of(prompt: Prompt, frames: np.ndarray) -> Image.Image:
     """A prompt's references and some frames, uint8 (F, H, W, 3), of what was made of it."""
-    shown = [(seen_source(source, prompt.geometry)[0], "reference") for source in prompt.sources]
+    shown = [(open_source(source)[0], "reference") for source in prompt.sources]
     return contact_sheet([[*shown, (strip(frames), prompt.instruction)]])
 
 

@@ -10,6 +10,7 @@ layers are trained. --fused adds a third attention, to references and text toget
 import argparse
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from diffusers import WanTransformer3DModel
@@ -66,11 +67,12 @@ def add_references(base: Path, clip: Path, out: Path, *, fused: bool, text_len: 
 
 
 def _linked(source: str, target: str) -> None:
-    """A second name of the file, which costs no space; on another disk a copy."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
+    """A second name of a file of weights, which costs no space; of what may be edited, and on another disk, a copy."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(os.path.realpath(source), target)
+            return
+    shutil.copy2(source, target)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from actors.checks import in_threads
 from jobs.cli import run_main, say
+from jobs.one_process import refuse_small
 from rlhf.data.clips import Asked
 from rlhf.data.columns import is_target_table
 from rlhf.data.examples import PICTURES, PairIndex, blocks_of, check_block
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1, help="data.frame_stride")
     parser.add_argument("--urls", action="store_true", help="list the URLs in the rows")
     given = parser.parse_args()
+    for name in ("frames", "stride"):
+        refuse_small(f"--{name}", getattr(given, name), 1)
     if given.urls:
         for url in urls_of(given.path.absolute(), given.split):
             say(url)

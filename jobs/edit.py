@@ -80,7 +80,7 @@ def files_of(edit: EditRequestConfig, todo: Sequence[Prompt]) -> dict[tuple[str,
         for prompt in todo
         for variant in range(edit.variants)
     }
-    if there := [file for file in files.values() if file.exists()]:
+    if there := [file for video in files.values() for file in {video, video.with_suffix(".png")} if file.exists()]:
         what = f"{len(there)} of the {len(files)} pictures are there already, the first is {there[0].name}"
         raise Refused(f"edit.out = {edit.out!r}: {what}; choose another folder")
     return files

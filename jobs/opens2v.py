@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import tomli_w
 from PIL import Image
 
 from jobs.cli import run_main, say
+from jobs.one_process import refuse_small
 from rlhf.data.clips import ClipError, read_clip
 from rlhf.data.media import ImageError, decode_image
 from rlhf.data.opens2v import Annotated, Unusable, annotated, chosen, cut_out, entries
 from rlhf.data.records import BadInput, Problem, whole
 from rlhf.errors import Refused
+from rlhf.models.wan_subject import MOST
 from rlhf.names import file_names
 from rlhf.types import Clip
 
@@ -85,6 +88,10 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=3, help="data.frame_stride (default: %(default)s)")
     parser.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop")
     given = parser.parse_args()
+    for name in ("max_subjects", "frames", "stride"):
+        refuse_small(f"--{name}", getattr(given, name), 1)
+    if given.max_subjects > MOST:
+        raise Refused(f"--max_subjects {given.max_subjects}: wan_subject takes at most {MOST}")
     if given.backgrounds and len(given.backgrounds) != len(given.part):
         raise Refused(
             f"--backgrounds has {len(given.backgrounds)} folders, but --part is given {len(given.part)} times"
@@ -115,6 +122,9 @@ def make(parts: Sequence[Part], out: Path, settings: Settings, on_bad_row: str) 
     """Write the data set. Raises: Refused, BadInput with every problem."""
     if out.exists():
         raise Refused(f"--out {out} is there already: give a new folder")
+    if len({part.name for part in parts}) < len(parts):
+        named = ", ".join(str(part.videos) for part in parts)
+        raise Refused(f"--part: of {named} two have one name, by which clips are told apart: rename a folder")
     for part in parts:
         if not part.file.is_file():
             raise BadInput([whole(part.file, "no such file", "give a part's merged JSON")])
@@ -158,15 +168,17 @@ def cut(part: Part, clip: Annotated, folder: Path, settings: Settings) -> Made:
         what = f"has {clip.end - clip.first} frames, but {settings.frames_needed} are needed"
         raise Unusable(f"{what}; lower --frames or --stride, or leave it out")
     video = part.videos / clip.path
+    if not Path(os.path.normpath(video)).is_relative_to(part.videos):
+        raise Unusable(f"metadata.path = {clip.path!r} does not lie below {part.videos}; give its path from there")
     if not video.is_file():
         raise Unusable(f"{video} does not exist; put the video there")
     random = np.random.default_rng([settings.seed, *clip.key.encode()])
     subjects = chosen(clip, settings.selection, ALL if settings.pairs else settings.most, settings.least_score, random)
     try:
         frame = read_clip(video, Clip(first=clip.frame, box=clip.box), 1)[0]
-        ground = decode_image((part.backgrounds / f"{clip.key}.png").read_bytes()) if part.backgrounds else None
-    except (ClipError, ImageError, OSError) as error:
-        raise Unusable(f"{video} and its background: {error}; replace them, or leave the clip out") from error
+    except (ClipError, OSError) as error:
+        raise Unusable(f"{video} {error}; replace it, or leave the clip out") from error
+    ground = background_of(part, clip) if part.backgrounds else None
     references = {}
     for subject, mask in subjects:
         (name,) = file_names([f"{part.name}_{clip.key}_{subject.number}"]).values()
@@ -175,14 +187,22 @@ def cut(part: Part, clip: Annotated, folder: Path, settings: Settings) -> Made:
     return Made(part=part, clip=replace(clip, subjects=()), references=references)  # masks are most of an entry
 
 
+def background_of(part: Part, clip: Annotated) -> np.ndarray:
+    """uint8 (H, W, 3). Raises Unusable."""
+    assert part.backgrounds is not None
+    file = part.backgrounds / f"{clip.key}.png"
+    try:
+        return decode_image(file.read_bytes())
+    except (ImageError, OSError) as error:
+        raise Unusable(f"{file}: {error}; put the background there, or leave the clip out") from error
+
+
 def row_of(name: str, made: Made, others: dict[str, Made], out: Path, root: Path, settings: Settings) -> dict[str, Any]:
     """The line of a clip. Raises Unusable."""
     clip = made.clip
     references = list(made.references.values())
     if settings.pairs:
-        references = [
-            file for _, file in zip(range(settings.most), elsewhere(name, made, others, settings.pairs), strict=False)
-        ]
+        references = [*islice(elsewhere(name, made, others, settings.pairs), settings.most)]
         if not references:
             raise Unusable(f"no other clip shows one of its subjects, by {settings.pairs}; leave it out")
     return {
@@ -198,6 +218,8 @@ def elsewhere(name: str, made: Made, others: dict[str, Made], pairs: Path) -> It
     """Pictures of a clip's subjects in other clips, in the subjects' order: of each the most similar. Raises Unusable."""
     key = made.clip.key
     file = pairs / f"{key.split('_segment')[0] if '_segment' in key else key.split('_part')[0]}.json"
+    if not file.is_file():
+        raise Unusable(f"its cluster's {file} does not exist; leave the clip out")
     try:
         known = json.loads(file.read_bytes())
         both = [(pair, mine, other) for pair in known for mine, other in (("cur", "aft"), ("aft", "cur"))]

@@ -101,6 +101,8 @@ class TrainRecipe(Section):
             yield from self.data.buckets.unfit(self.model.height * self.model.width, "model.height × model.width")
         if self.objective == "dpo" and self.trainer.timestep_weighting != "none":
             yield f'trainer.timestep_weighting = {self.trainer.timestep_weighting!r} is of objective = "sft": leave it out'
+        if self.data.choice_model and self.model.frames > 1:
+            yield f"data.choice_model = {self.data.choice_model!r}: judges see pictures, but model.frames = {self.model.frames}"
         yield from self.judges.unusable(self.judge_names, "data.choice_model")
         yield from _without_items("data.choice_model =", self.judge_names, self.judges, self.data.item_metadata)
 

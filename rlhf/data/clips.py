@@ -96,8 +96,9 @@ def clip_of(given: Any, asked: Asked) -> Clip:
             f'{what}; write {{"first": 0, "frames": 81, "box": [left, right, top, bottom]}}, of which any may be absent'
         )
     first, frames, box = given.get("first", 0), given.get("frames"), given.get("box")
-    numbers = [first, *([] if frames is None else [frames]), *(box or [])]
-    if not all(type(number) is int and number >= 0 for number in numbers) or (box is not None and len(box) != 4):
+    corners = box if isinstance(box, list) else [] if box is None else [box]
+    numbers = [first, *([] if frames is None else [frames]), *corners]
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(corners) not in (0, 4):
         raise ClipError(f"is {given}; give whole numbers from 0 on, four of them for a box")
     need = (asked.frames - 1) * asked.stride + 1
     if frames is not None and frames < need:

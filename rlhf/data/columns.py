@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rlhf.data import formats
 from rlhf.data.clips import Asked
-from rlhf.data.files import LISTS, TABLES
+from rlhf.data.files import TABLES
 from rlhf.data.formats import FOLDER
 from rlhf.data.records import BadInput, Field, Problem, Record
 
@@ -112,9 +112,6 @@ def fields_of(
     """What a row must have, and what one with a target. kind: of the file, see `formats.FORMATS`; asked: of videos."""
     if asked.frames == 1:
         return _fields_of(kind, source_counts, needs_loser, items)
-    if kind not in LISTS:
-        refused = (Field(name="target", remedy="give videos in a JSONL of target, prompt and source"),)
-        return refused, refused
 
     def of_clips(fields: Sequence[Field]) -> tuple[Field, ...]:
         """Paths of videos are opened with their clip; no mask is taken."""

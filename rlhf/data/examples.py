@@ -26,7 +26,7 @@ import xxhash
 from rlhf.data import columns, formats
 from rlhf.data.checks import check
 from rlhf.data.clips import Asked, ClipError, clip_of
-from rlhf.data.files import TABLES
+from rlhf.data.files import LISTS, TABLES
 from rlhf.data.formats import FOLDER, Block
 from rlhf.data.media import PictureFile, clip_file, mask_range
 from rlhf.data.records import BadInput, Field, Problem, Record, whole
@@ -139,10 +139,14 @@ class PairIndex:
         return digest.hexdigest()
 
     def contents(self, column: str) -> pa.ChunkedArray:
-        """The contents of the pictures in one of MEDIA: of each row one or None, in "sources" a list."""
+        """The contents of the pictures in one of MEDIA, of videos with their clips: of a row one or None, in "sources" a list."""
         whole = self.table[column].combine_chunks()
         if column != "sources":
-            return pc.struct_field(whole, "content")
+            contents, clips = (pc.struct_field(whole, name) for name in ("content", "clip"))
+            if clips.null_count == len(clips):
+                return contents
+            both = zip(contents.to_pylist(), clips.to_pylist(), strict=True)
+            return pa.array([f"{content} {clip}" if clip else content for content, clip in both], pa.string())
         return pa.ListArray.from_arrays(whole.offsets, pc.struct_field(whole.values, "content"))
 
     def report(self) -> str:
@@ -191,6 +195,10 @@ def check_block(
     """
     is_table, is_targets = block.format in TABLES, columns.is_target_table(Path(block.file))
     root = Path(block.file) if block.format == FOLDER else root
+    if asked.frames > 1 and block.format not in LISTS:
+        what = f"is no list of videos, but model.frames = {asked.frames}"
+        problem = whole(block.file, what, "give a JSONL or CSV of target (or winner, loser), prompt, source")
+        return PairIndex(blocks=(block,), sizes=(0,), table=SCHEMA.empty_table(), problems=(problem,))
     fields, target_fields = columns.fields_of(block.format, source_counts, needs_loser, items, asked)
     rows, problems, ties, unlabelled = list[dict[str, Any]](), list[Problem](), 0, 0
     records: Sequence[Record | Problem]

@@ -164,6 +164,8 @@ def file_below(given: str, root: Path) -> Path | tuple[str, str]:
 def clip_file(given: str, root: Path, clip: Clip, frames: int) -> PictureFile | tuple[str, str]:
     """What is known of a video file, given by its path from `root`, once so many frames of it are decoded; or what is wrong."""
     name = f"{given!r} "
+    if "://" in given:
+        return f"{name}is a URL", "videos are never fetched: save it and give its path"
     try:
         file = file_below(given, root)
         if isinstance(file, tuple):

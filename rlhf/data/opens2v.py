@@ -61,7 +61,7 @@ class Annotated:
     frame: int
     """That the masks are of."""
     subjects: tuple[Subject, ...]
-    """In their order, without the words that the clip's tags call background."""
+    """In their order, without those whose words are in a tag of the clip's background."""
 
 
 def entries(file: Path) -> Iterator[tuple[str, Any]]:
@@ -79,25 +79,31 @@ def annotated(key: str, entry: Any) -> Annotated:
     about, notes = _at(entry, "metadata"), _at(entry, "annotation")
     data = _at(notes, "ann_frame_data")
     frame, scores = _at(data, "ann_frame_idx"), _at(data, "annotations")
+    if not isinstance(scores, list):
+        raise Unusable("annotation.ann_frame_data.annotations is no list; leave the clip out")
     first, end = _numbers(about, "face_cut", 2)
     left, right, top, bottom = _numbers(about, "crop", 4)
     caption = _at(about, "face_cap_qwen")
     if not isinstance(caption, str) or not caption.strip():
         raise Unusable("metadata.face_cap_qwen is no caption; leave the clip out")
-    masks = _at(notes, "mask_annotation").get(str(frame))
-    if not masks:
+    frames = _at(notes, "mask_annotation")
+    masks = frames.get(str(frame)) if isinstance(frames, Mapping) else None
+    if not isinstance(masks, Mapping) or not masks:
         raise Unusable(f"annotation.mask_annotation has no masks of frame {frame}; leave the clip out")
-    background = (entry.get("word_tags") or {}).get("background") or ()
+    background = _at(entry["word_tags"], "background") if entry.get("word_tags") else ()
     subjects = []
     for number, mask in masks.items():
-        name = _at(_at(_at(notes, "mask_map"), number), "class_name")
-        place = int(number) - 1
-        if place >= len(scores):
+        name = str(_at(_at(_at(notes, "mask_map"), number), "class_name"))
+        if not number.isdecimal() or not 1 <= int(number) <= len(scores):
             raise Unusable(f"annotation.ann_frame_data.annotations lacks that of mask {number}; leave the clip out")
-        if name not in background:
-            height, width = _numbers(mask, "size", 2)
-            score, counts = float(scores[place].get("aes_score", 0.0)), str(_at(mask, "counts"))
-            subjects.append(Subject(number=number, name=name, score=score, counts=counts, size=(height, width)))
+        score = _at(scores[int(number) - 1], "aes_score")
+        if not isinstance(score, int | float):
+            raise Unusable(f"aes_score = {score!r} of mask {number} is no number; leave the clip out")
+        if not any(f" {name} " in f" {tag} " for tag in background):
+            size, counts = _numbers(mask, "size", 2), str(_at(mask, "counts"))
+            subjects.append(
+                Subject(number=number, name=name, score=float(score), counts=counts, size=(size[0], size[1]))
+            )
     return Annotated(
         key=key,
         path=str(_at(about, "path")),

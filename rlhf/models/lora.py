@@ -76,6 +76,8 @@ def check_lora(path: Path, denoiser: nn.Module, prefix: str) -> None:
         shapes = _in_diffusers(shapes, file, denoiser, prefix, remedy)
     if not shapes:
         raise Misfit(file, "holds no tensors", remedy)
+    if file.name == MODULES_FILE:
+        raise Misfit(file, "holds whole modules", f"give their folder, {file.parent}")
     if not any("lora" in key or "lokr" in key or "hada" in key for key in shapes):
         what = f"is no LoRA: none of its {len(shapes)} keys names an adapter, the first is {min(shapes)!r}"
         raise Misfit(file, what, f"{remedy}; whole weights are given by their folder, as tuned.denoiser")

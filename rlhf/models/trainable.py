@@ -111,7 +111,7 @@ class LoRA(Part):
         if self.begin is None:
             return {}
         file, prefix = f"trainable.start = {str(self.begin)!r}", f"{family.denoiser_folder}."
-        if (self.begin / MODULES_FILE).is_file():
+        if (self.begin / MODULES_FILE).is_file() and not is_modules(self.begin):
             raise Refused(
                 f"{file} holds whole modules beside its LoRA, which are not read here: give the LoRA of another run"
             )

@@ -221,7 +221,7 @@ def test_a_reference_may_come_from_another_clip(folder, run):
     assert {key: some[0].split("videos_")[1].rsplit("_", 1)[0] for key, some in found.items()} == expected
     assert "3 clips; left out: 3" in said
     left_out = (folder / "set" / "left_out.txt").read_text()
-    assert left_out.count("no other clip shows one of its subjects") == 2 and "clip5.json cannot be read" in left_out
+    assert left_out.count("no other clip shows one of its subjects") == 2 and "clip5.json does not exist" in left_out
 
 
 def test_every_clip_that_cannot_be_used_is_told_with_its_reason(folder, run):
@@ -251,10 +251,58 @@ def test_every_clip_that_cannot_be_used_is_told_with_its_reason(folder, run):
         "clip2: annotation.mask_annotation has no masks of frame 0",
         "clip3: the entry lacks 'crop'",
         "clip4: metadata.face_cap_qwen is no caption",
-        "5.mp4 and its background: cannot be decoded",
+        "videos/5.mp4 cannot be decoded",
     )
     assert len(lines) == 6 and all(what in line for what, line in zip(says, lines, strict=True))
     assert not (folder / "set").exists() and not (folder / ".set.partial").exists()
+
+
+def annotation(**changes):
+    def edit(item):
+        item["annotation"] |= changes
+
+    return edit
+
+
+def test_entries_of_other_kinds_are_told_too(folder, run):
+    change(
+        folder,
+        clip0=annotation(mask_annotation=None),
+        clip1=annotation(ann_frame_data={"ann_frame_idx": 0, "annotations": None}),
+        clip2=annotation(ann_frame_data={"ann_frame_idx": 0, "annotations": [{"aes_score": None}]}),
+        clip3=annotation(ann_frame_data={"ann_frame_idx": 0, "annotations": [{}]}),
+        clip4=lambda item: item.update(word_tags=["ground"]),
+        clip5=lambda item: item["metadata"].update(path="../part.json"),
+    )
+    with pytest.raises(BadInput) as told:
+        run()
+    says = (
+        "has no masks of frame 0",
+        "annotations is no list",
+        "aes_score = None of mask 1 is no number",
+        "lacks 'aes_score'",
+        "lacks 'background'",
+        "metadata.path = '../part.json' does not lie below",
+    )
+    assert all(what in line for what, line in zip(says, str(told.value).splitlines()[1:], strict=True))
+
+
+def test_a_word_of_a_longer_tag_is_background(folder, run):
+    change(folder, clip0=with_subjects([3.0, 5.0], names=["park", "parking"], background=["park or garden setting"]))
+    run()
+    assert numbers(folder) == ["2"]
+
+
+def test_what_cannot_be_asked_for_is_refused(folder, run):
+    for words, says in (
+        (("--max_subjects", 0), "--max_subjects = 0: give 1 or more"),
+        (("--max_subjects", 4), "--max_subjects 4: wan_subject takes at most 3"),
+    ):
+        with pytest.raises(Refused, match=says):
+            run(*words)
+    write_part(folder / "b", [*draw(2, **SIZE, seed=1)], **SIZE)
+    with pytest.raises(Refused, match=r"two have one name, by which clips are told apart"):
+        run(parts=("a", "b"))
 
 
 def test_a_file_that_is_no_part_is_refused(folder, run):

@@ -136,6 +136,10 @@ def test_videos_are_made_while_it_trains_and_afterwards(cluster, folder, model, 
         ]
         return [read_clip(folder / out / f"clip{i}_0.mp4", Clip(), 5).astype(int) for i in (0, 1)]
 
+    (folder / "there").mkdir()
+    (folder / "there" / "clip1_0.png").touch()
+    with pytest.raises(Refused, match=r"1 of the 2 pictures are there already, the first is clip1_0\.png"):
+        made("there")
     base, tuned = made("base"), made("tuned", tuned__lora=path / "final" / "modules")
     assert all(video.shape == (5, 32, 48, 3) for video in base)
     assert all(np.abs(one - other).max() > 8 for one, other in zip(base, tuned, strict=True))
@@ -182,6 +186,11 @@ def test_modules_are_trained_further(cluster, folder, model):
     ):
         with pytest.raises(Refused, match=says):
             train.run(TrainRecipe.model_validate(config.model_dump(exclude_none=True) | {"trainable": wrong}))
+
+
+def test_judges_do_not_choose_between_clips(folder, model):
+    with pytest.raises(ValueError, match=r"data\.choice_model = 'hps': judges see pictures, but model\.frames = 5"):
+        recipe(folder, model, data={"choice_model": "hps"}, judges={"hps": {"url": "http://127.0.0.1:1"}})
 
 
 def test_pairs_of_clips_are_learnt_from(cluster, folder, model):

@@ -15,7 +15,7 @@ from rlhf.data.sizes import Sizes
 from rlhf.data.sources import open_source
 from rlhf.errors import Refused
 from rlhf.types import Clip, Encoding, Geometry
-from tests.rlhf.data.pair_tables import png
+from tests.rlhf.data.pair_tables import png, row, write_parquet
 
 GREYS = np.arange(20) * 12
 """Of the frames: a frame is known by its grey."""
@@ -71,6 +71,7 @@ def test_a_file_that_is_no_video_is_told(tmp_path, file):
         ([3, 4], r"is \[3, 4\]; write"),
         ({"first": -1}, "give whole numbers from 0 on"),
         ({"box": [0, 1, 2]}, "four of them for a box"),
+        ({"box": 5}, "four of them for a box"),
         (
             {"frames": 12},
             r"has 12 frames, but 5 of them, every 3\. one, are 13; leave the row out, or lower model\.frames",
@@ -181,6 +182,26 @@ def test_pictures_and_tables_are_no_videos(folder):
     assert "'a.mp4' is of a kind that is not read" in str(found.problems[0]) or "is unreadable" in str(
         found.problems[0]
     )
+
+
+def test_tables_of_pictures_and_urls_are_no_videos(folder):
+    write_parquet(folder / "pairs.parquet", [row(0)])
+    needs = {"source_counts": range(1, 4), "items": None, "asked": ASKED}
+    (found,) = [check_block(block, **needs) for block in blocks_of(folder / "pairs.parquet")]
+    assert "pairs.parquet: is no list of videos, but model.frames = 5; give a JSONL" in str(found.problems[0])
+    found = checked(folder, {"prompt": "x", "target": "https://x/y.mp4", "source": "0.png"})
+    assert "'https://x/y.mp4' is a URL; videos are never fetched" in str(found.problems[0])
+
+
+def test_other_frames_of_a_file_are_another_example(folder):
+    """For a run that goes on, and for what is held out."""
+    first = {"prompt": "warm", "target": "a.mp4", "source": "0.png"}
+    whole, later = checked(folder, first), checked(folder, first | {"clip": {"first": 1}})
+    assert (
+        whole.digest() != later.digest() and whole.digest() == checked(folder, first | {"clip": {"first": 0}}).digest()
+    )
+    both = checked(folder, first, first | {"clip": {"first": 1}}, first)
+    assert "1 examples repeat an earlier one" in both.report()
 
 
 def test_a_key_tells_clips_of_one_file_apart(folder):

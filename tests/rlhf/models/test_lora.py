@@ -319,6 +319,8 @@ def test_modules_alone_load_where_a_lora_does_and_are_none(family, tmp_path):
     denoiser = family.load_denoiser("cpu", lora=tmp_path)
     for name, value in modules(family).items():
         assert torch.equal(denoiser.get_parameter(name), value)
+    with pytest.raises(Misfit, match=rf"{MODULES_FILE} holds whole modules; give their folder"):
+        family.load_denoiser("cpu", lora=tmp_path / MODULES_FILE)
     with pytest.raises(Misfit, match="holds whole modules, and no LoRA; give the LoRA of another run"):
         read_lora(family.load_denoiser("cpu"), tmp_path, "transformer")
 
