@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.errors import Refused
-from rlhf.models.lora import MODULES_FILE
+from rlhf.models.lora import LORA_FILE, MODULES_FILE
 from rlhf.models.lora_layouts import from_diffusers
 from rlhf.models.trainable import Full, LoRA, Modules, Sided, Trainable, load_trainable, owner
 from rlhf.training_tables import TrainableTable
@@ -295,6 +295,9 @@ def test_a_file_that_is_not_this_lora_s_is_refused(kontext, tmp_path):
     with pytest.raises(Refused, match=r"nothing\.safetensors does not exist"):
         begun(family, tmp_path / "nothing.safetensors")
     save_file({"modules": torch.ones(1)}, tmp_path / MODULES_FILE)
+    with pytest.raises(Refused, match="holds whole modules, and no LoRA; give the LoRA of another run"):
+        begun(family, tmp_path)
+    (tmp_path / LORA_FILE).write_bytes(file.read_bytes())
     with pytest.raises(Refused, match="holds whole modules beside its LoRA, which are not read here"):
         begun(family, tmp_path)
     with pytest.raises(ValueError, match='belongs to LoRA, but kind = "full"'):
