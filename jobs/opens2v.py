@@ -136,6 +136,8 @@ def make(parts: Sequence[Part], out: Path, settings: Settings, on_bad_row: str) 
     for part in parts:
         for key, entry in entries(part.file):
             try:
+                if f"{part.name}/{key}" in found:
+                    raise Unusable("stands twice in its part; keep one of the two")
                 found[f"{part.name}/{key}"] = cut(part, annotated(key, entry), beside / "references", settings)
             except Unusable as error:
                 problems.append(_problem(part, key, error))

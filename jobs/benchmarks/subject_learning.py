@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ from rlhf.runs.folder import RunFolder, made
 from rlhf.runs.sheets import contact_sheet, strip
 from rlhf.tables import ModelTable, SamplingTable
 from rlhf.training_tables import TrainableTable, TrainerConfig
-from rlhf.types import Batch, Geometry, noise_from
+from rlhf.types import Geometry, noise_from
 
 CLIPS, HELD_OUT = 240, 48
 SIZE = Geometry(height=48, width=64, frames=5)
@@ -85,12 +84,6 @@ class AtTimes(InMemory):
     def open(self, family: Family) -> None:
         super().open(family)
         self._process = with_times(family.process, "uniform", 5.0)
-
-    def batches(self, step: int, rank: int, handed: None, values: Sequence[Any]) -> list[Batch]:
-        rows = np.random.default_rng((self._seed, step)).choice(len(self._examples), BATCH, replace=False)
-        examples = [self._examples[row] for row in rows]
-        given: dict[str, Any] = {"seed": self._seed, "step": step, "first_index": 0, "process": self._process}
-        return batches_of(self._family, examples, BATCH, **given)
 
 
 def write_vae(folder: Path) -> AutoencoderKLWan:

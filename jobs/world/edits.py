@@ -177,12 +177,12 @@ class InMemory:
         self._examples, self._seed = examples, seed
 
     def open(self, family: Family) -> None:
-        self._family = family
+        self._family, self._process = family, family.process
 
     def batches(self, step: int, rank: int, handed: None, values: Sequence[Any]) -> list[Batch]:
         rows = np.random.default_rng((self._seed, step)).choice(len(self._examples), BATCH, replace=False)
-        examples = [self._examples[row] for row in rows]
-        return batches_of(self._family, examples, BATCH, seed=self._seed, step=step, first_index=0)
+        examples, process = [self._examples[row] for row in rows], self._process
+        return batches_of(self._family, examples, BATCH, seed=self._seed, step=step, first_index=0, process=process)
 
     def held_out(self, rank: int) -> list[Batch]:
         return []

@@ -287,6 +287,13 @@ def test_entries_of_other_kinds_are_told_too(folder, run):
     assert all(what in line for what, line in zip(says, str(told.value).splitlines()[1:], strict=True))
 
 
+def test_a_key_that_stands_twice_is_told(folder, run):
+    file = folder / "a" / "part.json"
+    file.write_text(file.read_text().replace('"clip1"', '"clip0"'))
+    with pytest.raises(BadInput, match=r"part\.json: clip0: stands twice in its part; keep one of the two"):
+        run()
+
+
 def test_a_word_of_a_longer_tag_is_background(folder, run):
     change(folder, clip0=with_subjects([3.0, 5.0], names=["park", "parking"], background=["park or garden setting"]))
     run()
