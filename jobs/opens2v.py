@@ -70,7 +70,7 @@ class Made:
     part: Part
     clip: Annotated
     references: dict[str, str]
-    """Files below references/ by the number of the subject: those that were chosen first."""
+    """Files below references/ by the number of the subject, in the order in which they were chosen."""
 
 
 def main() -> None:

@@ -310,7 +310,7 @@ class Trainable:
         return {name: parameter for whose, name, parameter in named if whose == side or not self.twins}
 
     def start(self, name: str, shape: Sequence[int], seed: int, begun: Mapping[str, Tensor]) -> Tensor | None:
-        """What is trained begins with on every side, fp32 and whole: its values in `begun` or, of a new adapter, A as
+        """What a trained parameter begins with on every side, fp32 and whole: its values in `begun` or, of a new adapter, A as
         `trainable.init` says and B zero.
 
         None: the parameter is in the checkpoint.
